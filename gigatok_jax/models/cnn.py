@@ -1,0 +1,149 @@
+"""The convolutional half of the hybrid tokenizer (SPEC 1.1 and 1.4); images are NHWC."""
+
+import math
+
+from einops import rearrange
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.models import layers
+
+
+def group_count(channels: int) -> int:
+    """32 groups, or fewer where a narrow test network has fewer channels."""
+    return math.gcd(32, channels)
+
+
+def group_norm(channels: int, *, dtype, name: str, affine: bool = True) -> nn.GroupNorm:
+    """GroupNorm over the last axis, eps 1e-6, statistics in float32."""
+    return nn.GroupNorm(
+        group_count(channels),
+        epsilon=1e-6,
+        dtype=dtype,
+        use_scale=affine,
+        use_bias=affine,
+        scale_init=layers.partitioned(nn.initializers.ones, "norm"),
+        bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
+        name=name,
+    )
+
+
+def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, name: str):
+    """A square convolution that keeps the extent (`padding` defaults to size // 2)."""
+    padding = ((size // 2, size // 2),) * 2 if padding is None else padding
+    return nn.Conv(
+        features,
+        (size, size),
+        strides=(stride, stride),
+        padding=padding,
+        dtype=dtype,
+        kernel_init=layers.partitioned(layers.default_init, None, None, "conv_in", "conv_out"),
+        bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
+        name=name,
+    )
+
+
+class ResidualBlock(nn.Module):
+    """GroupNorm, SiLU, conv, twice, plus the input (through a 1x1 conv if the width changes)."""
+
+    features: int
+    dropout: float = 0.0
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm1")(x))
+        y = conv(self.features, dtype=self.dtype, name="conv1")(y)
+        y = nn.silu(group_norm(self.features, dtype=self.dtype, name="norm2")(y))
+        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
+        y = conv(self.features, dtype=self.dtype, name="conv2")(y)
+        if x.shape[-1] != self.features:
+            x = conv(self.features, 1, dtype=self.dtype, name="shortcut")(x)
+        return x + y
+
+
+class AdaptiveGroupNorm(nn.Module):
+    """GroupNorm whose gain and bias are linear in the deviation and mean of a style grid."""
+
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, style: jax.Array) -> jax.Array:
+        style = rearrange(style, "b h w c -> b (h w) c").astype(jnp.float32)
+        deviation = jnp.sqrt(style.var(1, ddof=1) + 1e-6)
+        channels = x.shape[-1]
+        axes = ("conv_in", "conv_out")
+        gain = layers.dense(channels, axes, dtype=self.dtype, name="gain")(deviation)
+        bias = layers.dense(channels, axes, dtype=self.dtype, name="bias")(style.mean(1))
+        x = group_norm(channels, dtype=self.dtype, name="norm", affine=False)(x)
+        return x * gain[:, None, None] + bias[:, None, None]
+
+
+class Encoder(nn.Module):
+    """Image `[B, H, W, 3]` to features `[B, H/f, W/f, z_channels]`, f = 2^(levels - 1)."""
+
+    channels: tuple[int, ...]
+    residual_blocks: int
+    z_channels: int
+    dropout: float = 0.0
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        residual = layers.remat(ResidualBlock, self.remat)
+
+        def block(features, name):
+            return residual(features, self.dropout, self.dtype, name=name)
+
+        x = conv(self.channels[0], dtype=self.dtype, name="conv_in")(images)
+        for level, features in enumerate(self.channels):
+            for i in range(self.residual_blocks):
+                x = block(features, f"level{level}_block{i}")(x)
+            if level < len(self.channels) - 1:
+                down = conv(
+                    features,
+                    stride=2,
+                    padding=((0, 1), (0, 1)),
+                    dtype=self.dtype,
+                    name=f"level{level}_down",
+                )
+                x = down(x)
+        for i in range(2):
+            x = block(self.channels[-1], f"mid_block{i}")(x)
+        x = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
+        return conv(self.z_channels, dtype=self.dtype, name="conv_out")(x)
+
+
+class Decoder(nn.Module):
+    """Features `[B, h, w, z_channels]` to an image `[B, h*f, w*f, 3]`, not squashed.
+
+    The input is also the style of every level's adaptive GroupNorm.
+    """
+
+    channels: tuple[int, ...]
+    residual_blocks: int
+    dropout: float = 0.0
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, style: jax.Array) -> jax.Array:
+        residual = layers.remat(ResidualBlock, self.remat)
+
+        def block(features, name):
+            return residual(features, self.dropout, self.dtype, name=name)
+
+        x = conv(self.channels[-1], dtype=self.dtype, name="conv_in")(style)
+        for i in range(2):
+            x = block(self.channels[-1], f"mid_block{i}")(x)
+        for level, features in reversed(list(enumerate(self.channels))):
+            x = AdaptiveGroupNorm(self.dtype, name=f"level{level}_adaptive")(x, style)
+            for i in range(self.residual_blocks + 1):
+                x = block(features, f"level{level}_block{i}")(x)
+            if level > 0:
+                x = conv(4 * features, dtype=self.dtype, name=f"level{level}_up")(x)
+                x = layers.depth_to_space(x)
+        x = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
+        return conv(3, dtype=self.dtype, name="conv_out")(x)

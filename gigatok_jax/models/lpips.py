@@ -1,0 +1,77 @@
+"""LPIPS, the perceptual distance of VGG-16 features (SPEC 2; Zhang et al. 2018)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from gigatok_jax.models import layers
+
+SHIFT = (-0.030, -0.088, -0.188)
+SCALE = (0.458, 0.448, 0.450)
+# Convolutions a stage; LPIPS reads each stage's last ReLU: relu1_2, 2_2, 3_3, 4_3, 5_3.
+STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG16(nn.Module):
+    """The convolutional part of VGG-16; returns the last activation of each stage."""
+
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> list[jax.Array]:
+        features = []
+        for stage, widths in enumerate(STAGES, start=1):
+            if stage > 1:
+                x = nn.max_pool(x, (2, 2), strides=(2, 2))
+            for i, width in enumerate(widths, start=1):
+                x = nn.Conv(
+                    width,
+                    (3, 3),
+                    padding=1,
+                    dtype=self.dtype,
+                    kernel_init=layers.partitioned(
+                        nn.initializers.he_normal(), None, None, "conv_in", "conv_out"
+                    ),
+                    name=f"conv{stage}_{i}",
+                )(x)
+                x = nn.relu(x)
+            features.append(x)
+        return features
+
+
+class LPIPS(nn.Module):
+    """Distance `[B]` float32 between two batches of images `[B, H, W, 3]` in [-1, 1].
+
+    The reference leaves LPIPS's dropout active in training, by accident; there is none here.
+    """
+
+    dtype: layers.Dtype = jnp.float32
+
+    def setup(self):
+        self.vgg = VGG16(self.dtype)
+        self.gains = [
+            self.param(f"lin{i}", layers.partitioned(nn.initializers.ones, "norm"), (widths[-1],))
+            for i, widths in enumerate(STAGES)
+        ]
+
+    def features(self, images: jax.Array) -> list[jax.Array]:
+        """Unit-normalized features of each stage, `[B, h, w, C]` float32."""
+        x = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
+        features = self.vgg(x.astype(self.dtype))
+        return [_unit(y.astype(jnp.float32)) for y in features]
+
+    def distance(self, first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
+        """Distance of two images' `features`, `[B]`."""
+        return sum(
+            jnp.einsum("bhwc,c->b", (a - b) ** 2, gain) / (a.shape[1] * a.shape[2])
+            for a, b, gain in zip(first, second, self.gains, strict=True)
+        )
+
+    def __call__(self, images: jax.Array, others: jax.Array) -> jax.Array:
+        return self.distance(self.features(images), self.features(others))
+
+
+def _unit(x):
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    # The floor keeps the gradient finite where every channel is zero.
+    return x / (jnp.sqrt(jnp.maximum(squared, 1e-20)) + 1e-10)

@@ -1,0 +1,38 @@
+"""Image resampling inside compiled programs, equal to PyTorch's."""
+
+import functools
+
+from einops import einsum
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@functools.lru_cache
+def _bicubic_matrix(length: int, target: int) -> np.ndarray:
+    """`[target, length]` weights of PyTorch's bicubic (a = -0.75, half-pixel, edges repeated)."""
+    a = -0.75
+    center = (np.arange(target) + 0.5) * (length / target) - 0.5
+    first = np.floor(center).astype(int) - 1
+    weights = np.zeros((target, length))
+    for tap in range(4):
+        t = np.abs(center - (first + tap))
+        near = (a + 2) * t**3 - (a + 3) * t**2 + 1
+        far = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+        column = np.clip(first + tap, 0, length - 1)
+        np.add.at(weights, (np.arange(target), column), np.where(t <= 1, near, far))
+    return weights.astype(np.float32)
+
+
+def bicubic(images: jax.Array, size: int) -> jax.Array:
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]`: PyTorch's bicubic without antialiasing.
+
+    Equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`;
+    `jax.image.resize` has another kernel (a = -0.5).
+    """
+    height, width = images.shape[1:3]
+    if (height, width) == (size, size):
+        return images
+    rows, columns = _bicubic_matrix(height, size), _bicubic_matrix(width, size)
+    images = einsum(jnp.asarray(rows, images.dtype), images, "t h, b h w c -> b t w c")
+    return einsum(jnp.asarray(columns, images.dtype), images, "t w, b h w c -> b h t c")

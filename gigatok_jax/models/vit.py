@@ -1,0 +1,118 @@
+"""The vision transformer of the frozen teachers, in DINOv2's architecture (SPEC 2)."""
+
+import dataclasses
+
+from einops import rearrange, repeat
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax.models import layers, resize
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@dataclasses.dataclass(frozen=True)
+class ViTConfig:
+    """A teacher's architecture and its input's normalization.
+
+    Attributes:
+      grid: side of the patch grid that the stored position table belongs to.
+      mean, std: of the input in [0, 1], a channel.
+    """
+
+    depth: int
+    heads: int
+    width: int
+    patch_size: int
+    grid: int
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self):
+        object.__setattr__(self, "mean", tuple(self.mean))
+        object.__setattr__(self, "std", tuple(self.std))
+
+
+DINOV2 = {
+    "dinov2_vits14": ViTConfig(12, 6, 384, patch_size=14, grid=37),
+    "dinov2_vitb14": ViTConfig(12, 12, 768, patch_size=14, grid=37),
+    "dinov2_vitl14": ViTConfig(24, 16, 1024, patch_size=14, grid=37),
+}
+
+
+class ViT(nn.Module):
+    """DINOv2: class token, learned positions, pre-norm blocks with LayerScale, exact GELU."""
+
+    config: ViTConfig
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, images: jax.Array, taps: tuple[int, ...] = ()
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """Encodes normalized images, see `preprocess`.
+
+        Args:
+          images: `[B, g*patch, g*patch, 3]`; the position table in the variables must be for a
+            g x g grid (see `resize_positions`).
+          taps: blocks, counted from 1, whose outputs are wanted as well (0: the input).
+
+        Returns:
+          Class token `[B, W]` and patch tokens `[B, g*g, W]` after the final norm, and the tapped
+          blocks' patch tokens before it, each `[B, g*g, W]`.
+        """
+        config = self.config
+        patch = (config.patch_size,) * 2
+        axes = (None, None, "conv_in", "embed")
+        x = nn.Conv(
+            config.width,
+            patch,
+            strides=patch,
+            padding="VALID",
+            dtype=self.dtype,
+            kernel_init=layers.partitioned(layers.default_init, *axes),
+            name="patch_embed",
+        )(images.astype(self.dtype))
+        x = rearrange(x, "b h w c -> b (h w) c")
+        init = layers.partitioned(layers.default_init, None, "embed")
+        class_token = self.param("class_token", init, (1, config.width))
+        x = jnp.concatenate([repeat(class_token, "1 w -> b 1 w", b=len(x)).astype(x.dtype), x], 1)
+        x += self.param("positions", init, (x.shape[1], config.width)).astype(x.dtype)
+        x, tapped = layers.Transformer(
+            config.depth,
+            config.heads,
+            epsilon=1e-6,
+            layer_scale=True,
+            remat=self.remat,
+            dtype=self.dtype,
+            name="layers",
+        )(x, taps=taps)
+        x = layers.layer_norm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
+        return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
+
+
+def preprocess(images: jax.Array, config: ViTConfig, grid: int) -> jax.Array:
+    """Images `[B, H, W, 3]` in [-1, 1] as the teacher's input for a grid x grid token grid."""
+    images = (images + 1) / 2
+    images = (images - jnp.asarray(config.mean)) / jnp.asarray(config.std)
+    return resize.bicubic(images, grid * config.patch_size)
+
+
+def resize_positions(positions: jax.Array, grid: int) -> jax.Array:
+    """Resamples a position table `[1 + g*g, W]` to `[1 + grid*grid, W]`, the first row kept.
+
+    Bicubic with antialiasing, once, in float32.
+    """
+    side = round((len(positions) - 1) ** 0.5)
+    if side == grid:
+        return positions
+    # PyTorch's antialiased kernel has a = -0.5, which is jax.image.resize's.
+    table = rearrange(jnp.asarray(positions[1:]), "(h w) c -> h w c", h=side)
+    table = jax.image.resize(
+        table, (grid, grid, table.shape[-1]), "bicubic", precision=jax.lax.Precision.HIGHEST
+    )
+    return np.concatenate([positions[:1], rearrange(table, "h w c -> (h w) c")])

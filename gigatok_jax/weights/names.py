@@ -1,0 +1,331 @@
+"""The one place that knows the parameter names of the reference's checkpoints.
+
+A checkpoint is described by a list of `Entry`: a tensor's name in the PyTorch file, the parameter
+(or parameters) that it is here, and an einops pattern between the two layouts.  The same list
+converts both ways.
+"""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import Any
+
+from einops import rearrange
+import numpy as np
+
+from gigatok_jax.models import lpips, vit
+from gigatok_jax.models.tokenizer import TokenizerConfig
+
+LINEAR = "o i -> i o"
+CONV = "o i h w -> h w i o"
+CONV_1X1 = "o i 1 1 -> i o"
+PACKED_WEIGHT = "(p n h) i -> p i n h"
+PACKED_BIAS = "(p n h) -> p n h"
+OUT_WEIGHT = "o (n h) -> n h o"
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One tensor of a PyTorch checkpoint and where it lives here.
+
+    Attributes:
+      name: the tensor's name in the PyTorch file.
+      paths: "/"-separated paths of parameters; several share the pattern's leading axis `p`.
+      pattern: einops pattern from PyTorch's layout to ours, or None where they are alike.
+      sizes: axis lengths that the pattern needs in either direction.
+      layer: index along the leading `layers` axis of a stacked parameter, or None.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    pattern: str | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    layer: int | None = None
+
+    def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
+        if self.pattern is None:
+            return [tensor]
+        array = rearrange(tensor, self.pattern, **dict(self.sizes))
+        return list(array) if len(self.paths) > 1 else [array]
+
+    def to_torch(self, arrays: list[np.ndarray]) -> np.ndarray:
+        if self.pattern is None:
+            return arrays[0]
+        left, right = self.pattern.split(" -> ")
+        array = np.stack(arrays) if len(self.paths) > 1 else arrays[0]
+        return rearrange(array, f"{right} -> {left}")
+
+
+def _pair(name: str, path: str, pattern: str, **kwargs) -> Iterator[Entry]:
+    """A weight and a bias."""
+    yield Entry(f"{name}.weight", (f"{path}/kernel",), pattern, **kwargs)
+    yield Entry(f"{name}.bias", (f"{path}/bias",), **kwargs)
+
+
+def _norm(name: str, path: str, **kwargs) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", (f"{path}/scale",), **kwargs)
+    yield Entry(f"{name}.bias", (f"{path}/bias",), **kwargs)
+
+
+def _attention(
+    weight: str, bias: str, out: str, path: str, heads: int, layer: int
+) -> Iterator[Entry]:
+    projections = [f"{path}/{p}" for p in ("query", "key", "value")]
+    kernels, biases = (tuple(f"{p}/{leaf}" for p in projections) for leaf in ("kernel", "bias"))
+    sizes = (("p", 3), ("n", heads))
+    yield Entry(weight, kernels, PACKED_WEIGHT, sizes, layer)
+    yield Entry(bias, biases, PACKED_BIAS, sizes, layer)
+    yield Entry(f"{out}.weight", (f"{path}/out/kernel",), OUT_WEIGHT, (("n", heads),), layer)
+    yield Entry(f"{out}.bias", (f"{path}/out/bias",), layer=layer)
+
+
+def _residual_block(name: str, path: str, shortcut: bool) -> Iterator[Entry]:
+    for i in (1, 2):
+        yield from _norm(f"{name}.norm{i}", f"{path}/norm{i}")
+        yield from _pair(f"{name}.conv{i}", f"{path}/conv{i}", CONV)
+    if shortcut:
+        yield from _pair(f"{name}.nin_shortcut", f"{path}/shortcut", CONV)
+
+
+def _cnn(config: TokenizerConfig) -> Iterator[Entry]:
+    channels, levels = config.channels, len(config.channels)
+    ours, theirs = "cnn_encoder", "encoder"
+    yield from _pair(f"{theirs}.conv_in", f"{ours}/conv_in", CONV)
+    width = channels[0]
+    for level, features in enumerate(channels):
+        for i in range(config.residual_blocks):
+            name = f"{theirs}.conv_blocks.{level}.res.{i}"
+            yield from _residual_block(name, f"{ours}/level{level}_block{i}", width != features)
+            width = features
+        if level < levels - 1:
+            name = f"{theirs}.conv_blocks.{level}.downsample.conv"
+            yield from _pair(name, f"{ours}/level{level}_down", CONV)
+
+    ours, theirs = "cnn_decoder", "decoder"
+    yield from _pair(f"{theirs}.conv_in", f"{ours}/conv_in", CONV)
+    width = channels[-1]
+    for step, level in enumerate(reversed(range(levels))):  # the reference counts from the coarse
+        for leaf, parameter in (("gain", "gamma"), ("bias", "beta")):
+            path = f"{ours}/level{level}_adaptive/{leaf}"
+            yield from _pair(f"{theirs}.adaptive.{step}.{parameter}", path, LINEAR)
+        for i in range(config.residual_blocks + 1):
+            name = f"{theirs}.conv_blocks.{step}.res.{i}"
+            path = f"{ours}/level{level}_block{i}"
+            yield from _residual_block(name, path, width != channels[level])
+            width = channels[level]
+        if level > 0:
+            name = f"{theirs}.conv_blocks.{step}.upsample.conv1"
+            yield from _pair(name, f"{ours}/level{level}_up", CONV)
+
+    for ours, theirs in (("cnn_encoder", "encoder"), ("cnn_decoder", "decoder")):
+        for i in range(2):
+            yield from _residual_block(f"{theirs}.mid.{i}", f"{ours}/mid_block{i}", False)
+        yield from _norm(f"{theirs}.norm_out", f"{ours}/norm_out")
+        yield from _pair(f"{theirs}.conv_out", f"{ours}/conv_out", CONV)
+
+
+def _token_transformer(config: TokenizerConfig, decoder: bool) -> Iterator[Entry]:
+    one_dimensional = config.layout == "1d"
+    size = config.decoder if decoder else config.encoder
+    ours = "decoder" if decoder else "encoder"
+    if one_dimensional:
+        theirs = "s1to2decoder" if decoder else "s2to1encoder"
+    else:
+        theirs = "s2ddecoder" if decoder else "s2dencoder"
+
+    table = "n 1 w -> n w"
+    yield Entry(f"{theirs}.positional_embedding", (f"{ours}/grid_positions",), table)
+    if one_dimensional:
+        name = f"{theirs}.latent_token_positional_embedding"
+        yield Entry(name, (f"{ours}/latent_positions",), table)
+        if not decoder:
+            yield from _pair(f"{theirs}.global_proj", f"{ours}/query", LINEAR)
+    yield from _pair(f"{theirs}.{ours}_embed", f"{ours}/embed", LINEAR)
+    yield from _norm(f"{theirs}.ln_pre", f"{ours}/norm_in")
+
+    norms = ("norm_self", "norm_cross", "norm_mlp") if one_dimensional else ("norm_self", "norm_mlp")
+    attentions = {"self_attn": "self_attention"}
+    if one_dimensional:
+        attentions["multihead_attn"] = "cross_attention"
+    block = f"{ours}/layers/block"
+    for layer in range(size.depth):
+        name = f"{theirs}.transformer.{layer}"
+        for attention, path in attentions.items():
+            packed = f"{name}.{attention}.in_proj"
+            yield from _attention(
+                f"{packed}_weight",
+                f"{packed}_bias",
+                f"{name}.{attention}.out_proj",
+                f"{block}/{path}",
+                size.heads,
+                layer,
+            )
+        yield from _pair(f"{name}.linear1", f"{block}/mlp_in", LINEAR, layer=layer)
+        yield from _pair(f"{name}.linear2", f"{block}/mlp_out", LINEAR, layer=layer)
+        for i, norm in enumerate(norms, start=1):
+            yield from _norm(f"{name}.norm{i}", f"{block}/{norm}", layer=layer)
+    yield from _norm(f"{theirs}.ln_post", f"{ours}/norm_out")
+    if decoder:
+        yield from _pair(f"{theirs}.conv_out", "decoder_out", CONV)
+        if config.semantic_dim:
+            for i, path in ((0, "in"), (2, "hidden"), (4, "out")):
+                yield from _pair(f"{theirs}.distill_mlp.{i}", f"projector/{path}", LINEAR)
+    else:
+        yield from _pair(f"{theirs}.conv_out", "encoder_out", CONV_1X1)
+
+
+def tokenizer(config: TokenizerConfig) -> list[Entry]:
+    """Entries of a GigaTok tokenizer, but for `quantize.codebook_used` (see `weights.convert`)."""
+    return [
+        *_cnn(config),
+        *_token_transformer(config, decoder=False),
+        *_token_transformer(config, decoder=True),
+        Entry("quantize.embedding.weight", ("codebook",)),
+        *_pair("quant_conv", "quant_conv", CONV_1X1),
+        *_pair("post_quant_conv", "post_quant_conv", CONV_1X1),
+    ]
+
+
+def patchgan(channels: tuple[int, ...] = (64, 128, 256, 512)) -> list[Entry]:
+    """Entries of the PatchGAN discriminator; running statistics live under `batch_stats/`."""
+    entries = [*_pair("main.0", "params/conv0", CONV)]
+    for i in range(1, len(channels)):
+        conv, norm = f"main.{3 * i - 1}", f"main.{3 * i}"
+        entries.append(Entry(f"{conv}.weight", (f"params/conv{i}/kernel",), CONV))
+        entries.extend(_norm(norm, f"params/norm{i}"))
+        entries.append(Entry(f"{norm}.running_mean", (f"batch_stats/norm{i}/mean",)))
+        entries.append(Entry(f"{norm}.running_var", (f"batch_stats/norm{i}/var",)))
+    return entries + [*_pair(f"main.{3 * len(channels) - 1}", "params/conv_out", CONV)]
+
+
+def dinov2(config: vit.ViTConfig) -> list[Entry]:
+    """Entries of a DINOv2 backbone without registers."""
+    entries = [
+        Entry("cls_token", ("class_token",), "1 n w -> n w"),
+        Entry("pos_embed", ("positions",), "1 n w -> n w"),
+        *_pair("patch_embed.proj", "patch_embed", CONV),
+        *_norm("norm", "norm"),
+    ]
+    block = "layers/block"
+    for layer in range(config.depth):
+        name = f"blocks.{layer}"
+        entries += [
+            *_norm(f"{name}.norm1", f"{block}/norm_self", layer=layer),
+            *_norm(f"{name}.norm2", f"{block}/norm_mlp", layer=layer),
+            *_attention(
+                f"{name}.attn.qkv.weight",
+                f"{name}.attn.qkv.bias",
+                f"{name}.attn.proj",
+                f"{block}/self_attention",
+                config.heads,
+                layer,
+            ),
+            Entry(f"{name}.ls1.gamma", (f"{block}/scale_self",), layer=layer),
+            Entry(f"{name}.ls2.gamma", (f"{block}/scale_mlp",), layer=layer),
+            *_pair(f"{name}.mlp.fc1", f"{block}/mlp_in", LINEAR, layer=layer),
+            *_pair(f"{name}.mlp.fc2", f"{block}/mlp_out", LINEAR, layer=layer),
+        ]
+    return entries
+
+
+def vgg16() -> list[Entry]:
+    """Entries of torchvision's VGG-16, convolutions only (`features.N`)."""
+    return [entry for _, index, path in _vgg_layers() for entry in _pair(f"features.{index}", path, CONV)]
+
+
+def lpips_linear() -> list[Entry]:
+    """Entries of LPIPS's five linear layers."""
+    return [
+        Entry(f"lin{i}.model.1.weight", (f"lin{i}",), "1 c 1 1 -> c")
+        for i in range(len(lpips.STAGES))
+    ]
+
+
+def lpips_whole() -> list[Entry]:
+    """Entries of an LPIPS module saved whole (`net.sliceN.M`)."""
+    convs = [
+        entry
+        for stage, index, path in _vgg_layers()
+        for entry in _pair(f"net.slice{stage}.{index}", path, CONV)
+    ]
+    return convs + lpips_linear()
+
+
+def _vgg_layers() -> Iterator[tuple[int, int, str]]:
+    """Stage, index in torchvision's Sequential, and our path of each convolution."""
+    index = 0
+    for stage, widths in enumerate(lpips.STAGES, start=1):
+        for i in range(1, len(widths) + 1):
+            yield stage, index, f"vgg/conv{stage}_{i}"
+            index += 2  # the ReLU after it
+        index += 1  # max pooling
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _flatten(value, f"{prefix}{key}/")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, leaf = path.split("/")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = value
+    return tree
+
+
+def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template) -> dict[str, Any]:
+    """Builds our parameters from a PyTorch checkpoint's tensors.
+
+    Args:
+      tensors: name to array; names that no entry mentions are the caller's affair.
+      entries: the checkpoint's description.
+      template: our parameters as shapes (`jax.eval_shape`), nested dictionaries.
+
+    Returns:
+      float32 NumPy arrays in the template's structure.
+
+    Raises:
+      ValueError: a tensor is missing or has another shape than the architecture asks for.
+    """
+    template = dict(_flatten(template))
+    flat: dict[str, np.ndarray] = {}
+    for entry in entries:
+        if entry.name not in tensors:
+            raise ValueError(f"tensor {entry.name!r} is missing from the checkpoint")
+        tensor = np.asarray(tensors[entry.name], np.float32)
+        parts = [template[path].shape for path in entry.paths]
+        parts = [shape if entry.layer is None else shape[1:] for shape in parts]
+        expected = entry.to_torch([np.broadcast_to(np.float32(0), shape) for shape in parts]).shape
+        if tensor.shape != expected:
+            raise ValueError(
+                f"tensor {entry.name!r} has shape {list(tensor.shape)}, this architecture "
+                f"needs {list(expected)}"
+            )
+        for path, array in zip(entry.paths, entry.to_ours(tensor), strict=True):
+            if entry.layer is None:
+                flat[path] = np.ascontiguousarray(array)
+            else:
+                stacked = flat.setdefault(path, np.empty(template[path].shape, np.float32))
+                stacked[entry.layer] = array
+    missing = template.keys() - flat.keys()
+    assert not missing, f"parameters without an entry: {sorted(missing)}"
+    return _unflatten(flat)
+
+
+def to_torch(params: Mapping[str, Any], entries: list[Entry]) -> dict[str, np.ndarray]:
+    """The inverse of `from_torch`: PyTorch's names and layouts, contiguous float32 arrays."""
+    flat = {path: np.asarray(value) for path, value in _flatten(params)}
+
+    def part(entry, path):
+        return flat[path] if entry.layer is None else flat[path][entry.layer]
+
+    return {
+        entry.name: np.ascontiguousarray(entry.to_torch([part(entry, p) for p in entry.paths]))
+        for entry in entries
+    }

@@ -1,0 +1,91 @@
+"""The embedded data set: reproducible, balanced, the same at every size, and learnable."""
+
+import pickle
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from gigatok_jax.data.embedded import CLASS_NAMES, EmbeddedSource, draw
+
+
+def _images(source: EmbeddedSource, count: int) -> np.ndarray:
+    return np.stack([source[i]["image"] for i in range(count)])
+
+
+def _silhouettes(split: str, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Low spatial frequencies of the masks, blind to position: [B, F], and labels [B]."""
+    drawings = [draw(i, image_size=32, split=split) for i in range(count)]
+    spectra = np.abs(np.fft.rfft2(np.stack([d.mask for d in drawings])))[..., :10]
+    return np.log1p(spectra).reshape(count, -1), np.array([d.label for d in drawings])
+
+
+def test_examples_are_identical_across_pickling_order_and_length():
+    source = EmbeddedSource(40, 64, split="train", seed=3)
+    copy = pickle.loads(pickle.dumps(source))
+    longer = EmbeddedSource(1000, 64, split="train", seed=3)
+    for i in reversed(range(20)):
+        np.testing.assert_array_equal(source[i]["image"], copy[np.int64(i)]["image"])
+        np.testing.assert_array_equal(source[i]["image"], longer[i]["image"])
+        assert source[i]["key"] == longer[i]["key"]
+
+
+def test_no_drawing_is_repeated_within_or_between_splits_and_seeds():
+    kinds = (("train", 0), ("validation", 0), ("train", 1))
+    sources = [EmbeddedSource(200, 32, split, seed) for split, seed in kinds]
+    images = np.concatenate([_images(source, 200) for source in sources])
+    assert len({image.tobytes() for image in images}) == 600
+    assert len({source[i]["key"] for source in sources[:2] for i in range(200)}) == 400
+
+
+def test_labels_are_balanced_over_ten_classes():
+    labels = [example["label"] for example in EmbeddedSource(50, 16)]
+    assert len(CLASS_NAMES) == len(set(CLASS_NAMES)) == 10
+    np.testing.assert_array_equal(np.bincount(labels), [5] * 10)
+    assert all(type(label) is int for label in labels)
+
+
+@pytest.mark.parametrize("size", [32, 96, 256])
+def test_size_changes_the_sampling_and_not_the_scene(size):
+    for i in range(20):
+        image, reference = draw(i, image_size=size).image, draw(i, image_size=64).image
+        assert image.shape == (size, size, 3) and image.dtype == np.uint8
+        small, other = (
+            np.asarray(Image.fromarray(x).resize((32, 32), Image.Resampling.BOX), np.float32)
+            for x in (image, reference)
+        )
+        assert np.abs(small - other).mean() < 2.5
+
+
+def test_every_object_fills_a_sensible_share_of_its_frame_and_is_whole():
+    masks = np.stack([draw(i).mask for i in range(500)])
+    assert masks.dtype == np.float32 and masks.min() == 0 and masks.max() == 1
+    share = masks.mean((1, 2))
+    assert share.min() > 0.07 and share.max() < 0.55
+    border = np.concatenate([masks[:, [0, -1]], masks[:, :, [0, -1]].swapaxes(1, 2)], 1)
+    assert border.mean() < 0.01
+
+
+def test_objects_stand_out_from_the_background():
+    for i in range(200):
+        drawing = draw(i)
+        inside, outside = drawing.mask > 0.9, drawing.mask == 0
+        colours = [drawing.image[where].mean(0) for where in (inside, outside)]
+        assert np.abs(colours[0] - colours[1]).max() > 25, f"drawing {i}"
+
+
+def test_a_linear_classifier_tells_the_silhouettes_apart():
+    x, labels = _silhouettes("train", 800)
+    mean, deviation = x.mean(0), x.std(0) + 1e-3
+    x = (x - mean) / deviation
+    weights = np.linalg.solve(x.T @ x + 30 * np.eye(x.shape[1]), x.T @ np.eye(10)[labels])
+    x, labels = _silhouettes("validation", 200)
+    accuracy = ((((x - mean) / deviation) @ weights).argmax(1) == labels).mean()
+    assert accuracy > 0.75
+
+
+def test_wrong_split_and_index_are_refused():
+    with pytest.raises(ValueError, match="test"):
+        EmbeddedSource(10, split="test")
+    with pytest.raises(IndexError):
+        EmbeddedSource(10)[10]

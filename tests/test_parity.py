@@ -1,0 +1,207 @@
+"""Numbers of the reference implementation, for synthetic weights."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import synth
+from gigatok_jax import losses
+from gigatok_jax.models import discriminators, lpips, quantizer, vit
+from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, TransformerSize
+from gigatok_jax.weights import convert
+
+TINY, S, B = TransformerSize(4, 4, 256), TransformerSize(6, 8, 512), TransformerSize(12, 12, 768)
+
+
+def close(actual, expected, tolerance=2e-4):
+    """Within `tolerance` of the largest magnitude of the expected array."""
+    actual, expected = np.asarray(actual), np.asarray(expected)
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@functools.cache
+def tokenizer_variables(name, config):
+    return convert.tokenizer_from_torch(synth.checkpoint(name), config)
+
+
+@pytest.mark.parametrize(
+    "name, config",
+    [
+        ("tokenizer_s_s", TokenizerConfig(S, S)),
+        ("tokenizer_s_b_2d", TokenizerConfig(S, B, layout="2d")),
+    ],
+)
+def test_tokenizer_outputs_match_reference(name, config):
+    expected = synth.expected(f"{name}.npz")
+    variables = {"params": tokenizer_variables(name, config)["params"]}
+    images = synth.images(2)
+    model = Tokenizer(config)
+
+    def run(method, *args):
+        return jax.jit(functools.partial(model.apply, method=method))(variables, *args)
+
+    features = run(Tokenizer.cnn_features, images)
+    close(features.transpose(0, 3, 1, 2)[:, :, ::4, ::4], expected["cnn_features"])
+    close(run(Tokenizer.latents, images).transpose(0, 2, 1), expected["prequant"])
+    codes = run(Tokenizer.encode, images)
+    np.testing.assert_array_equal(codes, expected["indices"])
+    grid = run(Tokenizer.decoder_grid, codes)
+    close(grid.transpose(0, 3, 1, 2)[:, :, ::4, ::4], expected["decoder_features"])
+    images = run(Tokenizer.decode, codes)
+    close(images.transpose(0, 3, 1, 2)[:, :, ::4, ::4], expected["reconstruction"])
+    close(run(Tokenizer.semantic_features, codes)[:, ::16, ::8], expected["semantic_features"])
+
+
+def test_training_losses_and_every_gradient_match_reference():
+    expected = synth.expected("tokenizer_s_s_train.json")
+    config = TokenizerConfig(S, S, gradient="rotation")
+    params = tokenizer_variables("tokenizer_s_s", TokenizerConfig(S, S))["params"]
+    images = synth.images(2)
+    target = np.random.default_rng(3).standard_normal((2, 256, 768)).astype(np.float32)
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def loss(params):
+        out = Tokenizer(config).apply({"params": params}, images, auxiliary=True)
+        terms = {
+            "l2": jnp.mean((out.reconstruction - images) ** 2),
+            "direct_l2": jnp.mean((out.direct - images) ** 2),
+            "codebook": out.codebook_loss,
+            "commitment": out.commitment_loss,
+            "entropy": out.entropy_loss,
+            "feature": out.feature_loss,
+            "semantic": losses.semantic(out.semantic_features, target),
+        }
+        weighted = terms | {"semantic": 0.5 * terms["semantic"]}
+        return sum(weighted.values()), terms
+
+    (total, terms), gradients = loss(params)
+    for name, value in (terms | {"total": total}).items():
+        assert value == pytest.approx(expected["losses"][name], rel=1e-4, abs=1e-8), name
+    gradients = convert.names.to_torch(gradients, convert.names.tokenizer(config))
+    assert gradients.keys() == expected["gradient_norms"].keys()
+    for name, norm in expected["gradient_norms"].items():
+        assert np.linalg.norm(gradients[name]) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
+
+
+def test_optimizer_steps_match_reference():
+    expected = synth.expected("tokenizer_tiny_tiny_steps.json")
+    config = TokenizerConfig(TINY, TINY, gradient="rotation")
+    params = tokenizer_variables("tokenizer_tiny_tiny", config)["params"]
+    images = synth.images(2)
+    target = np.random.default_rng(3).standard_normal((2, 256, 768)).astype(np.float32)
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(10.0), optax.adamw(1e-4, b1=0.9, b2=0.95, weight_decay=1e-4)
+    )
+
+    def loss(params):
+        out = Tokenizer(config).apply({"params": params}, images)
+        terms = {
+            "l2": jnp.mean((out.reconstruction - images) ** 2),
+            "codebook": out.codebook_loss,
+            "commitment": out.commitment_loss,
+            "semantic": losses.semantic(out.semantic_features, target),
+        }
+        weighted = terms | {"semantic": 0.5 * terms["semantic"]}
+        return sum(weighted.values()), terms
+
+    @jax.jit
+    def step(params, state):
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        terms |= {"total": total, "gradient_norm": optax.global_norm(gradients)}
+        updates, state = optimizer.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, terms
+
+    state = optimizer.init(params)
+    for row in expected:
+        params, state, terms = step(params, state)
+        for name, value in row.items():
+            assert terms[name] == pytest.approx(value, rel=1e-3), (name, json.dumps(row))
+
+
+@pytest.mark.parametrize("rule", ["straight_through", "rotation"])
+def test_quantizer_matches_reference(rule):
+    expected = synth.expected("quantizer_losses.npz")
+    z = expected["z"].transpose(0, 2, 3, 1).reshape(2, 64, 8)
+    upstream = expected["upstream"].transpose(0, 2, 3, 1).reshape(2, 64, 8)
+
+    def quantize(z):
+        z, codebook = map(quantizer.normalize, (z, jnp.asarray(expected["codebook"])))
+        codes, entropy = quantizer.search(z, codebook, entropy=True, chunk_elements=512 * 16)
+        q = codebook[codes]
+        mse = jnp.mean((q - z) ** 2)
+        return quantizer.pass_gradient(z, q, rule), codes, entropy, mse
+
+    quantized, backward = jax.vjp(lambda z: quantize(z)[0], z)
+    _, codes, entropy, mse = quantize(z)
+    channels_first = expected[f"{rule}_quantized"].transpose(0, 2, 3, 1).reshape(2, 64, 8)
+    close(quantized, channels_first)
+    gradient = expected[f"{rule}_grad_z"].transpose(0, 2, 3, 1).reshape(2, 64, 8)
+    close(backward(jnp.asarray(upstream))[0], gradient)
+    np.testing.assert_array_equal(codes.reshape(-1), expected[f"{rule}_indices"])
+    assert mse == pytest.approx(expected["codebook_loss"], rel=1e-4)
+    assert 0.25 * mse == pytest.approx(expected["commitment_loss"], rel=1e-4)
+    assert entropy == pytest.approx(expected["entropy_loss"], rel=1e-4)
+
+
+def test_hinge_losses_match_reference():
+    expected = synth.expected("quantizer_losses.npz")
+    real, fake = expected["logits_real"], expected["logits_fake"]
+    discriminator = losses.hinge_discriminator(real, fake)
+    assert discriminator == pytest.approx(expected["hinge_discriminator"], rel=1e-4)
+    assert losses.hinge_generator(fake) == pytest.approx(expected["hinge_generator"], rel=1e-4)
+
+
+def test_lpips_matches_reference():
+    tensors = synth.checkpoint("lpips_vgg16")
+    tensors = {k: np.abs(v) if k.startswith("lin") else v for k, v in tensors.items()}
+    params = convert.lpips_from_torch(tensors)
+    expected = synth.expected("lpips.npz")
+    images, others = synth.images(2), synth.images(2, salt="0b")
+
+    @jax.jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def distance(others):
+        d = lpips.LPIPS().apply({"params": params}, images, others)
+        return d.mean(), d
+
+    (_, value), gradient = distance(others)
+    close(value, expected["distance"])
+    gradient = gradient.transpose(0, 3, 1, 2)[:, :, ::8, ::8]
+    error = np.linalg.norm(gradient - expected["grad_second"])
+    assert error <= 1e-2 * np.linalg.norm(expected["grad_second"])
+
+
+def test_patchgan_matches_reference():
+    variables = convert.patchgan_from_torch(synth.checkpoint("patchgan"))
+    expected = synth.expected("patchgan.npz")
+    model = discriminators.PatchGAN()
+    images = synth.images(2)
+    close(
+        model.apply(variables, images, train=False).transpose(0, 3, 1, 2), expected["eval_logits"]
+    )
+    logits, updated = model.apply(variables, images, train=True, mutable=["batch_stats"])
+    close(logits.transpose(0, 3, 1, 2), expected["train_logits"])
+    for i, name in ((1, "main__3"), (2, "main__6"), (3, "main__9")):
+        stats = updated["batch_stats"][f"norm{i}"]
+        close(stats["mean"], expected[f"{name}__running_mean__after"])
+        close(stats["var"], expected[f"{name}__running_var__after"])
+
+
+def test_dinov2_matches_reference():
+    config = vit.DINOV2["dinov2_vitb14"]
+    params = convert.dinov2_from_torch(synth.checkpoint("dinov2_vitb14"), config)
+    expected = synth.expected("dinov2_vitb14.npz")
+    params["positions"] = vit.resize_positions(params["positions"], 16)
+    close(params["positions"][::16, ::8], expected["position_embedding"])
+    images = vit.preprocess(synth.images(2), config, 16)
+    close(images.transpose(0, 3, 1, 2)[:, :, ::8, ::8], expected["resized"])
+    class_token, tokens, _ = jax.jit(vit.ViT(config).apply)({"params": params}, images)
+    close(tokens[:, ::8, ::8], expected["patch_tokens"])
+    close(class_token[:, ::8], expected["class_token"])
