@@ -1,11 +1,16 @@
-"""Reference checkpoints to our variables and back, one function a kind and direction."""
+"""Reference checkpoints to our variables and back, one function a kind and direction.
 
-from collections.abc import Mapping
+Every conversion keeps the float32 values bit for bit.  A checkpoint of another architecture raises
+ValueError, naming the first tensor that does not fit.
+"""
 
+from collections.abc import Iterable, Mapping
+import fnmatch
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import flax.linen as nn
 
 from gigatok_jax.models import discriminators, lpips, quantizer, vit
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -25,13 +30,20 @@ def tokenizer_shapes(config: TokenizerConfig) -> dict:
     return shapes(Tokenizer(config), (1, config.image_size, config.image_size, 3))["params"]
 
 
-def _refuse_unknown(tensors: Mapping, entries, ignored: tuple[str, ...] = ()) -> None:
+def _refuse_unknown(
+    tensors: Mapping[str, np.ndarray], entries: Iterable[names.Entry], *ignored: str
+) -> None:
+    """Raises for a tensor that is neither an entry's nor matches one of the `ignored` globs."""
     known = {entry.name for entry in entries}
-    unknown = [n for n in tensors if n not in known and not n.endswith(ignored or ("\0",))]
+    unknown = [
+        name
+        for name in tensors
+        if name not in known and not any(fnmatch.fnmatchcase(name, glob) for glob in ignored)
+    ]
     if unknown:
         raise ValueError(
-            f"tensor {unknown[0]!r} has no place in this architecture "
-            f"({len(unknown)} such tensors)"
+            f"tensor {unknown[0]!r} of shape {list(np.shape(tensors[unknown[0]]))} has no place in "
+            f"this architecture (the first of {len(unknown)} such tensors)"
         )
 
 
@@ -42,48 +54,93 @@ def tokenizer_from_torch(tensors: Mapping[str, np.ndarray], config: TokenizerCon
       ValueError: a tensor is missing, superfluous, or of another shape than `config` says.
     """
     entries = names.tokenizer(config)
-    _refuse_unknown(tensors, entries, (USAGE_NAME,))
+    _refuse_unknown(tensors, entries, USAGE_NAME)
     params = names.from_torch(tensors, entries, tokenizer_shapes(config))
-    history = np.asarray(quantizer.empty_history())
-    if USAGE_NAME in tensors:
-        history = np.asarray(tensors[USAGE_NAME]).astype(np.int32)
-    return {"params": params, "history": history}
+    return {"params": params, "history": _history(tensors.get(USAGE_NAME))}
+
+
+def _history(used: np.ndarray | None) -> np.ndarray:
+    """The reference's usage buffer, codes stored as floats, as our history."""
+    if used is None:
+        return np.array(quantizer.empty_history())
+    used = np.asarray(used)
+    history = used.astype(np.int32)
+    if used.shape != (quantizer.HISTORY_LENGTH,) or not np.array_equal(history, used):
+        raise ValueError(
+            f"tensor {USAGE_NAME!r} must hold {quantizer.HISTORY_LENGTH} whole numbers, the codes "
+            f"last assigned; it has shape {list(used.shape)}"
+        )
+    return history
 
 
 def tokenizer_to_torch(variables: Mapping, config: TokenizerConfig) -> dict[str, np.ndarray]:
-    """The inverse of `tokenizer_from_torch`; assignments not yet made are written as code 0."""
+    """The inverse of `tokenizer_from_torch`.
+
+    Without a history in `variables`, or with one that has seen nothing (-1 throughout), the usage
+    buffer is left out, as in a reference model that does not measure usage.
+    """
     tensors = names.to_torch(variables["params"], names.tokenizer(config))
-    tensors[USAGE_NAME] = np.maximum(np.asarray(variables["history"]), 0).astype(np.float32)
+    history = np.asarray(variables.get("history", -1))
+    if np.any(history != -1):
+        tensors[USAGE_NAME] = history.astype(np.float32)
     return tensors
 
 
-def patchgan_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
-    """The PatchGAN discriminator's `{"params": ..., "batch_stats": ...}`."""
-    entries = names.patchgan()
-    _refuse_unknown(tensors, entries, ("num_batches_tracked",))
-    template = shapes(discriminators.PatchGAN(), (1, 256, 256, 3))
-    return names.from_torch(tensors, entries, template)
+def patchgan_from_torch(tensors: Mapping[str, np.ndarray], channels=(64, 128, 256, 512)) -> dict:
+    """The PatchGAN discriminator's `{"params": ..., "batch_stats": ..., "batches": ...}`.
+
+    `batches` holds PyTorch's count of training calls of each norm, scalars, int64.  Nothing here
+    depends on it; it is kept for the way back.
+    """
+    entries = names.patchgan(channels)
+    _refuse_unknown(tensors, entries, "*.num_batches_tracked")
+    template = shapes(discriminators.PatchGAN(tuple(channels)), (1, 256, 256, 3))
+    batches = {
+        norm: np.asarray(tensors.get(name, 0), np.int64)
+        for name, norm in names.patchgan_batches(channels).items()
+    }
+    return names.from_torch(tensors, entries, template) | {"batches": batches}
+
+
+def patchgan_to_torch(variables: Mapping, channels=(64, 128, 256, 512)) -> dict[str, np.ndarray]:
+    """The inverse of `patchgan_from_torch`; counts that `variables` lacks are written as 0."""
+    batches = variables.get("batches", {})
+    counts = {
+        name: np.asarray(batches.get(norm, 0), np.int64)
+        for name, norm in names.patchgan_batches(channels).items()
+    }
+    return names.to_torch(variables, names.patchgan(channels)) | counts
 
 
 def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
-    """A DINOv2 backbone's parameters, with the position table of the file."""
+    """A DINOv2 backbone's parameters, with the position table of the file.
+
+    `mask_token`, which only DINOv2's own pre-training reads, is dropped.
+    """
     entries = names.dinov2(config)
-    _refuse_unknown(tensors, entries, ("mask_token",))
+    _refuse_unknown(tensors, entries, "mask_token")
     side = config.grid * config.patch_size
     return names.from_torch(tensors, entries, shapes(vit.ViT(config), (1, side, side, 3))["params"])
 
 
 def dinov2_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
+    """The inverse of `dinov2_from_torch`, without a `mask_token`."""
     return names.to_torch(params, names.dinov2(config))
 
 
 def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
-    """LPIPS's parameters from a whole module, or torchvision's VGG-16 plus the linear layers."""
+    """LPIPS's parameters from a whole module, or torchvision's VGG-16 plus the linear layers.
+
+    Dropped: VGG-16's classifier, the constants of the input's scaling, and the second copy of the
+    linear layers (`lins`) that the `lpips` package saves.
+    """
     whole = any(name.startswith("net.") for name in tensors)
     entries = names.lpips_whole() if whole else names.vgg16() + names.lpips_linear()
+    _refuse_unknown(tensors, entries, "classifier.*", "scaling_layer.*", "lins.*")
     template = shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
     return names.from_torch(tensors, entries, template)
 
 
 def lpips_to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `lpips_from_torch`, under a whole module's names."""
     return names.to_torch(params, names.lpips_whole())

@@ -7,6 +7,8 @@ converts both ways.
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import math
+import re
 from typing import Any
 
 from einops import rearrange
@@ -30,7 +32,8 @@ class Entry:
     Attributes:
       name: the tensor's name in the PyTorch file.
       paths: "/"-separated paths of parameters; several share the pattern's leading axis `p`.
-      pattern: einops pattern from PyTorch's layout to ours, or None where they are alike.
+      pattern: einops pattern from PyTorch's layout to ours, or None where they are alike; only its
+        left side may have groups.
       sizes: axis lengths that the pattern needs in either direction.
       layer: index along the leading `layers` axis of a stacked parameter, or None.
     """
@@ -53,6 +56,20 @@ class Entry:
         left, right = self.pattern.split(" -> ")
         array = np.stack(arrays) if len(self.paths) > 1 else arrays[0]
         return rearrange(array, f"{right} -> {left}")
+
+    def torch_shape(self, template: Mapping[str, Any]) -> tuple[int, ...]:
+        """The tensor's shape in the file, given our parameters' by path; nothing is allocated."""
+        ours = template[self.paths[0]].shape
+        if self.layer is not None:
+            ours = ours[1:]
+        if len(self.paths) > 1:
+            ours = (len(self.paths), *ours)
+        if self.pattern is None:
+            return ours
+        left, right = self.pattern.split(" -> ")
+        lengths = {"1": 1, **dict(zip(right.split(), ours, strict=True))}
+        axes = re.findall(r"\(.*?\)|\S+", left)
+        return tuple(math.prod(lengths[a] for a in axis.strip("()").split()) for axis in axes)
 
 
 def _pair(name: str, path: str, pattern: str, **kwargs) -> Iterator[Entry]:
@@ -142,7 +159,9 @@ def _token_transformer(config: TokenizerConfig, decoder: bool) -> Iterator[Entry
     yield from _pair(f"{theirs}.{ours}_embed", f"{ours}/embed", LINEAR)
     yield from _norm(f"{theirs}.ln_pre", f"{ours}/norm_in")
 
-    norms = ("norm_self", "norm_cross", "norm_mlp") if one_dimensional else ("norm_self", "norm_mlp")
+    norms = (
+        ("norm_self", "norm_cross", "norm_mlp") if one_dimensional else ("norm_self", "norm_mlp")
+    )
     attentions = {"self_attn": "self_attention"}
     if one_dimensional:
         attentions["multihead_attn"] = "cross_attention"
@@ -194,7 +213,12 @@ def patchgan(channels: tuple[int, ...] = (64, 128, 256, 512)) -> list[Entry]:
         entries.extend(_norm(norm, f"params/norm{i}"))
         entries.append(Entry(f"{norm}.running_mean", (f"batch_stats/norm{i}/mean",)))
         entries.append(Entry(f"{norm}.running_var", (f"batch_stats/norm{i}/var",)))
-    return entries + [*_pair(f"main.{3 * len(channels) - 1}", "params/conv_out", CONV)]
+    return [*entries, *_pair(f"main.{3 * len(channels) - 1}", "params/conv_out", CONV)]
+
+
+def patchgan_batches(channels: tuple[int, ...]) -> dict[str, str]:
+    """PyTorch's counters of the PatchGAN's BatchNorm calls, and our name of each norm."""
+    return {f"main.{3 * i}.num_batches_tracked": f"norm{i}" for i in range(1, len(channels))}
 
 
 def dinov2(config: vit.ViTConfig) -> list[Entry]:
@@ -229,7 +253,11 @@ def dinov2(config: vit.ViTConfig) -> list[Entry]:
 
 def vgg16() -> list[Entry]:
     """Entries of torchvision's VGG-16, convolutions only (`features.N`)."""
-    return [entry for _, index, path in _vgg_layers() for entry in _pair(f"features.{index}", path, CONV)]
+    return [
+        entry
+        for _, index, path in _vgg_layers()
+        for entry in _pair(f"features.{index}", path, CONV)
+    ]
 
 
 def lpips_linear() -> list[Entry]:
@@ -279,6 +307,15 @@ def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
+def torch_shapes(entries: list[Entry], template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name to shape, in PyTorch's layout, of the tensors that a checkpoint of ours has.
+
+    `template` is our parameters as shapes, see `from_torch`.
+    """
+    flat = dict(_flatten(template))
+    return {entry.name: entry.torch_shape(flat) for entry in entries}
+
+
 def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template) -> dict[str, Any]:
     """Builds our parameters from a PyTorch checkpoint's tensors.
 
@@ -288,7 +325,8 @@ def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template
       template: our parameters as shapes (`jax.eval_shape`), nested dictionaries.
 
     Returns:
-      float32 NumPy arrays in the template's structure.
+      float32 NumPy arrays of their own memory (`tensors` may be mapped files), in the template's
+      structure.
 
     Raises:
       ValueError: a tensor is missing or has another shape than the architecture asks for.
@@ -299,27 +337,26 @@ def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template
         if entry.name not in tensors:
             raise ValueError(f"tensor {entry.name!r} is missing from the checkpoint")
         tensor = np.asarray(tensors[entry.name], np.float32)
-        parts = [template[path].shape for path in entry.paths]
-        parts = [shape if entry.layer is None else shape[1:] for shape in parts]
-        expected = entry.to_torch([np.broadcast_to(np.float32(0), shape) for shape in parts]).shape
+        expected = entry.torch_shape(template)
         if tensor.shape != expected:
             raise ValueError(
                 f"tensor {entry.name!r} has shape {list(tensor.shape)}, this architecture "
                 f"needs {list(expected)}"
             )
         for path, array in zip(entry.paths, entry.to_ours(tensor), strict=True):
-            if entry.layer is None:
-                flat[path] = np.ascontiguousarray(array)
-            else:
-                stacked = flat.setdefault(path, np.empty(template[path].shape, np.float32))
-                stacked[entry.layer] = array
+            if path not in flat:
+                flat[path] = np.empty(template[path].shape, np.float32)
+            flat[path][... if entry.layer is None else entry.layer] = array
     missing = template.keys() - flat.keys()
     assert not missing, f"parameters without an entry: {sorted(missing)}"
     return _unflatten(flat)
 
 
 def to_torch(params: Mapping[str, Any], entries: list[Entry]) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: PyTorch's names and layouts, contiguous float32 arrays."""
+    """The inverse of `from_torch`: PyTorch's names and layouts, contiguous float32 arrays.
+
+    Arrays whose layout is the same in both may share memory with `params`.
+    """
     flat = {path: np.asarray(value) for path, value in _flatten(params)}
 
     def part(entry, path):
