@@ -1,0 +1,107 @@
+"""Image files to RGB, and the crops of ADM (guided-diffusion) that training and evaluation use."""
+
+import io
+import os
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+class BadImage(ValueError):
+    """An image that cannot be read; the message says why."""
+
+
+def load(data: bytes | str | os.PathLike) -> Image.Image:
+    """Reads one image file as RGB.
+
+    Opaque 8-bit images of any mode come out as Pillow's `convert("RGB")` gives them, CMYK JPEGs
+    as Adobe writes them included. Transparent pixels lie on white (the reference shows the
+    arbitrary colour stored under them), 16-bit grey keeps its upper 8 bits. The EXIF orientation
+    is ignored, as in the reference.
+
+    Args:
+        data: path of the file, or its content.
+
+    Returns:
+        The image, mode RGB, wholly decoded.
+
+    Raises:
+        BadImage: the file is missing, truncated or no image, or its pixels have no agreed range.
+    """
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+            return _rgb(image)
+    except BadImage:
+        raise
+    except UnidentifiedImageError as error:
+        raise BadImage("no image, or none that Pillow knows") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file.
+        reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
+        raise BadImage(reason or type(error).__name__) from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    image.load()
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise BadImage("grey values beyond 16 bits")
+        image = Image.fromarray((values >> 8).astype(np.uint8))
+    elif image.mode == "F":
+        raise BadImage("floating-point grey values, which have no agreed range")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _shrink(image: Image.Image, short_side: int) -> Image.Image:
+    """Resizes to a short side in pixels: halves by averaging while that is possible, then bicubic.
+
+    Rounding is part of the standard: sides halve downwards, the last step rounds to even.
+    """
+    while min(image.size) >= 2 * short_side:
+        image = image.resize((image.width // 2, image.height // 2), BOX)
+    scale = short_side / min(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)), BICUBIC)
+
+
+def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
+    return Image.fromarray(image) if isinstance(image, np.ndarray) else image
+
+
+def _crop(image: Image.Image, left: int, top: int, size: int) -> np.ndarray:
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+    """The evaluation crop: short side to `size`, the centre of it.
+
+    Args:
+        image: RGB, or uint8 [H, W, 3].
+        size: side S in pixels.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    image = _shrink(_pillow(image), size)
+    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
+
+
+def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+    """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
+
+    Args:
+        image: RGB, or uint8 [H, W, 3].
+        size: side S in pixels.
+        rng: its state decides the crop, and advances.
+
+    Returns:
+        uint8 [S, S, 3].
+    """
+    image = _shrink(_pillow(image), int(rng.integers(size, size * 5 // 4, endpoint=True)))
+    left, top = rng.integers(0, (image.width - size, image.height - size), endpoint=True).tolist()
+    crop = _crop(image, left, top, size)
+    return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop

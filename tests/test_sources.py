@@ -1,0 +1,273 @@
+"""Folders, TFDS and drawings give labelled images by index, and say what is wrong with them."""
+
+import pickle
+import subprocess
+import sys
+
+import image_folders
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow_datasets as tfds
+
+from gigatok_jax.data.images import BadImage
+from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.errors import UserError
+
+COUNTS = {"cat": 5, "ant": 7, "bee": 3}
+
+
+class PhotosInFolder(tfds.core.GeneratorBasedBuilder):
+    """The images of a folder in TFDS, in the folder's order."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    root = None
+    class_names = ()
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(None, None, 3)),
+            "label": tfds.features.ClassLabel(names=self.class_names),
+            "file_name": tfds.features.Text(),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(), "validation": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i, path in enumerate(sorted(self.root.glob("*/*.png"))):
+            key = f"{path.parent.name}/{path.name}"
+            yield i, {"image": path.read_bytes(), "label": path.parent.name, "file_name": key}
+
+
+def prepare(root, data_dir, file_format="array_record"):
+    PhotosInFolder.root = root
+    PhotosInFolder.class_names = sorted(path.name for path in root.iterdir())
+    builder = PhotosInFolder(data_dir=data_dir, file_format=file_format)
+    builder.download_and_prepare()
+
+
+def _folder(path, **fields) -> DataConfig:
+    return DataConfig(source="folder", path=str(path), **({"holdout": 0} | fields))
+
+
+def _open(config, train=True):
+    return open_source(config, train=train, image_size=32)
+
+
+def _keys(source) -> list[str]:
+    return [source[i]["key"] for i in range(len(source))]
+
+
+def test_folders_are_read_in_sorted_order_with_sorted_classes(tmp_path):
+    keys = image_folders.make(tmp_path, COUNTS)
+    source = _open(_folder(tmp_path))
+    assert source.class_names == ("ant", "bee", "cat")
+    assert _keys(source) == keys
+    assert [source[i]["label"] for i in range(15)] == [0] * 7 + [1] * 3 + [2] * 5
+    np.testing.assert_array_equal(source[8]["image"], Image.open(tmp_path / keys[8]))
+    assert source[8]["image"].mode == "RGB"
+    with pytest.raises(IndexError):
+        source[15]
+
+
+def test_sources_survive_pickling(tmp_path):
+    image_folders.make(tmp_path / "photos", COUNTS)
+    prepare(tmp_path / "photos", tmp_path / "tfds")
+    drawings = DataConfig(source="embedded", length=9, eval_length=9)
+    records = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder", length=9)
+    for config in (_folder(tmp_path / "photos", length=9), records, drawings):
+        source = _open(config)
+        copy = pickle.loads(pickle.dumps(source))
+        assert len(copy) == 9 and copy.class_names == source.class_names
+        np.testing.assert_array_equal(copy[7]["image"], source[7]["image"])
+
+
+def test_files_that_are_no_images_by_name_do_not_count(tmp_path):
+    keys = image_folders.make(tmp_path, COUNTS)
+    (tmp_path / "bee" / "notes.txt").write_text("words")
+    (tmp_path / "bee" / "._bee_000.png").write_bytes(b"resource fork")
+    (tmp_path / ".cache").mkdir()
+    (tmp_path / "empty").mkdir()
+    source = _open(_folder(tmp_path))
+    assert _keys(source) == keys and source.class_names == ("ant", "bee", "cat")
+
+
+def test_images_in_deeper_folders_and_odd_names_count(tmp_path):
+    names = ["a/x/2.PNG", "a/x/y/1.JPEG", "a/ü ß.png", "b/1.jpg"]
+    for seed, name in enumerate(names):
+        image_folders.save(tmp_path / name, seed)
+    source = _open(_folder(tmp_path))
+    assert _keys(source) == names and source.class_names == ("a", "b")
+
+
+def test_a_broken_image_raises_with_its_name_and_spares_the_others(tmp_path):
+    keys = image_folders.make(tmp_path, COUNTS)
+    image_folders.spoil(tmp_path / keys[4])
+    (tmp_path / keys[9]).write_text("words")
+    source = _open(_folder(tmp_path))
+    for i in (4, 9):
+        with pytest.raises(BadImage, match=keys[i]):
+            source[i]
+    assert source[5]["key"] == keys[5]
+
+
+def test_a_flat_folder_is_one_class(tmp_path):
+    for seed, name in enumerate(("2.png", "1.png")):
+        image_folders.save(tmp_path / "photos" / name, seed)
+    source = _open(_folder(tmp_path / "photos"))
+    assert source.class_names == ("photos",) and _keys(source) == ["1.png", "2.png"]
+
+
+def test_held_out_images_are_every_nth_and_never_trained_on(tmp_path):
+    keys = image_folders.make(tmp_path, COUNTS)
+    config = _folder(tmp_path, holdout=4)
+    train, held = _open(config), _open(config, train=False)
+    assert _keys(held) == keys[::4]
+    assert sorted(_keys(train) + _keys(held)) == keys
+    labels = {key: "abc".index(key[0]) for key in keys}
+    for source in (train, held):
+        assert source.class_names == ("ant", "bee", "cat")
+        assert all(source[i]["label"] == labels[source[i]["key"]] for i in range(len(source)))
+
+
+@pytest.mark.parametrize("validation", ["val", "validation"])
+def test_train_and_val_folders_are_the_splits_and_share_labels(tmp_path, validation):
+    keys = image_folders.make(tmp_path / "train", COUNTS)
+    image_folders.make(tmp_path / validation, {"cat": 2, "bee": 1})
+    config = _folder(tmp_path, holdout=20)
+    train, held = _open(config), _open(config, train=False)
+    assert _keys(train) == [f"train/{key}" for key in keys]
+    assert held.class_names == train.class_names
+    assert [held[i]["label"] for i in range(3)] == [1, 2, 2]
+    image_folders.make(tmp_path / validation, {"dog": 1})
+    with pytest.raises(UserError, match=rf"{validation}/dog.*no such class"):
+        _open(config, train=False)
+
+
+def test_length_takes_the_first_examples_of_each_split(tmp_path):
+    keys = image_folders.make(tmp_path, COUNTS)
+    config = _folder(tmp_path, holdout=5, length=6, eval_length=2)
+    assert _keys(_open(config)) == [key for i, key in enumerate(keys) if i % 5][:6]
+    assert _keys(_open(config, train=False)) == keys[:10:5]
+    with pytest.raises(UserError, match=r"data\.length is 16.*15 examples"):
+        _open(_folder(tmp_path, length=16))
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda root: root.rename(root.with_name("away")), "no such folder"),
+        (lambda root: [path.unlink() for path in root.glob("*/*")], "no images"),
+        (lambda root: image_folders.make(root / "train", COUNTS), "neither val/ nor validation/"),
+    ],
+)
+def test_folders_that_cannot_serve_are_named(tmp_path, spoil, message):
+    root = tmp_path / "photos"
+    image_folders.make(root, COUNTS)
+    spoil(root)
+    with pytest.raises(UserError, match=message) as caught:
+        _open(_folder(root))
+    assert str(root) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_train_may_be_the_name_of_a_class(tmp_path):
+    image_folders.make(tmp_path, {"car": 2, "train": 2})
+    assert _open(_folder(tmp_path)).class_names == ("car", "train")
+
+
+def test_a_file_is_no_folder(tmp_path):
+    (tmp_path / "list.txt").write_text("words")
+    with pytest.raises(UserError, match=r"list\.txt: not a folder"):
+        _open(_folder(tmp_path / "list.txt"))
+
+
+def test_array_records_give_what_their_folder_gives(tmp_path):
+    keys = image_folders.make(tmp_path / "photos", COUNTS)
+    prepare(tmp_path / "photos", tmp_path / "tfds")
+    folder = _open(_folder(tmp_path / "photos"))
+    config = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder")
+    for train in (True, False):
+        records = _open(config, train)
+        assert len(records) == len(folder) and records.class_names == folder.class_names
+        for i, key in enumerate(keys):
+            assert records[i]["key"] == folder[i]["key"] == key
+            assert records[i]["label"] == folder[i]["label"]
+            np.testing.assert_array_equal(records[i]["image"], folder[i]["image"])
+    sliced = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder", split="train[5:8]")
+    assert _keys(_open(sliced)) == keys[5:8]
+
+
+def test_array_records_are_read_without_tensorflow_or_jax(tmp_path):
+    image_folders.make(tmp_path / "photos", COUNTS)
+    prepare(tmp_path / "photos", tmp_path / "tfds")
+    program = f"""if True:
+        import sys
+        from gigatok_jax.data.sources import TfdsSource
+        source = TfdsSource({str(tmp_path / "tfds" / "photos_in_folder" / "1.0.0")!r}, "train")
+        assert len(source) == 15 and source[3]["image"].size == (40, 34)
+        print(sorted({{"tensorflow", "jax", "torch"}} & set(sys.modules)))
+    """
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.stdout.strip() == "[]", run.stderr
+
+
+def test_data_sets_that_are_not_ready_are_named(tmp_path):
+    def fails(match, **fields):
+        with pytest.raises(UserError, match=match) as caught:
+            _open(DataConfig(path=str(tmp_path / "tfds"), **fields))
+        assert "\n" not in str(caught.value)
+
+    fails("'no_such_set', unknown to TFDS", name="no_such_set")
+    fails(r"imagenet2012 is not prepared.*README", name="imagenet2012")
+    fails(r"not prepared.*tfds\.builder\(.photos_in_folder.*download", name="photos_in_folder")
+    image_folders.make(tmp_path / "photos", COUNTS)
+    prepare(tmp_path / "photos", tmp_path / "tfds")
+    fails("no split 'test', expected train, validation", name="photos_in_folder", split="test")
+    for path in (tmp_path / "tfds").rglob("*.json"):
+        path.write_text(path.read_text().replace("array_record", "tfrecord"))
+    fails(r"prepared as tfrecord, expected array_record", name="photos_in_folder")
+
+
+def test_drawings_are_as_many_as_asked_and_split():
+    config = DataConfig(source="embedded", length=30, eval_length=20)
+    train, held = _open(config), _open(config, train=False)
+    assert (len(train), len(held)) == (30, 20) and len(train.class_names) == 10
+    assert train[0]["image"].shape == (40, 40, 3), "crops of training enlarge up to 5/4"
+    assert held[0]["image"].shape == (32, 32, 3)
+    assert not set(_keys(train)) & set(_keys(held))
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("source", "folders"),
+        ("holdout", 1),
+        ("holdout", -2),
+        ("length", -1),
+        ("eval_length", "all"),
+        ("workers", -1),
+        ("workers", 1.5),
+        ("prefetch", 0),
+        ("max_bad_share", 1.5),
+        ("name", ""),
+        ("split", ""),
+        ("path", None),
+    ],
+)
+def test_impossible_fields_are_named(field, value):
+    with pytest.raises(ValueError, match=f"^{field} is "):
+        DataConfig(**{field: value})
+
+
+def test_fields_that_a_source_needs_are_asked_for():
+    with pytest.raises(ValueError, match=r"^path is empty, but source is 'folder'"):
+        DataConfig(source="folder")
+    with pytest.raises(ValueError, match=r"^length is 0, expected at least 1"):
+        DataConfig(source="embedded", eval_length=10)
