@@ -1,7 +1,15 @@
 """Training losses of the tokenizer, each a pure function (SPEC 2)."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    """Vectors along the last axis scaled to length 1."""
+    squared = jnp.sum(x * x, axis=-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
 
 def hinge_discriminator(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
@@ -18,9 +26,26 @@ def semantic(features: jax.Array, target: jax.Array) -> jax.Array:
 
     The paper's formula has the sign the other way; it is minimised.
     """
+    return -jnp.sum(_unit(features) * _unit(target), axis=-1).mean()
 
-    def unit(x):
-        squared = jnp.sum(x * x, axis=-1, keepdims=True)
-        return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
 
-    return -jnp.sum(unit(features) * unit(target), axis=-1).mean()
+def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
+    """Perceptual distance of two batches of images from a frozen network's features.
+
+    As in LPIPS, without its learned weights: every token is normalised to unit length, squared
+    differences are summed over its channels, and the mean is taken over tokens and layers. Lies in
+    [0, 4], is computed in float32, and is differentiable where the images are equal.
+
+    Args:
+      first, second: a layer's features `[B, T, C]` each, such as the taps of `models.vit.ViT`;
+        T and C may differ between layers.
+
+    Returns:
+      `[B]`.
+    """
+
+    def layer(x, y):
+        x, y = (_unit(a.astype(jnp.float32)) for a in (x, y))
+        return jnp.square(x - y).sum(axis=-1).mean(axis=-1)
+
+    return jnp.stack([layer(x, y) for x, y in zip(first, second, strict=True)]).mean(axis=0)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.models import layers
+from gigatok_jax.models.convolution import conv_general_dilated
 
 
 def group_count(channels: int) -> int:
@@ -38,6 +39,7 @@ def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, 
         strides=(stride, stride),
         padding=padding,
         dtype=dtype,
+        conv_general_dilated=conv_general_dilated,
         kernel_init=layers.partitioned(layers.default_init, None, None, "conv_in", "conv_out"),
         bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
         name=name,

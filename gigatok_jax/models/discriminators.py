@@ -6,6 +6,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from gigatok_jax.models import layers
+from gigatok_jax.models.convolution import conv_general_dilated
 
 
 class BatchNorm(nn.Module):
@@ -63,6 +64,7 @@ class PatchGAN(nn.Module):
                 padding=((1, 1), (1, 1)),
                 use_bias=bias,
                 dtype=self.dtype,
+                conv_general_dilated=conv_general_dilated,
                 kernel_init=layers.partitioned(
                     nn.initializers.normal(0.02), None, None, "conv_in", "conv_out"
                 ),

@@ -20,6 +20,7 @@ REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
+REMAT = ("none", *REMAT_POLICIES)
 
 
 def partitioned(init, *axes: str | None):

@@ -1,0 +1,93 @@
+"""Bundles: a directory with weights, `config.json` and what made them, all that using one needs."""
+
+from collections.abc import Mapping
+import dataclasses
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import orbax.checkpoint as ocp
+
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import replacing, write_json
+
+FORMAT = 1
+
+
+class Bundle(NamedTuple):
+    """A bundle's content.
+
+    Attributes:
+      config: the architecture, as a mapping.
+      weights: nested dictionaries of arrays.
+      made_by: what made it.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Any]
+    made_by: dict[str, Any]
+
+
+def save(
+    directory: pathlib.Path, kind: str, config: Any, weights: Any, made_by: Mapping[str, Any]
+) -> None:
+    """Writes a bundle, replacing one that is there only when it is complete.
+
+    Args:
+      directory: where.
+      kind: "tokenizer", "dinov2", "lpips", ...
+      config: the architecture, a dataclass, or None where there is only one.
+      weights: pytree of arrays.
+      made_by: what made it, as JSON can hold it.
+    """
+    config = dataclasses.asdict(config) if config is not None else {}
+    with replacing(directory) as aside:
+        aside = aside.absolute()
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(aside / "weights", weights)
+        record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
+        write_json(aside / "config.json", record)
+
+
+def load(directory: str | pathlib.Path, kind: str) -> Bundle:
+    """Reads a bundle, its arrays whole on the default device.
+
+    Raises:
+      UserError: there is no bundle, or one of another kind.
+    """
+    directory = pathlib.Path(directory)
+    record = read_config(directory)
+    if record["kind"] != kind:
+        raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
+    path = (directory / "weights").absolute()
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            stored = checkpointer.metadata(path).item_metadata.tree
+            abstract = jax.tree.map(
+                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+                stored,
+            )
+            weights = checkpointer.restore(path, abstract)
+    except (FileNotFoundError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: unreadable weights ({str(error).splitlines()[0]})") from error
+    return Bundle(record["config"], weights, record["made_by"])
+
+
+def read_config(directory: pathlib.Path) -> dict[str, Any]:
+    """A bundle's `config.json`: "format", "kind", "config", "made_by".
+
+    Raises:
+      UserError: `directory` is not a bundle.
+    """
+    path = directory / "config.json"
+    try:
+        record = json.loads(path.read_text())
+    except OSError:
+        raise UserError(f"{directory}: not a bundle, it has no config.json") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise UserError(f"{path}: not a bundle's description (format {FORMAT})")
+    return record

@@ -1,0 +1,65 @@
+"""The `gigatok` command: finds the verb, and turns what users get wrong into one line."""
+
+import importlib
+import os
+import sys
+
+from gigatok_jax.errors import UserError
+
+# Verb to what it does; each is a module of `gigatok_jax.commands` with FLAGS and run().
+VERBS = {
+    "train": "train, or go on training: tokenizer",
+    "reconstruct": "pass images through a tokenizer and compare",
+    "convert": "turn a reference checkpoint into a bundle, or back",
+    "weights": "fetch published weights",
+    "demo": "the main job on drawings that the program makes itself",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs `gigatok VERB ...`; returns the exit code."""
+    arguments = sys.argv[1:] if argv is None else argv
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_help())
+        return 0
+    verb = arguments[0]
+    try:
+        if verb not in VERBS:
+            raise UserError(f"{verb!r}: no such verb; known: {', '.join(VERBS)}")
+        return _run(verb, arguments[1:])
+    except UserError as error:
+        print(f"gigatok: error: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def _run(verb: str, arguments: list[str]) -> int:
+    # Compilations are kept between runs; a run that resumes starts in seconds.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
+    from absl import flags, logging
+
+    command = importlib.import_module(f"gigatok_jax.commands.{verb}")
+    if any(argument in ("-h", "--help") for argument in arguments):
+        print(command.__doc__)
+        print(command.FLAGS.get_help())
+        return 0
+    try:
+        positional = command.FLAGS([verb, *arguments])[1:]
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+        message = str(error).strip().splitlines() or [type(error).__name__]
+        raise UserError(message[0]) from error
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold("info")
+    command.run(positional)
+    return 0
+
+
+def _compilation_cache() -> str:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return os.path.join(base, "gigatok_jax", "compilations")
+
+
+def _help() -> str:
+    lines = ["usage: gigatok VERB [--help] ...", ""]
+    lines += [f"  {verb:<12} {text}" for verb, text in VERBS.items()]
+    return "\n".join(lines)

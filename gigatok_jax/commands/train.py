@@ -1,0 +1,80 @@
+"""gigatok train --config=configs/tokenizer.py:b_l --workdir=DIR [--config.FIELD=VALUE ...]
+
+Trains from scratch, or goes on from DIR's newest checkpoint. DIR gets checkpoints/,
+metrics.jsonl, tensorboard/, pictures/, config.json and, at the end, bundle/.
+"""
+
+import dataclasses
+import json
+import pathlib
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from gigatok_jax.config import from_mapping
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import write_json
+from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training.tokenizer_run import TokenizerRun
+
+FLAGS = flags.FlagValues()
+config_flags.DEFINE_config_file("config", None, "what to train", flag_values=FLAGS)
+flags.DEFINE_string("workdir", None, "where the run lives", flag_values=FLAGS)
+flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
+
+TASKS = {"tokenizer": TokenizerRun}
+
+
+def run(positional: list[str]) -> None:
+    if positional:
+        raise UserError(f"{positional[0]!r}: unexpected argument")
+    train(FLAGS.config.to_dict(), pathlib.Path(FLAGS.workdir))
+
+
+def train(mapping: dict, workdir: pathlib.Path) -> None:
+    """Runs what `mapping`, a whole configuration, describes.
+
+    Raises:
+      UserError: the configuration, the data, or what is in `workdir` cannot work.
+      RunStopped: see `training.loop.run`.
+    """
+    task = mapping.get("task")
+    if task not in TASKS:
+        raise UserError(f"config.task: expected one of {', '.join(TASKS)}, got {task!r}")
+    config = from_mapping(TASKS[task], mapping)
+    if config.steps == 0:
+        logging.info("%g epochs are %d steps", config.epochs, config.total_steps)
+    try:
+        mesh = partitioning.make_mesh(config.mesh)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    if config.batch_size % partitioning.batch_shards(mesh):
+        raise UserError(
+            f"config.batch_size: expected a multiple of {partitioning.batch_shards(mesh)}, the "
+            f"devices that share a batch, got {config.batch_size}"
+        )
+    job = config.job(workdir)
+    _settle(workdir, config)
+    loop.run(job, config.loop, mesh, workdir, config.seed)
+
+
+def _settle(workdir: pathlib.Path, config) -> None:
+    """Writes `config.json`; refuses a workdir that another architecture's run lives in."""
+    path = workdir / "config.json"
+    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    if path.exists() and (workdir / "checkpoints").exists():
+        old = json.loads(path.read_text())
+        changed = list(_differences(old, new, "config"))
+        for name, before, now in changed:
+            if name.startswith(("config.model", "config.task")):
+                raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
+            logging.warning("%s: %r, was %r when this run started", name, now, before)
+    write_json(path, new)
+
+
+def _differences(old, new, path):
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{path}.{key}")
+    elif old != new:
+        yield path, old, new

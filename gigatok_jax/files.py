@@ -1,0 +1,39 @@
+"""Files that are complete or not there: written aside, then renamed."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yields a path beside `path` to write a file or directory to, then renames it to `path`.
+
+    What is written is removed if the block raises; what stood at `path` stays until the end.
+    """
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield aside
+        if path.is_dir():
+            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            path.rename(old)
+            aside.rename(path)
+            shutil.rmtree(old)
+        else:
+            aside.replace(path)
+    finally:
+        if aside.is_dir():
+            shutil.rmtree(aside)
+        else:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")

@@ -1,0 +1,29 @@
+"""Arrays to pictures that people look at."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Float images in [-1, 1] as the reference stores them: clip(127.5 x + 128), truncated."""
+    return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+
+
+def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:
+    """One picture of several rows of images.
+
+    Args:
+      rows: uint8 arrays `[n, H, W, 3]`, all of one shape.
+      gap: white pixels between images.
+
+    Returns:
+      uint8 `[h, w, 3]`.
+    """
+    rows = np.stack(rows)  # [R, n, H, W, 3]
+    padded = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    r, n, height, width, _ = padded.shape
+    picture = padded.transpose(0, 2, 1, 3, 4).reshape(r * height, n * width, 3)
+    return np.pad(picture, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)

@@ -1,0 +1,55 @@
+"""Names of models and what they stand for: the paper's sizes and recipes (Tables 8 and 9)."""
+
+import dataclasses
+
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+
+SIZES = {
+    "tiny": TransformerSize(depth=4, heads=4, width=256),  # not in the paper
+    "s": TransformerSize(depth=6, heads=8, width=512),
+    "b": TransformerSize(depth=12, heads=12, width=768),
+    "l": TransformerSize(depth=24, heads=16, width=1024),
+    "xl": TransformerSize(depth=36, heads=20, width=1280),
+    "xxl": TransformerSize(depth=48, heads=24, width=1536),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRecipe:
+    """A row of Table 9: transformer sizes, layout, and length of training."""
+
+    encoder: str
+    decoder: str
+    epochs: int
+    batch_size: int
+    layout: str = "1d"
+
+    @property
+    def model(self) -> TokenizerConfig:
+        return TokenizerConfig(SIZES[self.encoder], SIZES[self.decoder], layout=self.layout)
+
+
+TOKENIZERS = {
+    "tiny_tiny": TokenizerRecipe("tiny", "tiny", epochs=100, batch_size=128),
+    "s_s": TokenizerRecipe("s", "s", epochs=100, batch_size=128),
+    "s_b": TokenizerRecipe("s", "b", epochs=200, batch_size=128),
+    "s_l": TokenizerRecipe("s", "l", epochs=200, batch_size=256),
+    "b_s": TokenizerRecipe("b", "s", epochs=200, batch_size=256),
+    "b_l": TokenizerRecipe("b", "l", epochs=200, batch_size=256),
+    "xl_xxl": TokenizerRecipe("xl", "xxl", epochs=300, batch_size=256),
+    "s_s_2d": TokenizerRecipe("s", "s", epochs=100, batch_size=128, layout="2d"),
+    "s_b_2d": TokenizerRecipe("s", "b", epochs=200, batch_size=128, layout="2d"),
+    "b_l_2d": TokenizerRecipe("b", "l", epochs=200, batch_size=256, layout="2d"),
+}
+
+
+def tokenizer_recipe(name: str) -> TokenizerRecipe:
+    """The recipe called `name`, such as "b_l".
+
+    Raises:
+      UserError: there is none.
+    """
+    if name not in TOKENIZERS:
+        raise UserError(f"{name!r}: no such tokenizer; known: {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[name]

@@ -1,0 +1,78 @@
+"""Asynchronous checkpoints of a run: its state, its place in the data, its unlogged metrics."""
+
+import pathlib
+from typing import Any, NamedTuple
+
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers as policies
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` gives back."""
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """Checkpoints under a directory, one a step, each complete or not there.
+
+    Args:
+      directory: created if missing.
+      keep_last: number of newest checkpoints kept.
+      keep_every: checkpoints of multiples of this many steps are kept for good; 0: none.
+    """
+
+    def __init__(self, directory: pathlib.Path, *, keep_last: int, keep_every: int = 0):
+        keep = [policies.LatestN(keep_last)]
+        if keep_every:
+            keep.append(policies.EveryNSteps(keep_every))
+        self._manager = ocp.CheckpointManager(
+            directory.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=policies.AnyPreservationPolicy(keep),
+                cleanup_tmp_directories=True,
+            ),
+            item_names=("state", "progress"),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """Step of the newest complete checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Copies `state` to the host and returns; files are written in the background.
+
+        Args:
+          step: updates made so far.
+          state: pytree of arrays.
+          progress: what JSON can hold.
+        """
+        if step == self.latest:
+            return
+        items = ocp.args.Composite(
+            state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
+        )
+        self._manager.save(step, args=items, force=True)
+
+    def restore(self, abstract_state: Any) -> Restored | None:
+        """The newest checkpoint, or None where there is none.
+
+        Args:
+          abstract_state: shapes, types and shardings to restore to.
+        """
+        step = self.latest
+        if step is None:
+            return None
+        items = ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
+        )
+        restored = self._manager.restore(step, args=items)
+        return Restored(step, restored.state, restored.progress)
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        self._manager.wait_until_finished()
+        self._manager.close()

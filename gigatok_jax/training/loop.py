@@ -1,0 +1,287 @@
+"""The training loop of every task: state, data, steps, metrics, checkpoints, in that order."""
+
+import collections
+from collections.abc import Callable, Hashable, Mapping
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import signal
+import sys
+import time
+from typing import Any, Protocol
+
+from absl import logging
+import flax.linen as nn
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gigatok_jax.data.pipeline import Batches, prefetch_to_device
+from gigatok_jax.errors import RunStopped
+from gigatok_jax.training import partitioning
+from gigatok_jax.training.checkpoints import Checkpoints
+from gigatok_jax.training.telemetry import Telemetry
+
+STEPS_IN_FLIGHT = 2  # enough to keep a device busy while the host prepares the next step
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopConfig:
+    """How often things happen, in steps; 0 means never.
+
+    Attributes:
+      log_every: metrics, averaged since the last time.
+      evaluate_every: held-out metrics and pictures; they also come at the end.
+      checkpoint_every: asynchronous checkpoints; one also comes at the end.
+      keep_last: newest checkpoints that are kept.
+      keep_every: checkpoints of its multiples are kept for good.
+    """
+
+    log_every: int = 50
+    evaluate_every: int = 5_000
+    checkpoint_every: int = 5_000
+    keep_last: int = 2
+    keep_every: int = 0
+
+    def __post_init__(self):
+        for name in ("log_every", "keep_last"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("evaluate_every", "checkpoint_every", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+
+
+class Training(Protocol):
+    """The pure functions of a task; see `training.tokenizer.TokenizerTraining`."""
+
+    steps: int
+
+    def init(self, key: jax.Array) -> Any: ...
+
+    def phase(self, step: int) -> Hashable: ...
+
+    def step(self, state, batch, frozen, phase) -> tuple[Any, dict[str, jax.Array]]: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A task with all that the loop needs to run it.
+
+    Attributes:
+      training: the pure functions.
+      frozen: arrays that each step gets beside the state.
+      batches: this process's batches, an iterator with `get_state` and `set_state`.
+      evaluate: state and frozen arrays to held-out metrics and pictures.
+      advise: one log row to a warning, or None.
+      finish: called with the last state of a complete or cleanly stopped run.
+    """
+
+    training: Training
+    frozen: Any
+    batches: Batches
+    evaluate: Callable[[Any, Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
+    advise: Callable[[Mapping[str, float]], str | None]
+    finish: Callable[[Any], None]
+
+
+def abstract_state(training: Training, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes, types and shardings of a task's state; nothing is allocated."""
+    boxed = jax.eval_shape(training.init, jax.random.key(0))
+    shardings = partitioning.state_shardings(boxed, mesh)
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        nn.meta.unbox(boxed),
+        shardings,
+    )
+
+
+def fresh_state(training: Training, abstract: Any, seed: int) -> Any:
+    """A new state, created sharded: no device ever holds all of it."""
+
+    def init(key):
+        return nn.meta.unbox(training.init(key))
+
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    # It runs once: on CPU, optimizing its hundreds of random generators would take a minute.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+
+
+def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.Path, seed: int):
+    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
+
+    Raises:
+      RunStopped: a loss became non-finite (nothing is saved), or the process was asked to stop
+        (everything is saved).
+    """
+    with contextlib.ExitStack() as stack:
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
+        )
+        stack.callback(checkpoints.close)
+        stack.callback(job.batches.close)
+        abstract = abstract_state(job.training, mesh)
+        restored = checkpoints.restore(abstract)
+        if restored is None:
+            start, state, unlogged = 0, fresh_state(job.training, abstract, seed), []
+        else:
+            start, state, progress = restored
+            job.batches.set_state(progress["batches"])
+            unlogged = progress["unlogged"]
+            logging.info("going on from step %d in %s", start, workdir)
+        telemetry = Telemetry(workdir, start) if jax.process_index() == 0 else None
+        if telemetry:
+            stack.callback(telemetry.close)
+        stop = stack.enter_context(_stop_signals())
+        _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged)
+
+
+def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
+    steps = job.training.steps
+    step_function = jax.jit(
+        functools.partial(job.training.step), donate_argnums=0, static_argnames="phase"
+    )
+    put = functools.partial(jax.make_array_from_process_local_data, partitioning.batch_sharding(mesh))
+    batches = prefetch_to_device(job.batches, functools.partial(jax.tree.map, put))
+    meter = _Meter(unlogged)
+    bar = tqdm(
+        initial=start, total=steps, unit="step", disable=None if telemetry else True, mininterval=1
+    )
+
+    def save(step):
+        meter.check(step, checkpoints.latest)
+        checkpoints.save(step, state, {"batches": batches.get_state(), "unlogged": meter.rows})
+
+    def log(step):
+        row = meter.row(step, checkpoints.latest)
+        advice = job.advise({"step": step} | row)
+        if advice:
+            logging.warning("step %d: %s", step, advice)
+        if telemetry:
+            telemetry.scalars(step, row)
+            bar.set_postfix_str(f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}")
+            if bar.disable:
+                logging.info("%s", _describe(step, steps, row))
+
+    def evaluate(step):
+        metrics, pictures = job.evaluate(state, job.frozen)
+        if telemetry:
+            telemetry.scalars(step, metrics)
+            telemetry.pictures(step, pictures)
+            logging.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+        meter.restart_clock()
+
+    def due(every, step):
+        return every and step % every == 0 or step == steps
+
+    with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
+        for step in range(start + 1, steps + 1):
+            batch = meter.wait(batches)
+            state, metrics = step_function(state, batch, job.frozen, phase=job.training.phase(step - 1))
+            meter.add(metrics, len(batch["label"]))
+            bar.update()
+            if due(config.log_every, step):
+                log(step)
+            if due(config.evaluate_every, step):
+                meter.check(step, checkpoints.latest)
+                evaluate(step)
+            if due(config.checkpoint_every, step):
+                save(step)
+            if stop and step < steps:
+                save(step)
+                job.finish(state)
+                raise RunStopped(
+                    f"stopped by {stop[0]} after step {step} of {steps}; all is saved, and the "
+                    "same command goes on from there"
+                )
+        job.finish(state)
+
+
+class _Meter:
+    """Collects metrics on the device and brings them over together, so that steps overlap.
+
+    Attributes:
+      rows: one dictionary of floats for each step since the last log.
+    """
+
+    def __init__(self, rows: list[dict[str, float]]):
+        self.rows = list(rows)
+        self._pending = collections.deque()
+        self._first_pending = None
+        self.restart_clock()
+
+    def restart_clock(self):
+        self._since, self._waited, self._images = time.monotonic(), 0.0, 0
+
+    def wait(self, batches):
+        start = time.monotonic()
+        batch = next(batches)
+        self._waited += time.monotonic() - start
+        return batch
+
+    def add(self, metrics: Mapping[str, jax.Array], images: int):
+        self._pending.append(metrics)
+        self._images += images
+        if len(self._pending) > STEPS_IN_FLIGHT:
+            jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT])
+
+    def check(self, step: int, checkpoint: int | None) -> None:
+        """Fetches what is pending; raises RunStopped where a value is not finite."""
+        fetched = jax.device_get(list(self._pending))
+        first = step - len(fetched) + 1
+        self._pending.clear()
+        for at, metrics in enumerate(fetched, start=first):
+            row = {name: float(value) for name, value in metrics.items()}
+            bad = [name for name, value in row.items() if not np.isfinite(value)]
+            if bad:
+                last = f"step {checkpoint}" if checkpoint is not None else "none yet"
+                raise RunStopped(
+                    f"{', '.join(bad)} became {row[bad[0]]} at step {at}; last good checkpoint: "
+                    f"{last}. Try a lower optimizer.rate or a longer warm-up"
+                )
+            self.rows.append(row)
+
+    def row(self, step: int, checkpoint: int | None) -> dict[str, float]:
+        """Means since the last call, with rates; a metric that some steps lack is over the rest."""
+        self.check(step, checkpoint)
+        values = collections.defaultdict(list)
+        for row in self.rows:
+            for name, value in row.items():
+                values[name].append(value)
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        result = {name: float(np.mean(v)) for name, v in values.items()}
+        result |= {
+            "images_per_second": self._images / elapsed,
+            "input_wait": self._waited / elapsed,
+        }
+        self.rows = []
+        self.restart_clock()
+        return result
+
+
+def _describe(step: int, steps: int, row: Mapping[str, float]) -> str:
+    losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
+    return f"step {step}/{steps}: {losses}"
+
+
+@contextlib.contextmanager
+def _stop_signals():
+    """A list that gets the name of the first SIGTERM or SIGINT; a second one acts at once."""
+    received: list[str] = []
+    previous = {}
+
+    def handle(number, frame):
+        received.append(signal.Signals(number).name)
+        print(f"\n{received[0]}: finishing the step, then saving", file=sys.stderr)
+        for other, handler in previous.items():
+            signal.signal(other, handler)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        previous[number] = signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,90 @@
+"""AdamW, gradient clipping, learning-rate schedules and weight averaging (SPEC 2 and 3)."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+SCHEDULES = ("cosine", "warmup_stable_decay", "constant")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; the defaults are the tokenizer's.
+
+    Attributes:
+      rate: base learning rate.
+      final_rate: where the cosine ends.
+      schedule: "cosine" over all steps, "warmup_stable_decay" (constant, then to 0), "constant".
+      warmup_steps: linear from 1 % of the base rate.
+      decay_share: share of all steps over which "warmup_stable_decay" decays.
+      b1, b2: Adam's momenta.
+      weight_decay: decoupled, times the rate.
+      clip: largest global norm of the gradient.
+    """
+
+    rate: float = 1e-4
+    final_rate: float = 1e-5
+    schedule: str = "cosine"
+    warmup_steps: int = 0
+    decay_share: float = 0.2
+    b1: float = 0.9
+    b2: float = 0.95
+    weight_decay: float = 1e-4
+    clip: float = 10.0
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        for name in ("rate", "clip"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        for name in ("final_rate", "warmup_steps", "weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        for name in ("b1", "b2", "decay_share"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Learning rate of step 0, 1, ... of `steps` (`parity/schedules.npz`).
+
+    The reference sets the rate after each step, so that its very first runs at the full base
+    rate; here the schedule holds from the first step on.
+    """
+    warmup = config.warmup_steps
+
+    def rate(step):
+        step = jnp.asarray(step, jnp.float32)
+        if config.schedule == "cosine":
+            progress = (step - warmup) / max(steps - warmup, 1)
+            cosine = 0.5 * (1 + jnp.cos(math.pi * jnp.clip(progress, 0, 1)))
+            value = config.final_rate + (config.rate - config.final_rate) * cosine
+        elif config.schedule == "warmup_stable_decay":
+            decay_steps = config.decay_share * steps
+            progress = (step - (steps - decay_steps)) / max(decay_steps, 1)
+            value = config.rate * (1 - jnp.sqrt(jnp.clip(progress, 0, 1)))
+        else:
+            value = config.rate
+        ramp = config.rate * (0.01 + 0.99 * step / max(warmup, 1))
+        return jnp.where(step < warmup, ramp, value)
+
+    return rate
+
+
+def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """Clipped AdamW that decays every parameter."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+        ),
+    )
+
+
+def moving_average(average, params, decay: float):
+    """Exponential moving average of the weights after one more step."""
+    return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

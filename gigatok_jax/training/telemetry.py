@@ -1,0 +1,67 @@
+"""What a run leaves to look at: `metrics.jsonl`, TensorBoard events, pictures."""
+
+from collections.abc import Mapping
+import json
+import math
+import pathlib
+
+import numpy as np
+from PIL import Image
+from tensorboardX import SummaryWriter
+
+from gigatok_jax.files import replacing
+
+
+class Telemetry:
+    """Writes one process's metrics and pictures into a workdir.
+
+    Rows of steps after `step`, left by a run that was killed, are dropped.
+
+    Args:
+      workdir: exists.
+      step: updates made before this start.
+    """
+
+    def __init__(self, workdir: pathlib.Path, step: int):
+        self._pictures = workdir / "pictures"
+        path = workdir / "metrics.jsonl"
+        _keep_rows(path, step)
+        self._file = path.open("a")
+        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        # JSON has no NaN; a metric that is none is written as null.
+        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Writes uint8 `[H, W, 3]` arrays as `pictures/NAME_STEP.png`."""
+        for name, array in pictures.items():
+            with replacing(self._pictures / f"{name}_{step:08d}.png") as aside:
+                Image.fromarray(array).save(aside, format="png")
+            self._events.add_image(name, array, step, dataformats="HWC")
+
+    def close(self) -> None:
+        self._file.close()
+        self._events.close()
+
+
+def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+def _keep_rows(path: pathlib.Path, step: int) -> None:
+    if path.exists():
+        rows = [row for row in read_metrics(path) if row["step"] <= step]
+        with replacing(path) as aside:
+            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -1,0 +1,371 @@
+"""Training of a tokenizer: state, objective and step (SPEC 2)."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gigatok_jax import losses, metrics, pictures
+from gigatok_jax.models import layers, quantizer, vit
+from gigatok_jax.models.discriminators import PatchGAN
+from gigatok_jax.models.lpips import LPIPS
+from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.training import optimizer
+from gigatok_jax.training.optimizer import OptimizerConfig
+
+PERCEPTUAL = ("lpips", "teacher")
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights of the loss terms and what they are measured with; a weight of 0 drops its term.
+
+    Attributes:
+      l2, perceptual, adversarial, codebook, commitment, entropy, semantic: weights; the
+        commitment loss has its 0.25 inside.
+      perceptual_distance: "lpips", or "teacher": the distance of the semantic teacher's features.
+      teacher: name of the semantic teacher (see `gigatok_jax.teachers`).
+      disc_start: step from which the discriminator trains and judges.
+      discriminator_channels: widths of PatchGAN's layers.
+      auxiliary_steps: first steps that train the CNN decoder on the CNN encoder's features too,
+        and the decoder transformer to reproduce them (the older recipe's 15,000).
+    """
+
+    l2: float = 1.0
+    perceptual: float = 1.0
+    adversarial: float = 0.5
+    codebook: float = 1.0
+    commitment: float = 1.0
+    entropy: float = 0.0
+    semantic: float = 0.5
+    perceptual_distance: str = "lpips"
+    teacher: str = "dinov2_vitb14"
+    disc_start: int = 20_000
+    discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)
+    auxiliary_steps: int = 0
+
+    def __post_init__(self):
+        terms = ("l2", "perceptual", "adversarial", "codebook", "commitment", "entropy", "semantic")
+        for name in (*terms, "disc_start", "auxiliary_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.perceptual_distance not in PERCEPTUAL:
+            raise ValueError(
+                f"perceptual_distance must be one of {PERCEPTUAL}, got {self.perceptual_distance!r}"
+            )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.semantic > 0 or (self.perceptual > 0 and self.perceptual_distance == "teacher")
+
+    @property
+    def needs_lpips(self) -> bool:
+        return self.perceptual > 0 and self.perceptual_distance == "lpips"
+
+
+class Phase(flax.struct.PyTreeNode):
+    """What distinguishes one compilation of the step from another."""
+
+    adversarial: bool = flax.struct.field(pytree_node=False)
+    auxiliary: bool = flax.struct.field(pytree_node=False)
+
+
+@flax.struct.dataclass
+class Frozen:
+    """Networks that training reads and never changes; None where the objective has no use."""
+
+    teacher: Any = None
+    lpips: Any = None
+
+
+@flax.struct.dataclass
+class TokenizerState:
+    """All that a run needs to go on, but for the data's position.
+
+    Attributes:
+      step: updates made so far.
+      key: data of the random key from which each step folds its own.
+      params, optimizer: of the tokenizer.
+      average: moving average of `params`, or None.
+      history: last 65,536 codes assigned.
+      discriminator: PatchGAN's parameters and running statistics.
+      discriminator_optimizer: its optimizer's state.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    optimizer: Any
+    average: Any
+    history: jax.Array
+    discriminator: Any
+    discriminator_optimizer: Any
+
+
+def perceptual_taps(config: vit.ViTConfig) -> tuple[int, ...]:
+    """Depths of the teacher whose features make its perceptual distance: quarters of it."""
+    return tuple(round(config.depth * quarter / 4) for quarter in range(5))
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerTraining:
+    """The pure functions of a tokenizer's training.
+
+    Attributes:
+      model: the tokenizer's architecture.
+      objective: the loss.
+      optimizer: of both the tokenizer and the discriminator.
+      steps: length of the schedule.
+      average_decay: of the moving average of the weights; 0 keeps none.
+      remat: see `gigatok_jax.models.layers.remat`.
+      dtype: type of the computation.
+      teacher: the semantic teacher's architecture, where there is one.
+    """
+
+    model: TokenizerConfig
+    objective: ObjectiveConfig
+    optimizer: OptimizerConfig
+    steps: int
+    average_decay: float = 0.0
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+    teacher: vit.ViTConfig | None = None
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.model, self.remat, self.dtype)
+
+    @property
+    def discriminator(self) -> PatchGAN:
+        return PatchGAN(self.objective.discriminator_channels, self.dtype)
+
+    def init(self, key: jax.Array) -> TokenizerState:
+        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
+        tokenizer_key, discriminator_key, step_key = jax.random.split(key, 3)
+        images = jnp.zeros((1, self.model.image_size, self.model.image_size, 3))
+        params = self.tokenizer.init(tokenizer_key, images)["params"]
+        discriminator = self.discriminator.init(discriminator_key, images)
+        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        return TokenizerState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(step_key),
+            params=params,
+            optimizer=adamw.init(params),
+            average=jax.tree.map(jnp.copy, params) if self.average_decay else None,
+            history=quantizer.empty_history(),
+            discriminator=discriminator,
+            discriminator_optimizer=adamw.init(discriminator["params"]),
+        )
+
+    def phase(self, step: int) -> Phase:
+        """Which compilation step number `step` needs."""
+        objective = self.objective
+        return Phase(
+            adversarial=objective.adversarial > 0 and step >= objective.disc_start,
+            auxiliary=step < objective.auxiliary_steps,
+        )
+
+    def step(
+        self, state: TokenizerState, batch: Mapping[str, jax.Array], frozen: Frozen, phase: Phase
+    ) -> tuple[TokenizerState, dict[str, jax.Array]]:
+        """One update of the tokenizer and, in an adversarial phase, of the discriminator.
+
+        Args:
+          state: before the update.
+          batch: "image", uint8 `[B, H, W, 3]`.
+          frozen: teacher and LPIPS.
+          phase: see `phase`; static under `jit`.
+
+        Returns:
+          The next state, and scalars: each loss term unweighted, their weighted sum `total`,
+          gradient norms before clipping, the learning rate, the codebook's usage.
+        """
+        images = to_float(batch["image"])
+        real = self._real_features(images, frozen)
+        gradients, (metrics, outputs) = jax.grad(self._loss, has_aux=True)(
+            state.params, state, images, real, frozen, phase
+        )
+        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if self.average_decay:
+            average = optimizer.moving_average(average, params, self.average_decay)
+        history = quantizer.update_history(state.history, outputs["codes"])
+        metrics |= {
+            "gradient_norm": optax.global_norm(gradients),
+            "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
+            "codebook_usage": quantizer.codebook_usage(history, self.model.codebook_size),
+        }
+        state = state.replace(
+            step=state.step + 1,
+            params=params,
+            optimizer=optimizer_state,
+            average=average,
+            history=history,
+        )
+        if phase.adversarial:
+            state, more = self._update_discriminator(state, images, outputs)
+            metrics |= more
+        return state, metrics
+
+    def reconstruct(
+        self, state: TokenizerState, images: jax.Array, frozen: Frozen
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Reconstructions of uint8 `[B, H, W, 3]`, and how near they are, `[B]` a metric."""
+        module, variables = self.tokenizer, {"params": weights_for_use(state)["params"]}
+        codes = module.apply(variables, to_float(images), method=Tokenizer.encode)
+        floats = module.apply(variables, codes, method=Tokenizer.decode)
+        values = {}
+        if self.objective.perceptual:
+            real = self._real_features(to_float(images), frozen)
+            values["perceptual"] = self._perceptual(real, floats, frozen)
+        outputs = pictures.to_uint8(floats)
+        values |= {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
+        return outputs, values
+
+    def _loss(self, params, state, images, real, frozen, phase):
+        """Weighted sum of the terms; terms and outputs beside it."""
+        objective = self.objective
+        rngs = {}
+        if self.model.dropout:
+            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+            rngs["dropout"] = key
+        out = self.tokenizer.apply(
+            {"params": params},
+            images,
+            entropy=objective.entropy > 0,
+            auxiliary=phase.auxiliary,
+            rngs=rngs,
+        )
+        terms = {
+            "l2": jnp.mean((out.reconstruction - images) ** 2),
+            "codebook": out.codebook_loss,
+            "commitment": out.commitment_loss,
+        }
+        weights = {"l2": objective.l2, "codebook": objective.codebook}
+        weights["commitment"] = objective.commitment
+
+        def add(name, weight, value):
+            if weight:
+                terms[name], weights[name] = value(), weight
+
+        def perceptual(fake):
+            return self._perceptual(real, fake, frozen).mean()
+
+        discriminator = state.discriminator
+
+        def adversarial(fake):
+            nonlocal discriminator
+            logits, discriminator = self._judge(discriminator, fake)
+            return losses.hinge_generator(logits)
+
+        add("entropy", objective.entropy, lambda: out.entropy_loss)
+        add("perceptual", objective.perceptual, lambda: perceptual(out.reconstruction))
+        if self.model.semantic_dim:
+            add(
+                "semantic",
+                objective.semantic,
+                lambda: losses.semantic(out.semantic_features, real["semantic"]),
+            )
+        if phase.adversarial:
+            add("adversarial", objective.adversarial, lambda: adversarial(out.reconstruction))
+        if phase.auxiliary:
+            terms["auxiliary_l2"] = jnp.mean((out.direct - images) ** 2)
+            terms["auxiliary_feature"] = out.feature_loss
+            weights |= {"auxiliary_l2": objective.l2, "auxiliary_feature": 1.0}
+            add("auxiliary_perceptual", objective.perceptual, lambda: perceptual(out.direct))
+            if phase.adversarial:
+                add("auxiliary_adversarial", objective.adversarial, lambda: adversarial(out.direct))
+        total = sum(weights[name] * value for name, value in terms.items())
+        outputs = {
+            "codes": out.codes,
+            "reconstruction": out.reconstruction,
+            "statistics": discriminator["batch_stats"],
+        }
+        return total, ({"total": total} | terms, outputs)
+
+    def _judge(self, discriminator, images):
+        """Training-mode logits, and the discriminator with its running statistics moved on."""
+        logits, updated = self.discriminator.apply(
+            discriminator, images, train=True, mutable=["batch_stats"]
+        )
+        return logits, discriminator | jax.lax.stop_gradient(updated)
+
+    def _update_discriminator(self, state, images, outputs):
+        """Trains the discriminator on the reconstructions that the tokenizer was judged by."""
+        fake = jax.lax.stop_gradient(outputs["reconstruction"])
+        discriminator = state.discriminator | {"batch_stats": outputs["statistics"]}
+
+        def loss(params):
+            logits_real, updated = self._judge(discriminator | {"params": params}, images)
+            logits_fake, updated = self._judge(updated, fake)
+            value = losses.hinge_discriminator(logits_real, logits_fake)
+            return self.objective.adversarial * value, (
+                updated["batch_stats"],
+                {
+                    "discriminator": value,
+                    "logits_real": logits_real.mean(),
+                    "logits_fake": logits_fake.mean(),
+                },
+            )
+
+        params = discriminator["params"]
+        gradients, (statistics, metrics) = jax.grad(loss, has_aux=True)(params)
+        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
+        metrics["discriminator_gradient_norm"] = optax.global_norm(gradients)
+        state = state.replace(
+            discriminator={
+                "params": optax.apply_updates(params, updates),
+                "batch_stats": statistics,
+            },
+            discriminator_optimizer=optimizer_state,
+        )
+        return state, metrics
+
+    def _real_features(self, images, frozen):
+        """What the frozen networks make of the input, computed once a step."""
+        features = {}
+        if self.objective.needs_lpips:
+            features["lpips"] = self._lpips(frozen, LPIPS.features, images)
+        if self.objective.needs_teacher:
+            tokens, tapped = self._teacher_features(images, frozen)
+            features |= {"semantic": tokens.astype(jnp.float32), "tapped": tapped}
+        return jax.lax.stop_gradient(features)
+
+    def _perceptual(self, real, fake, frozen):
+        """Distance of the reconstructions from the input, `[B]`."""
+        if self.objective.perceptual_distance == "lpips":
+            features = self._lpips(frozen, LPIPS.features, fake)
+            return self._lpips(frozen, LPIPS.distance, real["lpips"], features)
+        return losses.feature_distance(real["tapped"], self._teacher_features(fake, frozen)[1])
+
+    def _lpips(self, frozen, method, *args):
+        return LPIPS(self.dtype).apply({"params": frozen.lpips}, *args, method=method)
+
+    def _teacher_features(self, images, frozen):
+        """Final patch tokens `[B, T, C]`, and those of the perceptual distance's depths."""
+        taps = ()
+        if self.objective.perceptual_distance == "teacher":
+            taps = perceptual_taps(self.teacher)
+        images = vit.preprocess(images, self.teacher, self.model.grid)
+        module = vit.ViT(self.teacher, self.remat, self.dtype)
+        _, tokens, tapped = module.apply({"params": frozen.teacher}, images, taps)
+        return tokens, tapped
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
+def weights_for_use(state: TokenizerState) -> dict[str, Any]:
+    """The averaged weights where there are some, else the last, and the usage history."""
+    params = state.params if state.average is None else state.average
+    return {"params": params, "history": state.history}

@@ -1,0 +1,216 @@
+"""A tokenizer's run: its configuration, and the job that the loop runs for it."""
+
+import collections
+from collections.abc import Mapping
+import dataclasses
+import functools
+import math
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax import bundles, pictures, teachers
+from gigatok_jax.data import pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.models import layers, quantizer, vit
+from gigatok_jax.models.tokenizer import TokenizerConfig
+from gigatok_jax.training import tokenizer as training
+from gigatok_jax.training.loop import Job, LoopConfig
+from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.partitioning import MeshConfig
+
+DTYPES = ("auto", "float32", "bfloat16")
+PICTURES = 8  # images across a reconstruction picture
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerRun:
+    """All that determines a tokenizer's training run.
+
+    Attributes:
+      epochs: passes over `epoch_images`; a fraction is allowed.
+      epoch_images: images that count as one epoch.
+      steps: length of the run; 0: what `epochs` and `batch_size` give.
+      batch_size: images a step, over all devices.
+      average_decay: of the moving average of the weights, which evaluation and the bundle use; 0:
+        none.
+      dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
+      remat: "none", "dots" or "full".
+      evaluation_images: held-out images that evaluations read.
+      usage_floor, usage_patience: warn when codebook usage stays below the floor for this many
+        steps.
+    """
+
+    model: TokenizerConfig
+    objective: training.ObjectiveConfig = training.ObjectiveConfig()
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+    task: str = "tokenizer"
+    epochs: float = 100.0
+    epoch_images: int = 1_280_000
+    steps: int = 0
+    batch_size: int = 128
+    seed: int = 0
+    average_decay: float = 0.9999
+    dtype: str = "auto"
+    remat: str = "none"
+    evaluation_images: int = 512
+    usage_floor: float = 0.1
+    usage_patience: int = 1_000
+
+    def __post_init__(self):
+        if self.task != "tokenizer":
+            raise ValueError(f"task must be 'tokenizer', got {self.task!r}")
+        for name in ("batch_size", "epoch_images", "evaluation_images"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.steps < 0 or (self.steps == 0 and not self.epochs > 0):
+            raise ValueError(f"epochs or steps must be positive, got {self.epochs}, {self.steps}")
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if self.remat not in layers.REMAT:
+            raise ValueError(f"remat must be one of {layers.REMAT}, got {self.remat!r}")
+        if self.objective.semantic > 0 and not self.model.semantic_dim:
+            raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
+        if self.optimizer.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps must be fewer than the run's {self.total_steps} steps, "
+                f"got {self.optimizer.warmup_steps}"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or math.ceil(self.epochs * self.epoch_images / self.batch_size)
+
+    @property
+    def compute_dtype(self) -> layers.Dtype:
+        if self.dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return jnp.dtype(self.dtype)
+
+    def training(self, teacher: vit.ViTConfig | None) -> training.TokenizerTraining:
+        """The pure functions of this run."""
+        return training.TokenizerTraining(
+            self.model,
+            self.objective,
+            self.optimizer,
+            self.total_steps,
+            average_decay=self.average_decay,
+            remat=self.remat,
+            dtype=self.compute_dtype,
+            teacher=teacher,
+        )
+
+    def job(self, workdir: pathlib.Path) -> Job:
+        """Reads the frozen networks, opens the data, and puts the run together.
+
+        Raises:
+          UserError: weights or data are missing.
+        """
+        teacher_config, frozen = _frozen(self)
+        functions = self.training(teacher_config)
+        place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        size = self.model.image_size
+        batches = pipeline.train_batches(
+            self.data, image_size=size, batch_size=self.batch_size, seed=self.seed, **place
+        )
+        return Job(
+            training=functions,
+            frozen=frozen,
+            batches=batches,
+            evaluate=_Evaluation(self, functions),
+            advise=_UsageAdvice(self),
+            finish=functools.partial(_write_bundle, self, workdir),
+        )
+
+
+def _frozen(run: TokenizerRun) -> tuple[vit.ViTConfig | None, training.Frozen]:
+    """The networks that the objective asks for, and the teacher's architecture."""
+    config, params, lpips = None, None, None
+    objective = run.objective
+    if objective.needs_teacher:
+        config, params = teachers.load_teacher(objective.teacher)
+        params["positions"] = vit.resize_positions(params["positions"], run.model.grid)
+        if objective.semantic and config.width != run.model.semantic_dim:
+            raise UserError(
+                f"config.model.semantic_dim: expected {config.width}, the width of teacher "
+                f"{objective.teacher}, got {run.model.semantic_dim}"
+            )
+    if objective.needs_lpips:
+        lpips = teachers.load_lpips()
+    return config, training.Frozen(teacher=params, lpips=lpips)
+
+
+class _Evaluation:
+    """Held-out reconstruction metrics, and a picture of inputs over reconstructions."""
+
+    def __init__(self, run: TokenizerRun, functions: training.TokenizerTraining):
+        self._run = run
+        self._reconstruct = jax.jit(functions.reconstruct)
+
+    def __call__(self, state: training.TokenizerState, frozen: training.Frozen):
+        run, shown = self._run, None
+        sums, count = collections.Counter(), 0
+        batches = pipeline.eval_batches(
+            run.data, image_size=run.model.image_size, batch_size=run.batch_size
+        )
+        with batches:
+            for batch in batches:
+                keep = np.flatnonzero(batch["valid"])[: run.evaluation_images - count]
+                images, values = self._reconstruct(state, batch["image"], frozen)
+                if shown is None:
+                    shown = [batch["image"][:PICTURES], np.asarray(images)[:PICTURES]]
+                for name, value in values.items():
+                    sums[f"held_out/{name}"] += float(np.asarray(value)[keep].sum())
+                count += len(keep)
+                if count >= run.evaluation_images:
+                    break
+        if not count:
+            raise UserError("none of the held-out images can be read")
+        means = {name: total / count for name, total in sums.items()}
+        return means, {"reconstruction": pictures.grid(shown)}
+
+
+class _UsageAdvice:
+    """Warns, once, when codebook usage stays low: collapse is the usual failure of training."""
+
+    def __init__(self, run: TokenizerRun):
+        self._run = run
+        self._low_since = None
+        self._warned = False
+
+    def __call__(self, row: Mapping[str, float]) -> str | None:
+        run, step, usage = self._run, row["step"], row["codebook_usage"]
+        # A short history cannot have seen every code.
+        assigned = min(step * run.batch_size * run.model.latents, quantizer.HISTORY_LENGTH)
+        reachable = 1 - math.exp(-assigned / run.model.codebook_size)
+        if usage >= run.usage_floor * reachable:
+            self._low_since, self._warned = None, False
+            return None
+        self._low_since = step if self._low_since is None else self._low_since
+        if self._warned or step - self._low_since < run.usage_patience:
+            return None
+        self._warned = True
+        return (
+            f"only {usage:.1%} of the {run.model.codebook_size} codes are in use since step "
+            f"{self._low_since}: the codebook may have collapsed. What helps: "
+            "objective.entropy=0.005, a longer optimizer.warmup_steps, a lower optimizer.rate, "
+            "model.gradient='rotation', a larger batch_size or a smaller model.codebook_size"
+        )
+
+
+def _write_bundle(run: TokenizerRun, workdir: pathlib.Path, state: training.TokenizerState):
+    bundles.save(
+        workdir / "bundle",
+        "tokenizer",
+        run.model,
+        training.weights_for_use(state),
+        {"run": dataclasses.asdict(run), "step": int(state.step)},
+    )
