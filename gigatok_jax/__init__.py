@@ -1,0 +1,17 @@
+"""GigaTok image tokenizers in JAX: `import gigatok_jax as gt`."""
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from gigatok_jax.api import load_tokenizer, parameter_count, tokenizer_from_torch
+
+__all__ = ["load_tokenizer", "parameter_count", "tokenizer_from_torch"]
+
+
+def __getattr__(name):
+    # On first use: data workers and `gigatok --help` import this package without JAX.
+    if name in __all__:
+        from gigatok_jax import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,6 +1,7 @@
 """The `gigatok` command: finds the verb, and turns what users get wrong into one line."""
 
 import importlib
+import logging
 import os
 import sys
 
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 def _run(verb: str, arguments: list[str]) -> int:
     # Compilations are kept between runs; a run that resumes starts in seconds.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
-    from absl import flags, logging
+    from absl import flags
 
     command = importlib.import_module(f"gigatok_jax.commands.{verb}")
     if any(argument in ("-h", "--help") for argument in arguments):
@@ -47,11 +48,33 @@ def _run(verb: str, arguments: list[str]) -> int:
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         message = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(message[0]) from error
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold("info")
+    _log_to_terminal()
     command.run(positional)
     return 0
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes messages above a progress bar that may be on the terminal."""
+
+    def emit(self, record):
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def _log_to_terminal() -> None:
+    """Shows what this program has to say, and of its libraries only warnings."""
+    from absl import flags
+    from absl import logging as absl_logging
+
+    flags.FLAGS.mark_as_parsed()  # Grain and absl's log have flags of their own
+    absl_logging.set_verbosity(absl_logging.WARNING)
+    handler = _TerminalHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    logger = logging.getLogger("gigatok_jax")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def _compilation_cache() -> str:

@@ -7,6 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 
+def to_float(images: jax.Array) -> jax.Array:
+    """uint8 images as float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1
+
+
 def to_uint8(images: jax.Array) -> jax.Array:
     """Float images in [-1, 1] as the reference stores them: clip(127.5 x + 128), truncated."""
     return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)

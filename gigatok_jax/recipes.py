@@ -53,3 +53,25 @@ def tokenizer_recipe(name: str) -> TokenizerRecipe:
     if name not in TOKENIZERS:
         raise UserError(f"{name!r}: no such tokenizer; known: {', '.join(TOKENIZERS)}")
     return TOKENIZERS[name]
+
+
+# What a variant of a config's name changes in the model; configs/tokenizer.py has the rest.
+MODEL_VARIANTS = {
+    "released": {"gradient": "rotation"},
+    "vanilla": {"semantic_dim": 0},
+}
+
+
+def tokenizer_model(argument: str) -> TokenizerConfig:
+    """The architecture of NAME or NAME,VARIANT,..., such as "b_l,vanilla".
+
+    Raises:
+      UserError: the name or a variant is unknown.
+    """
+    name, *variants = argument.split(",")
+    model = tokenizer_recipe(name).model
+    for variant in variants:
+        if variant not in MODEL_VARIANTS:
+            raise UserError(f"{variant!r}: no such variant; known: {', '.join(MODEL_VARIANTS)}")
+        model = dataclasses.replace(model, **MODEL_VARIANTS[variant])
+    return model

@@ -16,9 +16,12 @@ import numpy as np
 from safetensors import SafetensorError
 import safetensors.numpy
 
+from gigatok_jax import bundles
+from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing, write_json
 from gigatok_jax.models import vit
+from gigatok_jax.weights import kinds
 
 EMBEDDED = Path(__file__).parent / "assets" / "teacher"
 
@@ -65,24 +68,41 @@ def _read(directory: Path) -> Teacher:
     return Teacher(config, traverse_util.unflatten_dict(flat, sep="/"))
 
 
-def _embedded(path: str) -> Teacher:
-    return _read(Path(path) if path else EMBEDDED)
-
-
-# Each takes `load_teacher`'s path.
-LOADERS = {"embedded": _embedded}
-
-
-def load_teacher(name: str, path: str = "") -> Teacher:
+def load_teacher(name: str) -> Teacher:
     """Reads a teacher by its name.
 
     Args:
-      name: "embedded", the small ViT that `training.embedded_teacher` trains on the drawings.
-      path: directory of its files; "" means those that come with the package.
+      name: "embedded", the small ViT that `training.embedded_teacher` trains on the drawings; a
+        DINOv2 model, once `gigatok weights fetch` has brought it; or the directory of either.
 
     Raises:
       UserError: the name is unknown, or the files are missing or not a teacher's.
     """
-    if name not in LOADERS:
-        raise UserError(f"teacher is {name!r}, expected one of {', '.join(LOADERS)}")
-    return LOADERS[name](path)
+    if name == "embedded":
+        return _read(EMBEDDED)
+    if name in vit.DINOV2:
+        return _bundled(kinds.fetched_or_refuse(name))
+    directory = Path(name)
+    if (directory / "weights.safetensors").exists():
+        return _read(directory)
+    if (directory / "config.json").exists():
+        return _bundled(directory)
+    known = ", ".join(["embedded", *vit.DINOV2])
+    raise UserError(f"teacher is {name!r}, expected one of {known}, or a teacher's directory")
+
+
+def _bundled(directory: Path) -> Teacher:
+    bundle = bundles.load(directory, "dinov2")
+    config = from_mapping(vit.ViTConfig, bundle.config, f"{directory}/config.json: config")
+    return Teacher(config, bundle.weights)
+
+
+def load_lpips(*, missing_ok: bool = False) -> dict[str, Any] | None:
+    """The parameters of `models.lpips.LPIPS`, once `gigatok weights fetch` has brought them.
+
+    Raises:
+      UserError: they are not there; with `missing_ok` None is returned.
+    """
+    if missing_ok and not kinds.fetched("lpips_vgg16").exists():
+        return None
+    return bundles.load(kinds.fetched_or_refuse("lpips_vgg16"), "lpips").weights

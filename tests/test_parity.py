@@ -10,11 +10,12 @@ import numpy as np
 import optax
 import pytest
 
-import synth
 from gigatok_jax import losses
 from gigatok_jax.models import discriminators, lpips, quantizer, vit
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, TransformerSize
 from gigatok_jax.weights import convert
+
+import synth
 
 STEPS = int(os.environ.get("PARITY_STEPS", "3"))  # of the six that the reference's file has
 TINY, S, B = TransformerSize(4, 4, 256), TransformerSize(6, 8, 512), TransformerSize(12, 12, 768)
@@ -170,11 +171,11 @@ def test_lpips_matches_reference():
 
     @jax.jit
     @functools.partial(jax.value_and_grad, has_aux=True)
-    def distance(others):
+    def distance(others, images, params):
         d = lpips.LPIPS().apply({"params": params}, images, others)
         return d.mean(), d
 
-    (_, value), gradient = distance(others)
+    (_, value), gradient = distance(others, images, params)
     close(value, expected["distance"])
     gradient = gradient.transpose(0, 3, 1, 2)[:, :, ::8, ::8]
     error = np.linalg.norm(gradient - expected["grad_second"])

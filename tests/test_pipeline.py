@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 
-import image_folders
 import numpy as np
 import pytest
 import test_sources
@@ -19,6 +18,8 @@ from gigatok_jax.data.images import center_crop
 from gigatok_jax.data.pipeline import Batches, eval_batches, prefetch_to_device, train_batches
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
+
+import image_folders
 
 COUNTS = {"ant": 9, "bee": 8, "cat": 6}  # 23 images: no batch size divides an epoch
 SIZE = 16

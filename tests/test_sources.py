@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 
-import image_folders
 import numpy as np
 from PIL import Image
 import pytest
@@ -13,6 +12,8 @@ import tensorflow_datasets as tfds
 from gigatok_jax.data.images import BadImage
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
+
+import image_folders
 
 COUNTS = {"cat": 5, "ant": 7, "bee": 3}
 

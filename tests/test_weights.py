@@ -12,12 +12,13 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-import synth
 
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.weights import convert, names, torch_files
+
+import synth
 
 SIZES = {
     "tiny": TransformerSize(4, 4, 256),

@@ -6,9 +6,10 @@ metrics.jsonl, tensorboard/, pictures/, config.json and, at the end, bundle/.
 
 import dataclasses
 import json
+import logging
 import pathlib
 
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
 from gigatok_jax.config import from_mapping
@@ -16,6 +17,8 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.training import loop, partitioning
 from gigatok_jax.training.tokenizer_run import TokenizerRun
+
+logger = logging.getLogger(__name__)
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "what to train", flag_values=FLAGS)
@@ -43,7 +46,7 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
         raise UserError(f"config.task: expected one of {', '.join(TASKS)}, got {task!r}")
     config = from_mapping(TASKS[task], mapping)
     if config.steps == 0:
-        logging.info("%g epochs are %d steps", config.epochs, config.total_steps)
+        logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:
         mesh = partitioning.make_mesh(config.mesh)
     except ValueError as error:
@@ -68,7 +71,7 @@ def _settle(workdir: pathlib.Path, config) -> None:
         for name, before, now in changed:
             if name.startswith(("config.model", "config.task")):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
-            logging.warning("%s: %r, was %r when this run started", name, now, before)
+            logger.warning("%s: %r, was %r when this run started", name, now, before)
     write_json(path, new)
 
 

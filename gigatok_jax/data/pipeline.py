@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 import functools
 import gc
+import logging
 from multiprocessing import connection, parent_process
 import os
 import signal
@@ -17,13 +18,15 @@ import threading
 from typing import Any, Protocol
 import weakref
 
-from absl import flags, logging
+from absl import flags
 import grain
 import numpy as np
 
 from gigatok_jax.data.images import BadImage, center_crop, random_crop
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 BAD_RUN = 100  # unreadable images in a row that end the search for a substitute
 JUDGED_AFTER = 200  # examples read before their share of bad ones means something
@@ -216,7 +219,7 @@ class Batches(Iterator[Batch]):
         for message in messages:
             if message not in self._bad:
                 self._bad.add(message)
-                logging.warning("unreadable image, skipped: %s", message)
+                logger.warning("unreadable image, skipped: %s", message)
         self._read = min(self._read + self._reader.local_size, self.examples)
         limit = self._config.max_bad_share
         enough = self._read >= min(JUDGED_AFTER, self.examples)

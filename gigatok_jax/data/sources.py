@@ -7,16 +7,18 @@ travel to worker processes by pickling, so they hold little and open files on fi
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import logging
 import operator
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
-from absl import logging
 import numpy as np
 
 from gigatok_jax.data import embedded, images
 from gigatok_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -204,6 +206,22 @@ def _find(root: Path, below: str) -> list[str]:
     return sorted(found)
 
 
+def image_paths(path: Path) -> list[Path]:
+    """The image file at `path`, or the images in the folder and under it, sorted.
+
+    Raises:
+        UserError: there is nothing, or no image.
+    """
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise UserError(f"{path}: no such file or folder, expected images")
+    found = [path / name for name in _find(path, "")]
+    if not found:
+        raise UserError(f"{path}: no images in it")
+    return found
+
+
 def _classes(root: Path, split: str) -> dict[str, list[str]]:
     """Images [relative to `root`] by class, for the classes that have any."""
     folder = root / split
@@ -212,7 +230,7 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     classes = {name: files for name in names if (files := _find(root, prefix + name))}
     loose = [e.name for e in os.scandir(folder) if e.is_file() and _is_image(e.name)]
     if classes and loose:
-        logging.warning("%s: ignoring %d images outside class folders", folder, len(loose))
+        logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
         # Photos without classes still train a tokenizer: they are one class.
         classes = {folder.resolve().name: sorted(prefix + name for name in loose)}

@@ -18,7 +18,7 @@ def conv_general_dilated(x, kernel, window_strides, padding, *args, **kwargs):
     rest; there it is computed in blocks of rows as nine (for 3x3) matrix products.
     """
     del args, kwargs  # dilations of 1 and one group, nn.Conv's defaults
-    return _conv(x, kernel, tuple(window_strides)[0], tuple(map(tuple, padding)))
+    return _conv(x, kernel, window_strides[0], tuple(map(tuple, padding)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -58,13 +58,15 @@ def _kernel_gradient_by_rows(shape, stride, padding, x, gradient):
         image, row = index // blocks, index % blocks * ROWS
         g = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, ROWS, columns, channels_out))
         span = stride * (ROWS - 1) + height
-        y = lax.dynamic_slice(
-            x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in)
-        )
+        y = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in))
         taps = [
             jnp.einsum(
                 "bhwi,bhwo->io",
-                y[:, i : i + span - height + 1 : stride, j : j + stride * (columns - 1) + 1 : stride],
+                y[
+                    :,
+                    i : i + span - height + 1 : stride,
+                    j : j + stride * (columns - 1) + 1 : stride,
+                ],
                 g,
                 preferred_element_type=jnp.float32,
             )

@@ -195,7 +195,7 @@ class Transformer(nn.Module):
                 x, *args
             )
             # Selecting in the carry keeps one array a tap instead of every layer's output.
-            tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped))
+            tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))
             return (x, tapped), None
 
         scan = nn.scan(
@@ -227,9 +227,9 @@ def pool_queries(grid: jax.Array, count: int) -> jax.Array:
     for group in range(count.bit_length()):
         level = max(group - 1, 0)
         rows, columns = query_blocks(level)
-        means = rearrange(
-            grid, "b (r h) (c w) d -> b r c (h w) d", r=rows, c=columns
-        ).mean(3, dtype=jnp.float32)
+        means = rearrange(grid, "b (r h) (c w) d -> b r c (h w) d", r=rows, c=columns).mean(
+            3, dtype=jnp.float32
+        )
         groups.append(rearrange(means, "b r c d -> b (r c) d").astype(grid.dtype))
     return jnp.concatenate(groups, axis=1)
 

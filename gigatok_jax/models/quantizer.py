@@ -32,7 +32,11 @@ def _chunks(rows: int, codes: int, limit: int) -> int:
 
 
 def search(
-    z: jax.Array, codebook: jax.Array, *, entropy: bool = False, chunk_elements: int = CHUNK_ELEMENTS
+    z: jax.Array,
+    codebook: jax.Array,
+    *,
+    entropy: bool = False,
+    chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[jax.Array, jax.Array]:
     """Finds each latent's nearest code and, if asked, the entropy loss.
 

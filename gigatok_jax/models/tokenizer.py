@@ -85,7 +85,9 @@ class TokenizerConfig:
         if self.layout not in ("1d", "2d"):
             raise ValueError(f"layout must be '1d' or '2d', got {self.layout!r}")
         if self.gradient not in quantizer.GRADIENTS:
-            raise ValueError(f"gradient must be one of {quantizer.GRADIENTS}, got {self.gradient!r}")
+            raise ValueError(
+                f"gradient must be one of {quantizer.GRADIENTS}, got {self.gradient!r}"
+            )
         if self.codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
         if not 0 <= self.dropout < 1:

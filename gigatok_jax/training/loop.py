@@ -5,13 +5,13 @@ from collections.abc import Callable, Hashable, Mapping
 import contextlib
 import dataclasses
 import functools
+import logging
 import pathlib
 import signal
 import sys
 import time
 from typing import Any, Protocol
 
-from absl import logging
 import flax.linen as nn
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from gigatok_jax.errors import RunStopped
 from gigatok_jax.training import partitioning
 from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.telemetry import Telemetry
+
+logger = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2  # enough to keep a device busy while the host prepares the next step
 
@@ -130,7 +132,7 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
             start, state, progress = restored
             job.batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
-            logging.info("going on from step %d in %s", start, workdir)
+            logger.info("going on from step %d in %s", start, workdir)
         telemetry = Telemetry(workdir, start) if jax.process_index() == 0 else None
         if telemetry:
             stack.callback(telemetry.close)
@@ -143,7 +145,9 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
     step_function = jax.jit(
         functools.partial(job.training.step), donate_argnums=0, static_argnames="phase"
     )
-    put = functools.partial(jax.make_array_from_process_local_data, partitioning.batch_sharding(mesh))
+    put = functools.partial(
+        jax.make_array_from_process_local_data, partitioning.batch_sharding(mesh)
+    )
     batches = prefetch_to_device(job.batches, functools.partial(jax.tree.map, put))
     meter = _Meter(unlogged)
     bar = tqdm(
@@ -158,28 +162,30 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
         row = meter.row(step, checkpoints.latest)
         advice = job.advise({"step": step} | row)
         if advice:
-            logging.warning("step %d: %s", step, advice)
+            logger.warning("step %d: %s", step, advice)
         if telemetry:
             telemetry.scalars(step, row)
             bar.set_postfix_str(f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}")
             if bar.disable:
-                logging.info("%s", _describe(step, steps, row))
+                logger.info("%s", _describe(step, steps, row))
 
     def evaluate(step):
         metrics, pictures = job.evaluate(state, job.frozen)
         if telemetry:
             telemetry.scalars(step, metrics)
             telemetry.pictures(step, pictures)
-            logging.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
         meter.restart_clock()
 
     def due(every, step):
-        return every and step % every == 0 or step == steps
+        return (every and step % every == 0) or step == steps
 
     with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
         for step in range(start + 1, steps + 1):
             batch = meter.wait(batches)
-            state, metrics = step_function(state, batch, job.frozen, phase=job.training.phase(step - 1))
+            state, metrics = step_function(
+                state, batch, job.frozen, phase=job.training.phase(step - 1)
+            )
             meter.add(metrics, len(batch["label"]))
             bar.update()
             if due(config.log_every, step):

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -185,7 +184,7 @@ class TokenizerTraining:
           The next state, and scalars: each loss term unweighted, their weighted sum `total`,
           gradient norms before clipping, the learning rate, the codebook's usage.
         """
-        images = to_float(batch["image"])
+        images = pictures.to_float(batch["image"])
         real = self._real_features(images, frozen)
         gradients, (metrics, outputs) = jax.grad(self._loss, has_aux=True)(
             state.params, state, images, real, frozen, phase
@@ -219,11 +218,11 @@ class TokenizerTraining:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Reconstructions of uint8 `[B, H, W, 3]`, and how near they are, `[B]` a metric."""
         module, variables = self.tokenizer, {"params": weights_for_use(state)["params"]}
-        codes = module.apply(variables, to_float(images), method=Tokenizer.encode)
+        codes = module.apply(variables, pictures.to_float(images), method=Tokenizer.encode)
         floats = module.apply(variables, codes, method=Tokenizer.decode)
         values = {}
         if self.objective.perceptual:
-            real = self._real_features(to_float(images), frozen)
+            real = self._real_features(pictures.to_float(images), frozen)
             values["perceptual"] = self._perceptual(real, floats, frozen)
         outputs = pictures.to_uint8(floats)
         values |= {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
@@ -358,11 +357,6 @@ class TokenizerTraining:
         module = vit.ViT(self.teacher, self.remat, self.dtype)
         _, tokens, tapped = module.apply({"params": frozen.teacher}, images, taps)
         return tokens, tapped
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1
 
 
 def weights_for_use(state: TokenizerState) -> dict[str, Any]:

@@ -8,10 +8,9 @@ import math
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import bundles, pictures, teachers
+from gigatok_jax import bundles, pictures, precision, teachers
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -22,7 +21,6 @@ from gigatok_jax.training.loop import Job, LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.partitioning import MeshConfig
 
-DTYPES = ("auto", "float32", "bfloat16")
 PICTURES = 8  # images across a reconstruction picture
 
 
@@ -45,11 +43,13 @@ class TokenizerRun:
     """
 
     model: TokenizerConfig
-    objective: training.ObjectiveConfig = training.ObjectiveConfig()
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loop: LoopConfig = LoopConfig()
-    mesh: MeshConfig = MeshConfig()
+    objective: training.ObjectiveConfig = dataclasses.field(
+        default_factory=training.ObjectiveConfig
+    )
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     task: str = "tokenizer"
     epochs: float = 100.0
     epoch_images: int = 1_280_000
@@ -73,8 +73,8 @@ class TokenizerRun:
             raise ValueError(f"epochs or steps must be positive, got {self.epochs}, {self.steps}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {DTYPES}, got {self.dtype!r}")
+        if self.dtype not in precision.DTYPES:
+            raise ValueError(f"dtype must be one of {precision.DTYPES}, got {self.dtype!r}")
         if self.remat not in layers.REMAT:
             raise ValueError(f"remat must be one of {layers.REMAT}, got {self.remat!r}")
         if self.objective.semantic > 0 and not self.model.semantic_dim:
@@ -89,12 +89,6 @@ class TokenizerRun:
     def total_steps(self) -> int:
         return self.steps or math.ceil(self.epochs * self.epoch_images / self.batch_size)
 
-    @property
-    def compute_dtype(self) -> layers.Dtype:
-        if self.dtype == "auto":
-            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-        return jnp.dtype(self.dtype)
-
     def training(self, teacher: vit.ViTConfig | None) -> training.TokenizerTraining:
         """The pure functions of this run."""
         return training.TokenizerTraining(
@@ -104,7 +98,7 @@ class TokenizerRun:
             self.total_steps,
             average_decay=self.average_decay,
             remat=self.remat,
-            dtype=self.compute_dtype,
+            dtype=precision.compute_dtype(self.dtype),
             teacher=teacher,
         )
 

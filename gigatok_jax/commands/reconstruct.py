@@ -1,0 +1,139 @@
+"""gigatok reconstruct --tokenizer=DIR --images=PATH --out=DIR
+
+Passes images (a file, or all below a folder) through a tokenizer. OUT gets grid.png (input over
+output), images/ (one PNG each), and metrics.json: PSNR, SSIM, codebook usage, and LPIPS where its
+weights are there (`gigatok weights fetch lpips_vgg16`).
+"""
+
+import logging
+import pathlib
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from gigatok_jax import api, metrics, pictures, teachers
+from gigatok_jax.data import images as image_files
+from gigatok_jax.data.sources import image_paths
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import replacing, write_json
+from gigatok_jax.models.lpips import LPIPS
+
+logger = logging.getLogger(__name__)
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("tokenizer", None, "bundle or workdir", flag_values=FLAGS)
+flags.DEFINE_string("images", None, "image file, or folder of images", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "folder for the results", flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 8, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "ssim_range", 1, "data_range of SSIM; the reference passes 2", lower_bound=1, flag_values=FLAGS
+)
+flags.mark_flags_as_required(["tokenizer", "images", "out"], flag_values=FLAGS)
+
+SHOWN = 32  # images in the grid, at most
+COLUMNS = 8
+
+
+def run(positional: list[str]) -> None:
+    if positional:
+        raise UserError(f"{positional[0]!r}: unexpected argument")
+    tokenizer = api.load_tokenizer(FLAGS.tokenizer)
+    reconstruct(
+        tokenizer,
+        pathlib.Path(FLAGS.images),
+        pathlib.Path(FLAGS.out),
+        batch_size=FLAGS.batch_size,
+        ssim_range=FLAGS.ssim_range,
+    )
+
+
+def reconstruct(
+    tokenizer: api.PretrainedTokenizer,
+    source: pathlib.Path,
+    out: pathlib.Path,
+    *,
+    batch_size: int,
+    ssim_range: int = 1,
+) -> None:
+    """Writes the files that the module's docstring names, and prints the metrics."""
+    paths = image_paths(source)
+    compare = _comparison(ssim_range)
+    rows, shown, codes_seen, skipped = [], [], set(), 0
+    for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=None):
+        batch, names = [], []
+        for path in paths[start : start + batch_size]:
+            try:
+                image = image_files.load(path)
+            except image_files.BadImage as error:
+                logger.warning("skipped %s: %s", path, error)
+                skipped += 1
+                continue
+            batch.append(image_files.center_crop(image, tokenizer.config.image_size))
+            names.append(path.relative_to(source) if source.is_dir() else pathlib.Path(path.name))
+        if not batch:
+            continue
+        # Short batches are filled up, so that only one size is compiled.
+        inputs = np.stack(batch + batch[-1:] * (batch_size - len(batch)))
+        codes = tokenizer.encode(inputs)
+        floats = tokenizer.decode(codes)
+        outputs = np.asarray(pictures.to_uint8(floats))
+        values = jax.device_get(compare(inputs, floats))
+        codes_seen.update(np.unique(codes[: len(batch)]).tolist())
+        for i, name in enumerate(names):
+            with replacing(out / "images" / name.with_suffix(".png")) as aside:
+                Image.fromarray(outputs[i]).save(aside, format="png")
+            rows.append({"image": str(name)} | {k: float(v[i]) for k, v in values.items()})
+            if len(shown) < SHOWN:
+                shown.append((inputs[i], outputs[i]))
+    if not rows:
+        raise UserError(f"{source}: none of its {len(paths)} images can be read")
+    _write_grid(out / "grid.png", shown)
+    means = {
+        name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"
+    }
+    means["codebook_usage"] = len(codes_seen) / tokenizer.config.codebook_size
+    write_json(
+        out / "metrics.json", {"images": len(rows), "skipped": skipped, **means, "each": rows}
+    )
+    print(f"{len(rows)} images ({skipped} skipped)")
+    for name, value in means.items():
+        print(f"  {name:<16}{value:10.4f}")
+    print(out)
+
+
+def _comparison(ssim_range: int):
+    """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
+    lpips = teachers.load_lpips(missing_ok=True)
+    if lpips is None:
+        logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
+
+    @jax.jit
+    def compare(inputs, floats):
+        outputs = pictures.to_uint8(floats)
+        values = {
+            "psnr": metrics.psnr(inputs, outputs),
+            "ssim": metrics.ssim(inputs, outputs, ssim_range),
+        }
+        if lpips is not None:
+            clipped = jnp.clip(floats, -1, 1)
+            values["lpips"] = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
+        return values
+
+    return compare
+
+
+def _write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Pairs of rows, input over output; a last incomplete pair is filled with white."""
+    columns = min(COLUMNS, len(shown))
+    white = np.full_like(shown[0][0], 255)
+    shown = shown + [(white, white)] * (-len(shown) % columns)
+    rows = []
+    for start in range(0, len(shown), columns):
+        inputs, outputs = zip(*shown[start : start + columns], strict=True)
+        rows += [np.stack(inputs), np.stack(outputs)]
+    with replacing(path) as aside:
+        Image.fromarray(pictures.grid(rows)).save(aside, format="png")
