@@ -20,6 +20,7 @@ from gigatok_jax.training import tokenizer as training
 from gigatok_jax.training.loop import Job, LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.training.tokenizer import ObjectiveConfig
 
 PICTURES = 8  # images across a reconstruction picture
 
@@ -43,9 +44,7 @@ class TokenizerRun:
     """
 
     model: TokenizerConfig
-    objective: training.ObjectiveConfig = dataclasses.field(
-        default_factory=training.ObjectiveConfig
-    )
+    objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
