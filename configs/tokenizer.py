@@ -6,13 +6,15 @@ VARIANT: `released`, the older recipe of the released weights; `vanilla`, no sem
 
 from gigatok_jax import recipes
 from gigatok_jax.config import to_config_dict
+from gigatok_jax.training.tokenizer import ObjectiveConfig
 from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 
 def get_config(argument="s_s"):
     name, *variants = argument.split(",")
     recipe = recipes.tokenizer_recipe(name)
-    config = to_config_dict(TokenizerRun(recipes.tokenizer_model(argument)))
+    objective = ObjectiveConfig(semantic=0.0) if "vanilla" in variants else ObjectiveConfig()
+    config = to_config_dict(TokenizerRun(recipes.tokenizer_model(argument), objective))
     config.epochs = float(recipe.epochs)
     config.batch_size = recipe.batch_size
 
@@ -24,6 +26,4 @@ def get_config(argument="s_s"):
         config.optimizer.warmup_steps = 0
         config.objective.entropy = 0.0
         config.objective.auxiliary_steps = 15_000
-    if "vanilla" in variants:
-        config.objective.semantic = 0.0
     return config

@@ -70,8 +70,9 @@ def load(directory: str | pathlib.Path, kind: str) -> Bundle:
                 stored,
             )
             weights = checkpointer.restore(path, abstract)
-    except (FileNotFoundError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: unreadable weights ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # Orbax raises half a dozen types for damaged files, bare ones too
+        reason = str(error).splitlines() or [type(error).__name__]
+        raise UserError(f"{path}: unreadable weights ({reason[0]})") from error
     return Bundle(record["config"], weights, record["made_by"])
 
 
@@ -88,6 +89,7 @@ def read_config(directory: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{directory}: not a bundle, it has no config.json") from None
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error})") from None
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
+    whole = isinstance(record, dict) and record.keys() >= {"kind", "config", "made_by"}
+    if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a bundle's description (format {FORMAT})")
     return record

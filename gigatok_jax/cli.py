@@ -38,19 +38,39 @@ def _run(verb: str, arguments: list[str]) -> int:
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
     from absl import flags
 
-    command = importlib.import_module(f"gigatok_jax.commands.{verb}")
-    if any(argument in ("-h", "--help") for argument in arguments):
-        print(command.__doc__)
-        print(command.FLAGS.get_help())
-        return 0
+    argv, sys.argv = sys.argv, [verb, *arguments]  # where config_flags finds --config.FIELD
     try:
-        positional = command.FLAGS([verb, *arguments])[1:]
+        command = _fresh_module(f"gigatok_jax.commands.{verb}")
+        if any(argument in ("-h", "--help") for argument in arguments):
+            print(command.__doc__)
+            print(command.FLAGS.get_help())
+            return 0
+        positional = command.FLAGS(sys.argv)[1:]
+        if "config" in command.FLAGS:
+            _ = command.FLAGS.config.to_dict  # raises if the file is not there
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        message = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(message[0]) from error
+        raise UserError(_one_line(error)) from error
+    finally:
+        sys.argv = argv
     _log_to_terminal()
     command.run(positional)
     return 0
+
+
+def _one_line(error: Exception) -> str:
+    """What is wrong with the flags, in one line."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    # config_flags lists where it looked, and names the file last.
+    if "Failed loading config file" in lines[0]:
+        return f"--config: {lines[-1].strip()}"
+    return lines[0]
+
+
+def _fresh_module(name: str):
+    """The module, its flags as at the start of a process whatever earlier calls parsed."""
+    if name in sys.modules:
+        return importlib.reload(sys.modules[name])
+    return importlib.import_module(name)
 
 
 class _TerminalHandler(logging.Handler):

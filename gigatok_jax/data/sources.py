@@ -190,7 +190,7 @@ def _is_image(name: str) -> bool:
 
 
 def _find(root: Path, below: str) -> list[str]:
-    """Sorted paths, relative to `root`, of the images in the sub-folder `below` and under it.
+    """Sorted paths, relative to `root`, of the images in its sub-folder `below` ("": all of it).
 
     What has no image's extension, or is hidden, does not count. Links are followed.
     """
@@ -199,10 +199,11 @@ def _find(root: Path, below: str) -> list[str]:
         folder = pending.pop()
         with os.scandir(root / folder) as entries:
             for entry in entries:
+                path = f"{folder}/{entry.name}" if folder else entry.name
                 if entry.name[0] != "." and entry.is_dir():
-                    pending.append(f"{folder}/{entry.name}")
+                    pending.append(path)
                 elif _is_image(entry.name):
-                    found.append(f"{folder}/{entry.name}")
+                    found.append(path)
     return sorted(found)
 
 

@@ -26,9 +26,9 @@ def _distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
 
 
 def _chunks(rows: int, codes: int, limit: int) -> int:
-    """Smallest divisor of `rows` that keeps a chunk of the distance matrix within `limit`."""
-    wanted = math.ceil(rows * codes / limit)
-    return next(n for n in range(max(wanted, 1), rows + 1) if rows % n == 0)
+    """Smallest divisor of `rows` that keeps a chunk within `limit`, or one row a chunk."""
+    wanted = min(math.ceil(rows * codes / limit), rows)
+    return next(n for n in range(wanted, rows + 1) if rows % n == 0)
 
 
 def search(
@@ -46,7 +46,7 @@ def search(
       z: `[..., D]` float32.
       codebook: `[K, D]` float32.
       entropy: whether to compute the entropy loss; it is 0 otherwise.
-      chunk_elements: bound on the elements of a chunk.
+      chunk_elements: bound on the elements of a chunk; a single row may exceed it.
 
     Returns:
       Codes `[...]` int32 (the first one in a tie), and the entropy loss, a scalar:

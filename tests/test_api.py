@@ -1,0 +1,143 @@
+"""The Python interface to tokenizers."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+import gigatok_jax as gt
+from gigatok_jax import bundles, recipes
+from gigatok_jax.errors import UserError
+from gigatok_jax.models import quantizer
+from gigatok_jax.weights import convert, torch_files
+
+import synth
+import tiny
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("run") / "bundle"
+    config = tiny.config()
+    weights = tiny.weights(config)
+    weights["history"] = np.array(quantizer.update_history(weights["history"], np.arange(16)))
+    bundles.save(directory, "tokenizer", config, weights, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(directory):
+    return gt.load_tokenizer(directory)
+
+
+@pytest.fixture(scope="module")
+def codes(tokenizer):
+    return tokenizer.encode(tiny.images(2))
+
+
+def test_bundle_of_a_workdir_is_found(directory, tokenizer):
+    assert tokenizer.config == gt.load_tokenizer(directory.parent).config == tiny.config()
+
+
+def test_bytes_and_floats_encode_alike(tokenizer):
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    codes = tokenizer.encode(pixels)
+    assert (codes.shape, codes.dtype) == ((2, 16), np.int32)
+    assert len(np.unique(codes)) > 2
+    np.testing.assert_array_equal(codes, tokenizer.encode((pixels / 127.5 - 1).astype("f4")))
+
+
+def test_codes_are_the_nearest_to_the_latents(tokenizer, codes):
+    latents = np.asarray(tokenizer.latents(tiny.images(2)))
+    assert (latents.shape, latents.dtype) == ((2, 16, 8), np.float32)
+    codebook = np.asarray(tokenizer.variables["params"]["codebook"])
+    codebook = codebook / np.linalg.norm(codebook, axis=-1, keepdims=True)
+    np.testing.assert_array_equal((latents @ codebook.T).argmax(-1), codes)
+
+
+def test_codes_decode_to_images_and_features(tokenizer, codes):
+    images = tokenizer.decode(codes)
+    assert (images.shape, images.dtype) == ((2, 32, 32, 3), np.float32)
+    first, last = (tokenizer.decoder_features(codes, layer=layer) for layer in (1, 2))
+    assert first.shape == last.shape == (2, 64, 16)
+    assert not np.allclose(first, last)
+    semantic = tokenizer.semantic_features(codes)
+    assert (semantic.shape, semantic.dtype) == ((2, 64, 12), np.float32)
+    projector = tokenizer.variables["params"]["projector"]
+    x = np.asarray(first)  # of the semantic layer
+    for name in ("in", "hidden", "out"):
+        x = x @ np.asarray(projector[name]["kernel"]) + np.asarray(projector[name]["bias"])
+        x = x / (1 + np.exp(-x)) if name != "out" else x
+    np.testing.assert_allclose(semantic, x, atol=1e-4)
+
+
+def test_each_image_is_encoded_for_itself(tokenizer, codes):
+    np.testing.assert_array_equal(tokenizer.encode(tiny.images(2)[::-1]), codes[::-1])
+
+
+def test_usage_is_that_of_training(tokenizer):
+    assert tokenizer.codebook_usage() == 16 / 64
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (1, 16, 16, 3), (1, 3, 32, 32), (1, 32, 32, 1)])
+def test_images_of_another_shape_are_refused(tokenizer, shape):
+    for function in (tokenizer.encode, tokenizer.latents):
+        with pytest.raises(ValueError) as error:
+            function(np.zeros(shape, np.float32))
+        assert str(error.value) == f"images must be [B, 32, 32, 3], got {list(shape)}"
+
+
+@pytest.mark.parametrize("shape", [(16,), (1, 15), (1, 4, 4)])
+def test_codes_of_another_shape_are_refused(tokenizer, shape):
+    for function in (tokenizer.decode, tokenizer.semantic_features):
+        with pytest.raises(ValueError) as error:
+            function(np.zeros(shape, np.int32))
+        assert str(error.value) == f"codes must be [B, 16], got {list(shape)}"
+
+
+@pytest.mark.parametrize("layer", [0, 3])
+def test_layer_that_there_is_not_is_refused(tokenizer, codes, layer):
+    with pytest.raises(ValueError, match=rf"^layer must be in 1\.\.2, got {layer}"):
+        tokenizer.decoder_features(codes, layer=layer)
+
+
+def test_tokenizer_without_a_teacher_has_no_semantic_features():
+    config = tiny.config(semantic_dim=0)
+    tokenizer = gt.api.PretrainedTokenizer(config, tiny.weights(config))
+    with pytest.raises(ValueError, match="has no projector"):
+        tokenizer.semantic_features(np.zeros((1, 16), np.int32))
+
+
+def test_parameter_counts_are_the_references():
+    counts = synth.expected("parameter_counts.json")
+    for name in ("s_s", "b_l", "b_l_2d"):
+        assert gt.parameter_count(name) == counts[f"tokenizer_{name}"], name
+
+
+@pytest.mark.parametrize("name", ["b_xl", "generator_b:b", "tokenizer_b_l"])
+def test_unknown_model_has_no_parameter_count(name):
+    with pytest.raises(UserError, match=f"^'{name}': no such"):
+        gt.parameter_count(name)
+
+
+def test_checkpoint_loads_alike_from_tensors_and_from_a_file(tmp_path, monkeypatch):
+    config = tiny.config()
+    monkeypatch.setitem(recipes.TOKENIZERS, "small", types.SimpleNamespace(model=config))
+    weights = tiny.weights(config)
+    tensors = convert.tokenizer_to_torch(weights, config)
+    path = tmp_path / "checkpoint.safetensors"
+    torch_files.write(path, tensors)
+    one, other = gt.tokenizer_from_torch(tensors, "small"), gt.tokenizer_from_torch(path, "small")
+    jax.tree.map(np.testing.assert_array_equal, one.variables["params"], weights["params"])
+    codes = one.encode(tiny.images(2))
+    assert len(np.unique(codes)) > 2
+    np.testing.assert_array_equal(other.encode(tiny.images(2)), codes)
+
+
+def test_checkpoint_of_another_architecture_is_refused(monkeypatch):
+    tensors = convert.tokenizer_to_torch(tiny.weights(tiny.config()), tiny.config())
+    other = types.SimpleNamespace(model=tiny.config(z_channels=16))
+    monkeypatch.setitem(recipes.TOKENIZERS, "small", other)
+    with pytest.raises(ValueError, match=r"^tensor '"):
+        gt.tokenizer_from_torch(tensors, "small")

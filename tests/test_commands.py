@@ -1,0 +1,219 @@
+"""The command line: what it writes, and one line for whatever cannot work."""
+
+import json
+import logging
+import pathlib
+import sys
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from gigatok_jax import bundles, cli
+from gigatok_jax.weights import convert, torch_files
+
+import image_folders
+import synth
+import tiny
+
+TOKENIZER = f"{pathlib.Path(__file__).parent.parent / 'configs' / 'tokenizer.py'}:s_s"
+
+
+@pytest.fixture
+def gigatok(capsys, monkeypatch, tmp_path):
+    """Runs a command as the shell would; returns exit code, standard output, error lines."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "compilations"))
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "cache"))
+    logger = logging.getLogger("gigatok_jax")
+    before = logger.handlers, logger.level, logger.propagate
+
+    def run(*arguments):
+        capsys.readouterr()
+        code = cli.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        return code, out, err.splitlines()
+
+    yield run
+    logger.handlers, level, logger.propagate = before
+    logger.setLevel(level)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("tokenizer") / "bundle"
+    bundles.save(directory, "tokenizer", tiny.config(), tiny.weights(tiny.config()), {})
+    return directory
+
+
+def refused(result) -> str:
+    """The message of a command that ended as wrong input does."""
+    code, out, lines = result
+    assert code == 2 and out == "", (code, out, lines)
+    assert len(lines) == 1 and lines[0].startswith("gigatok: error: "), lines
+    return lines[0].removeprefix("gigatok: error: ")
+
+
+def test_help_lists_every_verb_and_each_has_its_own(gigatok):
+    code, out, lines = gigatok("--help")
+    assert code == 0 and not lines
+    assert all(f"  {verb} " in out for verb in cli.VERBS)
+    for verb in cli.VERBS:
+        code, out, lines = gigatok(verb, "--help")
+        assert code == 0 and out.startswith(f"gigatok {verb} ") and not lines
+
+
+def test_converted_tokenizer_comes_back_bit_for_bit(gigatok, tmp_path):
+    tensors = synth.checkpoint("tokenizer_tiny_tiny")
+    source, back = tmp_path / "reference.safetensors", tmp_path / "back.safetensors"
+    torch_files.write(source, tensors)
+    directory = tmp_path / "bundle"
+    code, out, _ = gigatok(
+        "convert", "tokenizer", f"--from={source}", "--model=tiny_tiny", f"--out={directory}"
+    )
+    assert (code, out) == (0, f"{directory}\n")
+    code, out, _ = gigatok(
+        "convert", "tokenizer", "--to_torch", f"--from={directory}", f"--out={back}"
+    )
+    assert (code, out) == (0, f"{back}\n")
+    returned = torch_files.read(back)
+    assert returned.keys() == tensors.keys()
+    assert all(returned[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
+
+
+def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    for i in range(3):
+        image_folders.save(folder / "class" / f"{i}.png", seed=i)
+    image_folders.spoil(folder / "class" / "1.png")
+    code, text, lines = gigatok(
+        "reconstruct", f"--tokenizer={bundle}", f"--images={folder}", f"--out={out}"
+    )
+    assert code == 0
+    assert "2 images (1 skipped)" in text
+    assert any("1.png" in line for line in lines)
+    names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
+    assert names == ["grid.png", "images/class/0.png", "images/class/2.png", "metrics.json"]
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert (metrics["images"], metrics["skipped"]) == (2, 1)
+    assert [row["image"] for row in metrics["each"]] == ["class/0.png", "class/2.png"]
+    assert metrics["psnr"] == pytest.approx(np.mean([row["psnr"] for row in metrics["each"]]))
+    assert 0 < metrics["codebook_usage"] <= 32 / 64 and -1 <= metrics["ssim"] <= 1
+    with Image.open(out / "images/class/0.png") as image:
+        assert image.size == (32, 32)
+    with Image.open(out / "grid.png") as grid:
+        assert grid.size == (2 * 36 + 4, 2 * 36 + 4)
+
+
+def test_unknown_verb(gigatok):
+    assert refused(gigatok("trian")).startswith("'trian': no such verb; known: train, ")
+
+
+@pytest.mark.parametrize(
+    "arguments, culprit",
+    [
+        (["train", f"--config={TOKENIZER}"], "--workdir"),
+        (["train", "--workdir=DIR"], "--config"),
+        (["convert", "tokenizer", "--from=FILE"], "--out"),
+        (["reconstruct", "--tokenizer=DIR", "--out=DIR"], "--images"),
+        (["demo"], "--workdir"),
+    ],
+)
+def test_missing_flag(gigatok, arguments, culprit):
+    assert culprit in refused(gigatok(*arguments))
+
+
+def test_flags_of_an_earlier_call_are_forgotten(gigatok, tmp_path):
+    missing = tmp_path / "missing"
+    everything = [f"--{name}={missing}" for name in ("tokenizer", "images", "out")]
+    assert str(missing) in refused(gigatok("reconstruct", *everything))
+    assert "--images" in refused(gigatok("reconstruct", *everything[:1], *everything[2:]))
+    for _ in range(2):  # --from may be repeated: it must not pile up
+        arguments = ["convert", "lpips", "--to_torch", f"--from={missing}", "--out=x.pt"]
+        assert refused(gigatok(*arguments)).startswith(f"{missing}: not a bundle")
+
+
+def test_command_line_of_the_process_is_left_alone(gigatok):
+    before = list(sys.argv)
+    gigatok("train", f"--config={TOKENIZER}", "--config.seed=3", "--workdir")
+    assert sys.argv == before
+
+
+@pytest.mark.parametrize(
+    "override, culprit",
+    [
+        ("--config.optimiser.rate=1", "optimiser"),
+        ("--config.optimizer.rat=1", "rat"),
+        ("--config.batch_size=many", "batch_size"),
+        ("--config.batch_size=0", "config.batch_size must be positive, got 0"),
+        ("--config.model.latents=100", "config.model.latents must be a power of two"),
+        ("--config.task=classifier", "config.task"),
+        ("--workdirr=DIR", "workdirr"),
+    ],
+)
+def test_field_that_cannot_be_set(gigatok, tmp_path, override, culprit):
+    workdir = tmp_path / "workdir"
+    result = gigatok("train", f"--config={TOKENIZER}", f"--workdir={workdir}", override)
+    assert culprit in refused(result)
+    assert not workdir.exists()
+
+
+def test_unknown_config(gigatok, tmp_path):
+    workdir = f"--workdir={tmp_path / 'workdir'}"
+    path = tmp_path / "none.py"
+    for override in ("--config.seed=1", ""):
+        message = refused(gigatok("train", f"--config={path}", workdir, *override.split()))
+        assert message.startswith("--config: ") and str(path) in message
+    path = TOKENIZER.replace(":s_s", ":s_z")
+    assert "'s_z': no such tokenizer" in refused(gigatok("train", f"--config={path}", workdir))
+
+
+def test_text_file_as_checkpoint(gigatok, tmp_path):
+    pytest.importorskip("torch")
+    path = tmp_path / "notes.pt"
+    path.write_text("not weights\n")
+    result = gigatok("convert", "tokenizer", f"--from={path}", "--model=s_s", "--out=DIR")
+    assert refused(result).startswith(f"{path}: not a PyTorch checkpoint")
+
+
+@pytest.mark.parametrize("content, message", [(None, "no such file or folder"), ("", "no images")])
+def test_missing_images(gigatok, bundle, tmp_path, content, message):
+    folder, out = tmp_path / "images", tmp_path / "out"
+    if content is not None:
+        folder.mkdir()
+    result = gigatok("reconstruct", f"--tokenizer={bundle}", f"--images={folder}", f"--out={out}")
+    assert refused(result).startswith(f"{folder}: {message}")
+    assert not out.exists()
+
+
+def test_bundle_of_another_kind(gigatok, tmp_path):
+    directory = tmp_path / "lpips"
+    bundles.save(directory, "lpips", None, {"x": np.ones(1)}, {})
+    result = gigatok("reconstruct", f"--tokenizer={directory}", "--images=X", "--out=DIR")
+    assert refused(result) == f"{directory}: holds a lpips, expected a tokenizer"
+
+
+def test_checkpoint_of_another_architecture(gigatok, tmp_path):
+    path, out = tmp_path / "checkpoint.safetensors", tmp_path / "bundle"
+    torch_files.write(path, convert.tokenizer_to_torch(tiny.weights(tiny.config()), tiny.config()))
+    result = gigatok("convert", "tokenizer", f"--from={path}", "--model=s_s", f"--out={out}")
+    assert refused(result).startswith(f"{path}: tensor '")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["convert", "tokeniser", "--from=X", "--out=Y"], "'tokeniser': no such kind of weights"),
+        (["convert", "--from=X", "--out=Y"], "expected one KIND of tokenizer, "),
+        (["convert", "tokenizer", "--from=X", "--out=Y"], "--model: expected the architecture"),
+        (["convert", "tokenizer", "--from=X", "--out=Y", "--model=q"], "'q': no such tokenizer"),
+        (["weights", "fetch", "gigatok_z"], "weights 'gigatok_z': expected one of "),
+        (["weights", "fetch"], "expected: weights fetch NAME, with NAME of dinov2_vits14, "),
+        (
+            ["train", f"--config={TOKENIZER}", "--workdir=X", "extra"],
+            "'extra': unexpected argument",
+        ),
+    ],
+)
+def test_unknown_names(gigatok, arguments, message):
+    assert refused(gigatok(*arguments)).startswith(message)

@@ -1,0 +1,61 @@
+"""Files and directories that are whole or not there."""
+
+import json
+
+import pytest
+
+from gigatok_jax import files
+
+
+def names(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def test_file_appears_whole_and_only_at_the_end(tmp_path):
+    path = tmp_path / "deep" / "file"
+    with files.replacing(path) as aside:
+        aside.write_text("new")
+        assert aside.parent == path.parent and not path.exists()
+    assert path.read_text() == "new" and names(path.parent) == ["file"]
+
+
+@pytest.mark.parametrize("old", [None, "old"])
+def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, old):
+    path = tmp_path / "file"
+    if old:
+        path.write_text(old)
+    with pytest.raises(RuntimeError), files.replacing(path) as aside:
+        aside.write_text("half")
+        raise RuntimeError
+    assert names(tmp_path) == (["file"] if old else [])
+    assert not old or path.read_text() == old
+
+
+def test_directory_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "directory"
+    for name in ("first", "second"):
+        with files.replacing(path) as aside:
+            aside.mkdir()
+            (aside / name).write_text(name)
+        assert names(path) == [name]
+    assert names(tmp_path) == ["directory"]
+
+
+def test_failure_leaves_the_old_directory_and_nothing_else(tmp_path):
+    path = tmp_path / "directory"
+    path.mkdir()
+    (path / "old").write_text("old")
+    with pytest.raises(KeyboardInterrupt), files.replacing(path) as aside:
+        aside.mkdir()
+        (aside / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["directory"] and names(path) == ["old"]
+
+
+def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
+    path = tmp_path / "value.json"
+    files.write_json(path, {"a": [1, None]})
+    with pytest.raises(TypeError):
+        files.write_json(path, {"a": object()})
+    assert json.loads(path.read_text()) == {"a": [1, None]}
+    assert names(tmp_path) == ["value.json"]

@@ -1,0 +1,219 @@
+"""The tokenizer: what is refused, shapes, queries, axis names, remat, types, cost of tracing."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gigatok_jax.models import cnn, layers
+from gigatok_jax.models.tokenizer import Tokenizer, TransformerSize
+from gigatok_jax.training.partitioning import RULES
+from gigatok_jax.weights import convert
+
+import jaxprs
+import tiny
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"image_size": 30}, "image_size must be a multiple of 4 .*got 30"),
+        ({"image_size": 0}, "image_size must be a multiple of 4"),
+        ({"latents": 12}, "latents must be a power of two in a 1d tokenizer, got 12"),
+        ({"latents": 0}, "latents must be positive"),
+        ({"latents": 256}, "latents: 256 queries pool the 8x8 grid in 8x16 equal blocks"),
+        ({"layout": "2d"}, "latents must be 64 .the 8x8 grid. in a 2d tokenizer, got 16"),
+        ({"layout": "3d"}, "layout must be '1d' or '2d', got '3d'"),
+        ({"encoder": TransformerSize(1, 3, 16)}, "encoder: .* heads must divide width, got 1/3/16"),
+        ({"decoder": TransformerSize(0, 2, 16)}, "decoder: depth, heads and width must be pos"),
+        ({"semantic_layer": 3}, r"semantic_layer must be in 1\.\.2 \(the decoder's depth\), got 3"),
+        ({"semantic_layer": 0}, r"semantic_layer must be in 1\.\.2"),
+        ({"semantic_dim": -1}, "semantic_dim must not be negative"),
+        ({"channel_multipliers": ()}, "channel_multipliers must be positive numbers"),
+        ({"channel_multipliers": (1, 0)}, "channel_multipliers must be positive numbers"),
+        ({"base_channels": 0}, "base_channels must be positive"),
+        ({"code_dim": 0}, "code_dim must be positive"),
+        ({"codebook_size": 1}, "codebook_size must be at least 2, got 1"),
+        ({"gradient": "gumbel"}, "gradient must be one of .*, got 'gumbel'"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        tiny.config(**changes)
+
+
+def test_semantic_layer_does_not_matter_without_a_projector():
+    assert tiny.config(semantic_dim=0, semantic_layer=9).semantic_dim == 0
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"layout": "2d", "latents": 144, "image_size": 48},
+        {"image_size": 48, "latents": 8, "code_dim": 3, "codebook_size": 100},
+        {"image_size": 4, "latents": 1, "channel_multipliers": (1, 2)},
+        {"encoder": TransformerSize(2, 1, 12), "decoder": TransformerSize(1, 4, 32)},
+        {"normalize_codes": False, "gradient": "rotation", "semantic_dim": 0},
+    ],
+)
+def test_shapes_follow_the_configuration(changes):
+    config = tiny.config(**changes)
+    images = jax.ShapeDtypeStruct((2, config.image_size, config.image_size, 3), jnp.float32)
+    model = Tokenizer(config)
+    variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+
+    def shape(method, *args, **kwargs):
+        apply = functools.partial(model.apply, method=method, **kwargs)
+        return jax.eval_shape(apply, variables, *args)
+
+    cells, width = config.grid**2, config.decoder.width
+    codes = shape(Tokenizer.encode, images)
+    assert (codes.shape, codes.dtype) == ((2, config.latents), jnp.int32)
+    assert shape(Tokenizer.latents, images).shape == (2, config.latents, config.code_dim)
+    encoded = shape(Tokenizer.encoder_features, images)
+    assert encoded.shape == (2, config.latents, config.encoder.width)
+    assert shape(Tokenizer.decode, codes).shape == images.shape
+    assert shape(Tokenizer.decoder_features, codes, layer=1).shape == (2, cells, width)
+    out = shape(None, images, entropy=True, auxiliary=True)
+    assert out.reconstruction.shape == out.direct.shape == images.shape
+    assert out.codes.shape == codes.shape
+    scalars = out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss
+    assert all(scalar.shape == () for scalar in scalars)
+    if config.semantic_dim:
+        assert out.semantic_features.shape == (2, cells, config.semantic_dim)
+        assert shape(Tokenizer.semantic_features, codes).shape == out.semantic_features.shape
+    else:
+        assert out.semantic_features is None and "projector" not in variables["params"]
+
+
+@pytest.mark.parametrize("count, side", [(1, 4), (2, 4), (8, 4), (16, 4), (64, 8), (32, 24)])
+def test_queries_are_block_means_of_finer_and_finer_levels(count, side):
+    grid = np.random.default_rng(0).standard_normal((2, side, side, 3)).astype(np.float32)
+    expected, rows, columns = [grid.mean((1, 2))], 1, 1
+    while len(expected) < count:
+        height, width = side // rows, side // columns
+        for i in range(rows):
+            for j in range(columns):
+                block = grid[:, i * height : (i + 1) * height, j * width : (j + 1) * width]
+                expected.append(block.mean((1, 2)))
+        rows, columns = (rows, 2 * columns) if rows == columns else (2 * rows, columns)
+    queries = layers.pool_queries(jnp.asarray(grid), count)
+    np.testing.assert_allclose(queries, np.stack(expected, 1), atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [{}, {"layout": "2d", "latents": 64}])
+def test_every_parameter_names_its_axes(changes):
+    model = Tokenizer(tiny.config(**changes))
+    variables = jax.eval_shape(model.init, jax.random.key(0), tiny.images(1))
+    boxes = jax.tree_util.tree_leaves_with_path(
+        variables["params"], is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )
+    assert len(boxes) > 50
+    known = {name for name, _ in RULES} | {None}
+    for path, box in boxes:
+        path = jax.tree_util.keystr(path)
+        assert isinstance(box, nn.LogicallyPartitioned), path
+        assert len(box.names) == box.value.ndim, path
+        assert set(box.names) <= known, path
+        assert (box.names[0] == "layers") == ("['layers']" in path), path
+        if box.value.ndim > 1 and "quant_conv" not in path:
+            assert set(box.names) - {None, "layers"}, path
+
+
+def loss(model, params, images):
+    out = model.apply({"params": params}, images, entropy=True, auxiliary=True)
+    terms = out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss
+    pictures = jnp.mean((out.reconstruction - images) ** 2) + jnp.mean((out.direct - images) ** 2)
+    return sum(terms) + pictures + jnp.mean(jnp.sin(out.semantic_features))
+
+
+class Blocks(nn.Module):
+    """A block of the CNN and two transformer layers, under a remat policy."""
+
+    remat: str
+
+    @nn.compact
+    def __call__(self, images):
+        x = layers.remat(cnn.ResidualBlock, self.remat)(4, name="cnn")(images)
+        x = x.reshape(len(x), -1, 4)
+        return layers.Transformer(2, 2, remat=self.remat, name="transformer")(x)[0]
+
+
+def test_remat_changes_neither_the_output_nor_a_gradient():
+    images = tiny.images(1, size=4)
+    template = convert.shapes(Blocks("none"), images.shape)
+    params = tiny.fill(template["params"])
+
+    def run(remat):
+        def total(params, images):
+            output = Blocks(remat).apply({"params": params}, images)
+            return jnp.sum(jnp.sin(output)), output
+
+        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, images)
+
+    expected = run("none")
+    for remat in ("dots", "full"):
+        jax.tree.map(
+            lambda x, y: np.testing.assert_allclose(x, y, 1e-4, 1e-5), run(remat), expected
+        )
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_remat_reaches_every_block_of_both_halves(remat):
+    def recomputed(remat):
+        model = Tokenizer(tiny.config(), remat=remat)
+        program = jax.make_jaxpr(model.init)(jax.random.key(0), tiny.images(1))
+        return sum(e.primitive.name.startswith("remat") for e in jaxprs.equations(program))
+
+    # CNN blocks: a level each and two in the middle to encode, two a level and two in the middle
+    # to decode; and one scanned layer a transformer.
+    assert recomputed(remat) - recomputed("none") == (3 + 2) + (2 * 3 + 2) + 2
+
+
+def test_bfloat16_computes_in_it_between_float32_parameters_and_outputs():
+    config = tiny.config()
+    model = Tokenizer(config, dtype=jnp.bfloat16)
+    images = tiny.images(1)
+    variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), images))
+    assert {leaf.dtype for leaf in jax.tree.leaves(variables)} == {jnp.dtype("float32")}
+
+    def outputs(variables, images):
+        out = model.apply(variables, images, entropy=True, auxiliary=True)
+        apply = functools.partial(model.apply, variables)
+        return [
+            out.replace(codes=None),
+            apply(images, method=Tokenizer.latents),
+            apply(images, method=Tokenizer.encoder_features),
+            apply(out.codes, method=Tokenizer.decode),
+            apply(out.codes, method=Tokenizer.decoder_grid),
+            apply(out.codes, layer=2, method=Tokenizer.decoder_features),
+        ]
+
+    program, shapes = jax.make_jaxpr(outputs, return_shape=True)(variables, images)
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float32")}
+    types = {"conv_general_dilated": set(), "dot_general": set()}
+    for equation in jaxprs.equations(program):
+        if equation.primitive.name in types:
+            operand = equation.invars[0].aval
+            searched = operand.shape[-1] == config.code_dim and operand.ndim == 2
+            if not searched:
+                types[equation.primitive.name].add(operand.dtype)
+    assert types["conv_general_dilated"] == {jnp.dtype("bfloat16")}
+    assert jnp.dtype("bfloat16") in types["dot_general"]
+
+
+def test_program_does_not_grow_with_depth():
+    def size(depth):
+        stack = TransformerSize(depth, 2, 16)
+        config = tiny.config(encoder=stack, decoder=stack)
+        model = Tokenizer(config)
+        variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tiny.images(1)))
+        gradient = jax.grad(functools.partial(loss, model))
+        program = jax.make_jaxpr(gradient)(variables["params"], tiny.images(1))
+        return sum(1 for _ in jaxprs.equations(program))
+
+    assert size(2) == size(8)

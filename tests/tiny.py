@@ -1,0 +1,51 @@
+"""A tokenizer so small that its programs compile in seconds."""
+
+import jax
+import numpy as np
+
+from gigatok_jax.models import quantizer
+from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+from gigatok_jax.weights import convert
+
+
+def config(**changes) -> TokenizerConfig:
+    """32-pixel images, an 8x8 grid, 16 codes of 64."""
+    options = {
+        "encoder": TransformerSize(1, 2, 16),
+        "decoder": TransformerSize(2, 2, 16),
+        "image_size": 32,
+        "latents": 16,
+        "base_channels": 4,
+        "channel_multipliers": (1, 1, 2),
+        "residual_blocks": 1,
+        "z_channels": 8,
+        "codebook_size": 64,
+        "semantic_layer": 1,
+        "semantic_dim": 12,
+    }
+    return TokenizerConfig(**(options | changes))
+
+
+def fill(template):
+    """Random parameters of the template's shapes, scaled as trained ones are."""
+    rng = np.random.default_rng(0)
+
+    def draw(path, leaf):
+        x = rng.standard_normal(leaf.shape, dtype=np.float32)
+        if path[-1].key == "scale":
+            return 1 + 0.1 * x
+        return x * (0.1 if path[-1].key == "bias" else float(np.prod(leaf.shape[:-1])) ** -0.5)
+
+    return jax.tree_util.tree_map_with_path(draw, template)
+
+
+def weights(config: TokenizerConfig) -> dict:
+    """What a bundle holds: parameters, and the history of one that has been assigned nothing."""
+    params = fill(convert.tokenizer_shapes(config))
+    return {"params": params, "history": np.array(quantizer.empty_history())}
+
+
+def images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
+    """Noise, float32 in [-1, 1]."""
+    rng = np.random.default_rng(seed)
+    return rng.uniform(-1, 1, (count, size, size, 3)).astype(np.float32)
