@@ -27,6 +27,10 @@ flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
 
 TASKS = {"tokenizer": TokenizerRun}
 
+# Fields that what is in a checkpoint depends on; of the average, only whether there is one.
+STRUCTURE = ("config.task", "config.model", "config.objective.discriminator_channels")
+AVERAGE = "config.average_decay"
+
 
 def run(positional: list[str]) -> None:
     if positional:
@@ -65,11 +69,11 @@ def _settle(workdir: pathlib.Path, config) -> None:
     """Writes `config.json`; refuses a workdir that another architecture's run lives in."""
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
-    if path.exists() and (workdir / "checkpoints").exists():
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         old = json.loads(path.read_text())
         changed = list(_differences(old, new, "config"))
         for name, before, now in changed:
-            if name.startswith(("config.model", "config.task")):
+            if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
     write_json(path, new)

@@ -119,6 +119,9 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
         (everything is saved).
     """
     with contextlib.ExitStack() as stack:
+        # Once for the whole run, on every device; a step would move host arrays each time.
+        frozen = jax.device_put(job.frozen, partitioning.replicated(mesh))
+        job = dataclasses.replace(job, frozen=frozen)
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )

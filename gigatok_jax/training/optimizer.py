@@ -75,12 +75,22 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """Clipped AdamW that decays every parameter."""
+def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.GradientTransformation:
+    """Clipped AdamW that decays every parameter.
+
+    Args:
+      config: its settings.
+      steps: length of the schedule.
+      start: the run's step that its first update belongs to.
+    """
+    rate = schedule(config, steps)
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(
-            schedule(config, steps), b1=config.b1, b2=config.b2, weight_decay=config.weight_decay
+            lambda count: rate(start + count),
+            b1=config.b1,
+            b2=config.b2,
+            weight_decay=config.weight_decay,
         ),
     )
 

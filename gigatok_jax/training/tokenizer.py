@@ -182,7 +182,8 @@ class TokenizerTraining:
 
         Returns:
           The next state, and scalars: each loss term unweighted, their weighted sum `total`,
-          gradient norms before clipping, the learning rate, the codebook's usage.
+          gradient norms before clipping, norms of the new parameters (a checkpoint follows only
+          where all scalars are finite), the learning rate, the codebook's usage.
         """
         images = pictures.to_float(batch["image"])
         real = self._real_features(images, frozen)
@@ -198,6 +199,7 @@ class TokenizerTraining:
         history = quantizer.update_history(state.history, outputs["codes"])
         metrics |= {
             "gradient_norm": optax.global_norm(gradients),
+            "parameter_norm": optax.global_norm(params),
             "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
             "codebook_usage": quantizer.codebook_usage(history, self.model.codebook_size),
         }
@@ -316,14 +318,15 @@ class TokenizerTraining:
 
         params = discriminator["params"]
         gradients, (statistics, metrics) = jax.grad(loss, has_aux=True)(params)
-        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        adamw = optimizer.optimizer(self.optimizer, self.steps, start=self.objective.disc_start)
         updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
-        metrics["discriminator_gradient_norm"] = optax.global_norm(gradients)
+        params = optax.apply_updates(params, updates)
+        metrics |= {
+            "discriminator_gradient_norm": optax.global_norm(gradients),
+            "discriminator_parameter_norm": optax.global_norm(params),
+        }
         state = state.replace(
-            discriminator={
-                "params": optax.apply_updates(params, updates),
-                "batch_stats": statistics,
-            },
+            discriminator={"params": params, "batch_stats": statistics},
             discriminator_optimizer=optimizer_state,
         )
         return state, metrics

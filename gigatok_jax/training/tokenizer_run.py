@@ -78,6 +78,13 @@ class TokenizerRun:
             raise ValueError(f"remat must be one of {layers.REMAT}, got {self.remat!r}")
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
+        channels = self.objective.discriminator_channels
+        extent = self.model.image_size >> (len(channels) - 1)  # of the last two layers' input
+        if self.objective.adversarial > 0 and (len(channels) < 2 or extent < 3):
+            raise ValueError(
+                "objective.discriminator_channels must be at least 2 widths, all but the last of "
+                f"which halve an image of {self.model.image_size} to 3 or more, got {channels}"
+            )
         if self.optimizer.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps must be fewer than the run's {self.total_steps} steps, "

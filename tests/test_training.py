@@ -1,0 +1,291 @@
+"""The tokenizer's training step: its terms, its two players, what moves and what does not."""
+
+import dataclasses
+import time
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gigatok_jax import losses, pictures, recipes
+from gigatok_jax.models import lpips, vit
+from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, Phase, TokenizerTraining
+from gigatok_jax.training.tokenizer_run import TokenizerRun
+
+SIZE = TransformerSize(depth=1, heads=2, width=16)
+TEACHER = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=8)
+TRAINING = TokenizerTraining(
+    TokenizerConfig(
+        SIZE,
+        SIZE,
+        image_size=16,
+        latents=16,
+        base_channels=4,
+        channel_multipliers=(1, 1),
+        residual_blocks=1,
+        z_channels=8,
+        codebook_size=32,
+        semantic_layer=1,
+        semantic_dim=TEACHER.width,
+    ),
+    # Weights that differ, so that none can be taken for another.
+    ObjectiveConfig(
+        l2=1.1,
+        perceptual=0.9,
+        adversarial=0.3,
+        codebook=1.3,
+        commitment=0.7,
+        entropy=0.05,
+        semantic=0.4,
+        perceptual_distance="teacher",
+        disc_start=5,
+        auxiliary_steps=10,
+        discriminator_channels=(4, 8),
+    ),
+    OptimizerConfig(rate=3e-3, schedule="constant"),
+    steps=100,
+    average_decay=0.75,
+    teacher=TEACHER,
+)
+ALWAYS = {"l2", "perceptual", "codebook", "commitment", "entropy", "semantic"}
+AUXILIARY = {"auxiliary_l2", "auxiliary_feature", "auxiliary_perceptual"}
+# What is measured beside the terms of `total`.
+BESIDE = {"total", "gradient_norm", "parameter_norm", "learning_rate", "codebook_usage"}
+OF_DISCRIMINATOR = {
+    "discriminator",
+    "discriminator_gradient_norm",
+    "discriminator_parameter_norm",
+    "logits_real",
+    "logits_fake",
+}
+PLAIN, ADVERSARIAL = Phase(False, False), Phase(True, True)
+
+
+def jit(function, **kwargs):
+    """Compiled without optimizations, which take longer than what is run here."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=options, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def state():
+    return jit(lambda key: nn.meta.unbox(TRAINING.init(key)))(jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    module, images = vit.ViT(TEACHER), jnp.zeros((1, 16, 16, 3))
+    params = jit(lambda key: nn.meta.unbox(module.init(key, images))["params"])(jax.random.key(1))
+    return Frozen(teacher=params)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return {"image": np.random.default_rng(2).integers(0, 256, (4, 16, 16, 3), np.uint8)}
+
+
+@pytest.fixture(scope="module")
+def step():
+    return jit(TRAINING.step, static_argnames="phase")
+
+
+@pytest.fixture(scope="module")
+def plain(step, state, batch, frozen):
+    return step(state, batch, frozen, phase=PLAIN)
+
+
+@pytest.fixture(scope="module")
+def adversarial(step, state, batch, frozen):
+    return step(state, batch, frozen, phase=ADVERSARIAL)
+
+
+def equal(first, second):
+    return all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
+
+
+def names(training, frozen, phase, size=16):
+    abstract = nn.meta.unbox(jax.eval_shape(training.init, jax.random.key(0)))
+    batch = {"image": jax.ShapeDtypeStruct((4, size, size, 3), np.uint8)}
+
+    def step(*args):
+        return training.step(*args, phase)
+
+    return set(jax.eval_shape(step, abstract, batch, frozen)[1])
+
+
+def test_phase_follows_disc_start_and_auxiliary_steps():
+    phases = [TRAINING.phase(step) for step in (0, 4, 5, 9, 10)]
+    assert [phase.adversarial for phase in phases] == [False, False, True, True, True]
+    assert [phase.auxiliary for phase in phases] == [True, True, True, True, False]
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize("auxiliary", [False, True])
+def test_each_phase_has_the_terms_of_the_objective(frozen, adversarial, auxiliary):
+    expected = ALWAYS | BESIDE
+    expected |= {"adversarial"} | OF_DISCRIMINATOR if adversarial else set()
+    expected |= AUXILIARY if auxiliary else set()
+    expected |= {"auxiliary_adversarial"} if adversarial and auxiliary else set()
+    assert names(TRAINING, frozen, Phase(adversarial, auxiliary)) == expected
+
+
+def test_terms_without_weight_are_dropped():
+    objective = ObjectiveConfig(perceptual=0.0, semantic=0.0, discriminator_channels=(4, 8))
+    training = dataclasses.replace(TRAINING, objective=objective, teacher=None)
+    assert names(training, Frozen(), PLAIN) == {"l2", "codebook", "commitment"} | BESIDE
+
+
+def test_total_is_the_weighted_sum_of_the_terms(adversarial):
+    metrics, objective = adversarial[1], dataclasses.asdict(TRAINING.objective)
+    terms = ALWAYS | AUXILIARY | {"adversarial", "auxiliary_adversarial"}
+    weights = {name: objective.get(name.removeprefix("auxiliary_"), 1.0) for name in terms}
+    total = sum(weights[name] * float(metrics[name]) for name in terms)
+    assert float(metrics["total"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_terms_are_those_of_the_reconstructions_before_the_update(
+    state, batch, frozen, adversarial
+):
+    images = pictures.to_float(batch["image"])
+
+    @jit
+    def expected(state):
+        out = TRAINING.tokenizer.apply({"params": state.params}, images, auxiliary=True)
+        fake = jax.lax.stop_gradient(out.reconstruction)
+
+        def logits(params, images):
+            variables = state.discriminator | {"params": params}
+            return TRAINING.discriminator.apply(variables, images, mutable=["batch_stats"])[0]
+
+        def hinge(params):
+            real, false = logits(params, images), logits(params, fake)
+            return 0.5 * (jnp.maximum(0, 1 - real).mean() + jnp.maximum(0, 1 + false).mean())
+
+        def teacher(images):
+            inputs = vit.preprocess(images, TEACHER, 8)
+            _, tokens, taps = vit.ViT(TEACHER).apply({"params": frozen.teacher}, inputs, (0, 1, 2))
+            return tokens, [taps[i] for i in (0, 0, 1, 2, 2)]  # quarters of two blocks
+
+        tokens, real = teacher(images)
+        value, gradient = jax.value_and_grad(hinge)(state.discriminator["params"])
+        norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
+        params = state.discriminator["params"]
+        return {
+            "l2": ((out.reconstruction - images) ** 2).mean(),
+            "semantic": losses.semantic(out.semantic_features, tokens),
+            "perceptual": losses.feature_distance(real, teacher(out.reconstruction)[1]).mean(),
+            "auxiliary_l2": ((out.direct - images) ** 2).mean(),
+            "auxiliary_feature": out.feature_loss,
+            "adversarial": -logits(params, out.reconstruction).mean(),
+            "auxiliary_adversarial": -logits(params, out.direct).mean(),
+            "discriminator": value,
+            "discriminator_gradient_norm": TRAINING.objective.adversarial * norm,
+        }
+
+    for name, value in expected(state).items():
+        np.testing.assert_allclose(adversarial[1][name], value, rtol=1e-4, err_msg=name)
+
+
+def test_discriminator_rests_before_its_start(state, plain):
+    assert equal(plain[0].discriminator, state.discriminator)
+    assert equal(plain[0].discriminator_optimizer, state.discriminator_optimizer)
+
+
+def test_discriminator_learns_after_its_start(state, adversarial):
+    old, new = state.discriminator, adversarial[0].discriminator
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), old, new)
+    # While all logits are within the hinges, real and fake cancel in the last bias's gradient.
+    del moved["params"]["conv_out"]["bias"]
+    assert all(jax.tree.leaves(moved))
+
+
+def test_discriminator_has_the_rate_of_the_run_s_step(state, batch, frozen):
+    # Its first update, at step 5, is half-way through the warm-up: 0.01 + 0.99 / 2 of the rate.
+    config = OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0)
+    training = dataclasses.replace(TRAINING, optimizer=config)
+    images = pictures.to_float(batch["image"])
+    outputs = {"reconstruction": -images, "statistics": state.discriminator["batch_stats"]}
+    new, _ = jit(training._update_discriminator)(state, images, outputs)
+    kernel = "conv_out", "kernel"
+    before, after = (s.discriminator["params"][kernel[0]][kernel[1]] for s in (state, new))
+    # Adam's first update is the rate, whatever the gradient.
+    np.testing.assert_allclose(np.abs(after - before).max(), 1e-2 * 0.505, rtol=1e-2)
+
+
+def test_every_parameter_and_the_step_move(state, adversarial):
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state.params, adversarial[0].params)
+    still = [path for path, value in jax.tree_util.tree_leaves_with_path(moved) if not value]
+    assert not still
+    assert adversarial[0].step == 1
+    assert equal(state.key, adversarial[0].key)
+
+
+def test_average_moves_by_one_minus_the_decay(state, plain):
+    def check(average, old, new):
+        np.testing.assert_allclose(average, 0.75 * old + 0.25 * new, rtol=1e-5, atol=1e-7)
+
+    jax.tree.map(check, *jax.device_get((plain[0].average, state.average, plain[0].params)))
+
+
+def test_loss_falls_on_one_batch_and_the_teacher_stays(step, state, batch, frozen, plain):
+    before = jax.tree.map(np.array, frozen)
+    first, (state, _) = float(plain[1]["total"]), plain
+    for _ in range(29):
+        state, metrics = step(state, batch, frozen, phase=PLAIN)
+    assert float(metrics["total"]) < first - 0.1
+    assert equal(before, frozen)
+    assert metrics["codebook_usage"] > 0
+    assert int((state.history >= 0).sum()) == 30 * 4 * 16
+
+
+def abstract_lpips():
+    images = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    variables = jax.eval_shape(lpips.LPIPS().init, jax.random.key(0), images, images)
+    return nn.meta.unbox(variables)["params"]
+
+
+def test_lpips_step_traces():
+    objective = ObjectiveConfig(semantic=0.0, discriminator_channels=(4, 8))
+    training = dataclasses.replace(
+        TRAINING,
+        model=dataclasses.replace(TRAINING.model, image_size=32),
+        objective=objective,
+        teacher=None,
+    )
+    found = names(training, Frozen(lpips=abstract_lpips()), Phase(True, False), size=32)
+    assert {"perceptual", "adversarial"} <= found
+    assert "semantic" not in found
+
+
+def test_first_step_of_xl_xxl_lowers_in_a_minute_with_nothing_allocated():
+    model = recipes.tokenizer_model("xl_xxl")
+    objective = ObjectiveConfig(entropy=0.005)
+    teacher = vit.DINOV2["dinov2_vitb14"]
+    training = dataclasses.replace(
+        TRAINING, model=model, objective=objective, dtype=jnp.bfloat16, teacher=teacher
+    )
+    allocated = {id(array) for array in jax.live_arrays()}
+    start = time.process_time()
+    state = nn.meta.unbox(jax.eval_shape(training.init, jax.random.key(0)))
+    images = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
+    variables = jax.eval_shape(vit.ViT(teacher).init, jax.random.key(0), images)
+    params = nn.meta.unbox(variables)["params"]
+    batch = {"image": jax.ShapeDtypeStruct((8, 256, 256, 3), np.uint8)}
+    step = jax.jit(training.step, donate_argnums=0, static_argnames="phase")
+    frozen = Frozen(teacher=params, lpips=abstract_lpips())
+    step.lower(state, batch, frozen, phase=training.phase(0))
+    assert time.process_time() - start < 60
+    new = [array for array in jax.live_arrays() if id(array) not in allocated]
+    assert sum(array.nbytes for array in new) < 1e6
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.params)) > 2.8e9
+
+
+@pytest.mark.parametrize("channels", [(8,), (4, 8, 16, 32)])
+def test_discriminator_that_does_not_fit_the_image_is_refused(channels):
+    objective = dataclasses.replace(TRAINING.objective, discriminator_channels=channels)
+    with pytest.raises(ValueError, match=r"^objective\.discriminator_channels"):
+        TokenizerRun(TRAINING.model, objective)
