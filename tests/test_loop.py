@@ -18,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 import pytest
-import train_config
 
 from gigatok_jax import bundles
 from gigatok_jax.commands import train
@@ -28,6 +27,8 @@ from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.loop import Job, LoopConfig
 from gigatok_jax.training.telemetry import read_metrics
 from gigatok_jax.training.tokenizer_run import _UsageAdvice
+
+import train_config
 
 ROOT = pathlib.Path(__file__).parent.parent
 CLOCKS = {"images_per_second", "input_wait"}

@@ -12,8 +12,11 @@ from gigatok_jax.models.convolution import conv_general_dilated
 
 
 def group_count(channels: int) -> int:
-    """32 groups, or fewer where a narrow test network has fewer channels."""
-    return math.gcd(32, channels)
+    """32 groups, or fewer where a narrow network would have fewer than 4 channels a group.
+
+    Groups of one channel would take an image's mean colour out of every feature.
+    """
+    return math.gcd(32, max(channels // 4, 1))
 
 
 def group_norm(channels: int, *, dtype, name: str, affine: bool = True) -> nn.GroupNorm:

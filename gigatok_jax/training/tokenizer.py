@@ -22,7 +22,10 @@ PERCEPTUAL = ("lpips", "teacher")
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights of the loss terms and what they are measured with; a weight of 0 drops its term.
+    """Weights of the loss terms and what they are measured with.
+
+    At weight 0 the terms that cost something (perceptual, adversarial, entropy, semantic) are not
+    computed; the others stay in the metrics.
 
     Attributes:
       l2, perceptual, adversarial, codebook, commitment, entropy, semantic: weights; the
