@@ -14,7 +14,8 @@ import jax.numpy as jnp
 Dtype = Any
 
 # PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred deviations: in effect a normal.
-default_init = nn.initializers.normal(0.02)
+INIT_STD = 0.02
+default_init = nn.initializers.normal(INIT_STD)
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,

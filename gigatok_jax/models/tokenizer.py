@@ -1,6 +1,7 @@
 """The GigaTok image tokenizer: CNN, transformer, quantizer, transformer, CNN (SPEC 1)."""
 
 import dataclasses
+import math
 
 from einops import rearrange, repeat
 import flax.linen as nn
@@ -9,6 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.models import cnn, layers, quantizer
+
+
+INITS = ("reference", "fan_in")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +47,7 @@ class TokenizerConfig:
     gradient: str = "straight_through"  # or "rotation"
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
     semantic_dim: int = 768  # width of the teacher's features; 0: no projector
+    init: str = "reference"  # kernels of std 0.02; "fan_in": fan_in^-0.5, which narrow nets need
 
     @property
     def factor(self) -> int:
@@ -88,6 +93,8 @@ class TokenizerConfig:
             raise ValueError(
                 f"gradient must be one of {quantizer.GRADIENTS}, got {self.gradient!r}"
             )
+        if self.init not in INITS:
+            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
         if self.codebook_size < 2:
             raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
         if not 0 <= self.dropout < 1:
@@ -361,3 +368,22 @@ class Tokenizer(nn.Module):
         x, tapped = self.decoder(x, taps)
         x = rearrange(x, "b (h w) c -> b h w c", h=self.config.grid)
         return self.decoder_out(x), tapped
+
+
+def init_params(module: Tokenizer, key: jax.Array):
+    """Fresh parameters, with their logical axes, as `module.config.init` says (SPEC 1.6)."""
+    size = module.config.image_size
+    params = module.init(key, jnp.zeros((1, size, size, 3)))["params"]
+    if module.config.init == "reference":
+        return params
+    # Those that the reference draws in their own way keep it.
+    special = {"query", "key", "value", "quant_conv", "post_quant_conv"}
+
+    def rescale(path, kernel):
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        if names[-1] != "kernel" or special.intersection(names[-2:]):
+            return kernel
+        shape = kernel.shape[1:-1] if "layers" in names else kernel.shape[:-1]
+        return kernel * (math.prod(shape) ** -0.5 / layers.INIT_STD)
+
+    return jax.tree_util.tree_map_with_path(rescale, params)

@@ -13,7 +13,7 @@ from gigatok_jax import losses, metrics, pictures
 from gigatok_jax.models import layers, quantizer, vit
 from gigatok_jax.models.discriminators import PatchGAN
 from gigatok_jax.models.lpips import LPIPS
-from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
 from gigatok_jax.training import optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
@@ -150,7 +150,7 @@ class TokenizerTraining:
         """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
         tokenizer_key, discriminator_key, step_key = jax.random.split(key, 3)
         images = jnp.zeros((1, self.model.image_size, self.model.image_size, 3))
-        params = self.tokenizer.init(tokenizer_key, images)["params"]
+        params = init_params(self.tokenizer, tokenizer_key)
         discriminator = self.discriminator.init(discriminator_key, images)
         adamw = optimizer.optimizer(self.optimizer, self.steps)
         return TokenizerState(

@@ -1,0 +1,33 @@
+"""Initial kernels: the reference's spread, or one that keeps a narrow network's signal alive."""
+
+import jax
+import numpy as np
+import tiny
+
+from gigatok_jax.models import tokenizer
+
+
+def _spreads(init):
+    config = tiny.config(init=init)
+    params = tokenizer.init_params(tokenizer.Tokenizer(config), jax.random.key(0))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    spreads = {}
+    for path, value in leaves:
+        names = [entry.key for entry in path if hasattr(entry, "key")]
+        if names[-1] == "kernel" and value.size > 500:
+            spreads["/".join(names)] = (np.std(value), value.shape, "layers" in names)
+    return spreads
+
+
+def test_fan_in_init_has_unit_gain_where_the_reference_has_its_own_spread():
+    reference, fan_in = _spreads("reference"), _spreads("fan_in")
+    checked = 0
+    for name, (spread, shape, stacked) in fan_in.items():
+        if any(own in name for own in ("query/", "key/", "value/", "quant_conv")):
+            assert spread == reference[name][0], name
+            continue
+        inputs = np.prod(shape[1:-1] if stacked else shape[:-1])
+        np.testing.assert_allclose(spread, inputs**-0.5, rtol=0.15, err_msg=name)
+        np.testing.assert_allclose(reference[name][0], 0.02, rtol=0.15, err_msg=name)
+        checked += 1
+    assert checked > 3
