@@ -1,4 +1,4 @@
-"""Training losses of the tokenizer, each a pure function (SPEC 2)."""
+"""Training losses of the tokenizer, each a pure function."""
 
 from collections.abc import Sequence
 

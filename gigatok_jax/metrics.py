@@ -1,4 +1,4 @@
-"""Reconstruction metrics on images after the uint8 step (SPEC 4)."""
+"""Reconstruction metrics on images after the uint8 step."""
 
 import jax
 from jax import lax

@@ -7,7 +7,7 @@ if [ ! -x "$root/.venv/bin/python" ]; then
 fi
 # shellcheck disable=SC1091
 source "$root/.venv/bin/activate"
-stamp="$root/.venv/installed-$(printf '%s' "$extras" | cksum | cut -d' ' -f1)"
+stamp="$root/.venv/installed-$(printf '%s' "$extras ${CI:-}" | cksum | cut -d' ' -f1)"
 if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
   constraints=()
   # What CI runs with; elsewhere the ranges of pyproject.toml decide.

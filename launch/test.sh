@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The tests. Arguments go to pytest: bash launch/test.sh -k quantizer
+# The tests, two at a time. Arguments go to pytest: bash launch/test.sh -k quantizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-python -m pytest "$@"
+python -m pytest -n 2 --dist loadfile "$@"

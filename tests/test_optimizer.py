@@ -94,11 +94,11 @@ def test_weights_decay_without_a_gradient():
     np.testing.assert_allclose(updates(config, [0.0], params=2.0), -0.1 * 0.5 * 2, rtol=1e-6)
 
 
-def test_average_moves_by_one_minus_the_decay():
-    average = optimizer.moving_average(
-        {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0])}, 0.9
-    )
-    np.testing.assert_allclose(average["w"], [1.2, 1.8], rtol=1e-6)
+@pytest.mark.parametrize("step, expected", [(0, [2.8, 0.2]), (10_000, [1.2, 1.8])])
+def test_average_moves_by_one_minus_a_decay_that_grows(step, expected):
+    old, new = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, 0.0])}
+    average = optimizer.moving_average(old, new, 0.9, step)
+    np.testing.assert_allclose(average["w"], expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

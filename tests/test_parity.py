@@ -17,7 +17,7 @@ from gigatok_jax.weights import convert
 
 import synth
 
-STEPS = int(os.environ.get("PARITY_STEPS", "3"))  # of the six that the reference's file has
+STEPS = int(os.environ.get("PARITY_STEPS", "2"))  # of the six that the reference's file has
 TINY, S, B = TransformerSize(4, 4, 256), TransformerSize(6, 8, 512), TransformerSize(12, 12, 768)
 
 

@@ -1,4 +1,4 @@
-"""gigatok convert KIND --from=FILE --out=DIR, or --to_torch --from=DIR --out=FILE
+"""gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
 Turns a checkpoint of the reference (.pt, .safetensors) into a bundle, or a bundle back.
 KIND: tokenizer, dinov2, lpips. A checkpoint in several files: --from=A --from=B.
@@ -19,6 +19,7 @@ flags.DEFINE_string(
     "weights", "auto", "which of the checkpoint's weights: model, ema, or auto", flag_values=FLAGS
 )
 flags.DEFINE_boolean("to_torch", False, "bundle to checkpoint", flag_values=FLAGS)
+flags.DEFINE_alias("to-torch", "to_torch", flag_values=FLAGS)
 flags.mark_flags_as_required(["from", "out"], flag_values=FLAGS)
 
 

@@ -84,7 +84,7 @@ def reconstruct(
         values = jax.device_get(compare(inputs, floats))
         codes_seen.update(np.unique(codes[: len(batch)]).tolist())
         for i, name in enumerate(names):
-            with replacing(out / "images" / name.with_suffix(".png")) as aside:
+            with replacing(out / "images" / _png(name)) as aside:
                 Image.fromarray(outputs[i]).save(aside, format="png")
             rows.append({"image": str(name)} | {k: float(v[i]) for k, v in values.items()})
             if len(shown) < SHOWN:
@@ -103,6 +103,11 @@ def reconstruct(
     for name, value in means.items():
         print(f"  {name:<16}{value:10.4f}")
     print(out)
+
+
+def _png(name: pathlib.Path) -> pathlib.Path:
+    """`a.png` for itself, `a.jpg.png` for `a.jpg`: neither hides the other."""
+    return name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
 
 
 def _comparison(ssim_range: int):

@@ -49,6 +49,12 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
     if task not in TASKS:
         raise UserError(f"config.task: expected one of {', '.join(TASKS)}, got {task!r}")
     config = from_mapping(TASKS[task], mapping)
+    if config.objective.adversarial and config.objective.disc_start >= config.total_steps:
+        logger.warning(
+            "objective.disc_start=%d is not reached in %d steps: there will be no discriminator",
+            config.objective.disc_start,
+            config.total_steps,
+        )
     if config.steps == 0:
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:

@@ -1,4 +1,4 @@
-"""The convolutional half of the hybrid tokenizer (SPEC 1.1 and 1.4); images are NHWC."""
+"""The convolutional half of the hybrid tokenizer (paper, 4.1); images are NHWC."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Image discriminators of the adversarial loss (SPEC 2)."""
+"""Image discriminators of the adversarial loss."""
 
 import flax.linen as nn
 import jax

@@ -29,16 +29,18 @@ def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
-def remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
     """Wraps `module` so that its activations are recomputed in the backward pass.
 
     Args:
       module: a Linen module class.
-      policy: "none" keeps all activations, "dots" keeps matrix products, "full" keeps only inputs.
+      policy: "none" keeps all activations, "dots" keeps products with weights (convolutions are
+        none), "full" keeps only inputs.
+      scanned: the module is the body of a scan, where XLA cannot merge the recomputation away.
     """
     if policy == "none":
         return module
-    return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=False)
+    return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
 
 
 def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, name: str, **kwargs):
@@ -67,7 +69,7 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
 
 
 def packed_xavier_uniform(width: int):
-    """Xavier-uniform bound of PyTorch's packed `[3W, W]` q/k/v matrix (SPEC 1.6)."""
+    """Xavier-uniform bound of PyTorch's packed `[3W, W]` q/k/v matrix."""
     bound = (6 / (4 * width)) ** 0.5
 
     def init(key, shape, dtype=jnp.float32):
@@ -118,8 +120,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     """Pre-norm transformer layer: self-attention, cross-attention if there is a memory, MLP.
 
-    Positions are added to queries and keys only, as in DETR (SPEC 1.2).  `layer_scale` gives each
-    branch a learned gain a channel (DINOv2's LayerScale).
+    Positions are added to queries and keys only, as in DETR (paper, appendix C).  `layer_scale`
+    gives each branch a learned gain a channel (DINOv2's LayerScale).
     """
 
     heads: int
@@ -188,7 +190,7 @@ class Transformer(nn.Module):
         Returns:
           The last layer's output `[B, T, W]`, and the outputs of the layers in `taps`.
         """
-        block = remat(Block, self.remat)
+        block = remat(Block, self.remat, scanned=True)
 
         def body(module, carry, index, *args):
             x, tapped = carry
@@ -215,7 +217,7 @@ class Transformer(nn.Module):
 
 
 def pool_queries(grid: jax.Array, count: int) -> jax.Array:
-    """Multi-level average pooling that seeds the Q-Former's queries (SPEC 1.2).
+    """Multi-level average pooling that seeds the Q-Former's queries (paper, appendix C).
 
     Args:
       grid: `[B, H, W, C]`.

@@ -1,4 +1,4 @@
-"""LPIPS, the perceptual distance of VGG-16 features (SPEC 2; Zhang et al. 2018)."""
+"""LPIPS, the perceptual distance of VGG-16 features (Zhang et al. 2018)."""
 
 import flax.linen as nn
 import jax

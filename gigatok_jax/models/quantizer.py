@@ -1,4 +1,4 @@
-"""Vector quantization: exact code search in chunks, gradient rules, entropy, usage (SPEC 1.3)."""
+"""Vector quantization: exact code search in chunks, gradient rules, entropy, usage."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The GigaTok image tokenizer: CNN, transformer, quantizer, transformer, CNN (SPEC 1)."""
+"""The GigaTok image tokenizer: CNN, transformer, quantizer, transformer, CNN (paper, 4.1)."""
 
 import dataclasses
 import math
@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 
 from gigatok_jax.models import cnn, layers, quantizer
-
 
 INITS = ("reference", "fan_in")
 
@@ -371,17 +370,18 @@ class Tokenizer(nn.Module):
 
 
 def init_params(module: Tokenizer, key: jax.Array):
-    """Fresh parameters, with their logical axes, as `module.config.init` says (SPEC 1.6)."""
+    """Fresh parameters, with their logical axes, as `module.config.init` says."""
     size = module.config.image_size
     params = module.init(key, jnp.zeros((1, size, size, 3)))["params"]
     if module.config.init == "reference":
         return params
     # Those that the reference draws in their own way keep it.
-    special = {"query", "key", "value", "quant_conv", "post_quant_conv"}
+    packed = {"self_attention", "cross_attention"}
 
     def rescale(path, kernel):
         names = [entry.key for entry in path if hasattr(entry, "key")]
-        if names[-1] != "kernel" or special.intersection(names[-2:]):
+        own = names[-2].endswith("quant_conv") or (packed & set(names) and names[-2] != "out")
+        if names[-1] != "kernel" or own:
             return kernel
         shape = kernel.shape[1:-1] if "layers" in names else kernel.shape[:-1]
         return kernel * (math.prod(shape) ** -0.5 / layers.INIT_STD)

@@ -1,4 +1,4 @@
-"""The vision transformer of the frozen teachers, in DINOv2's architecture (SPEC 2)."""
+"""The vision transformer of the frozen teachers, in DINOv2's architecture."""
 
 import dataclasses
 

@@ -145,8 +145,12 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
 
 def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
     steps = job.training.steps
+    shardings = jax.tree.map(lambda array: array.sharding, state)
     step_function = jax.jit(
-        functools.partial(job.training.step), donate_argnums=0, static_argnames="phase"
+        job.training.step,
+        donate_argnums=0,
+        static_argnames="phase",
+        out_shardings=(shardings, None),
     )
     put = functools.partial(
         jax.make_array_from_process_local_data, partitioning.batch_sharding(mesh)

@@ -1,4 +1,4 @@
-"""AdamW, gradient clipping, learning-rate schedules and weight averaging (SPEC 2 and 3)."""
+"""AdamW, gradient clipping, learning-rate schedules and weight averaging."""
 
 import dataclasses
 import math
@@ -50,7 +50,7 @@ class OptimizerConfig:
 
 
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, ... of `steps` (`parity/schedules.npz`).
+    """Learning rate of step 0, 1, ... of `steps` (`tests/data/parity/schedules.npz`).
 
     The reference sets the rate after each step, so that its very first runs at the full base
     rate; here the schedule holds from the first step on.
@@ -95,6 +95,10 @@ def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.Grad
     )
 
 
-def moving_average(average, params, decay: float):
-    """Exponential moving average of the weights after one more step."""
+def moving_average(average, params, decay: float, step):
+    """Exponential moving average of the weights after step number `step`, from 0.
+
+    The decay grows towards its full value, so that short runs leave their first weights behind.
+    """
+    decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

@@ -1,4 +1,4 @@
-"""Training of a tokenizer: state, objective and step (SPEC 2)."""
+"""Training of a tokenizer: state, objective and step."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -198,7 +198,7 @@ class TokenizerTraining:
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if self.average_decay:
-            average = optimizer.moving_average(average, params, self.average_decay)
+            average = optimizer.moving_average(average, params, self.average_decay, state.step)
         history = quantizer.update_history(state.history, outputs["codes"])
         metrics |= {
             "gradient_norm": optax.global_norm(gradients),

@@ -98,11 +98,11 @@ PUBLISHED = {
         ),
     ),
     # The authors publish no hashes of these.
-    "gigatok_s_s": _gigatok("s_s", "VQ_SS256_e100.pt"),
-    "gigatok_s_b": _gigatok("s_b", "VQ_SB256_e200.pt"),
-    "gigatok_b_l": _gigatok("b_l", "VQ_BL256_e200.pt"),
-    "gigatok_b_l_dino_disc": _gigatok("b_l", "VQ_BL256_dino_disc.pt"),
-    "gigatok_xl_xxl": _gigatok("xl_xxl", "VQ_XLXXL256_e300.pt"),
+    "gigatok_s_s": _gigatok("s_s,released", "VQ_SS256_e100.pt"),
+    "gigatok_s_b": _gigatok("s_b,released", "VQ_SB256_e200.pt"),
+    "gigatok_b_l": _gigatok("b_l,released", "VQ_BL256_e200.pt"),
+    "gigatok_b_l_dino_disc": _gigatok("b_l,released", "VQ_BL256_dino_disc.pt"),
+    "gigatok_xl_xxl": _gigatok("xl_xxl,released", "VQ_XLXXL256_e300.pt"),
 }
 
 
