@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 
+VISIBLE = 96  # pixels that an image in a grid should be high, if whole enlargement allows
+
+
 def to_float(images: jax.Array) -> jax.Array:
     """uint8 images as float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
@@ -21,13 +24,15 @@ def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:
     """One picture of several rows of images.
 
     Args:
-      rows: uint8 arrays `[n, H, W, 3]`, all of one shape.
+      rows: uint8 arrays `[n, H, W, 3]`, all of one shape; small ones are enlarged.
       gap: white pixels between images.
 
     Returns:
       uint8 `[h, w, 3]`.
     """
     rows = np.stack(rows)  # [R, n, H, W, 3]
+    enlarged = max(1, VISIBLE // rows.shape[2])
+    rows = rows.repeat(enlarged, 2).repeat(enlarged, 3)
     padded = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     r, n, height, width, _ = padded.shape
     picture = padded.transpose(0, 2, 1, 3, 4).reshape(r * height, n * width, 3)

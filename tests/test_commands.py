@@ -101,7 +101,7 @@ def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
     with Image.open(out / "images/class/0.png") as image:
         assert image.size == (32, 32)
     with Image.open(out / "grid.png") as grid:
-        assert grid.size == (2 * 36 + 4, 2 * 36 + 4)
+        assert grid.size == (2 * 100 + 4, 2 * 100 + 4)
 
 
 def test_unknown_verb(gigatok):
