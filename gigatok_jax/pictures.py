@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
 VISIBLE = 96  # pixels that an image in a grid should be high, if whole enlargement allows
 
 
