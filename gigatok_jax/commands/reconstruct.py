@@ -34,7 +34,7 @@ flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(["tokenizer", "images", "out"], flag_values=FLAGS)
 
-SHOWN = 32  # images in the grid, at most
+SHOWN = 32  # images in the grid, at most, evenly spaced
 COLUMNS = 8
 
 
@@ -62,6 +62,7 @@ def reconstruct(
     """Writes the files that the module's docstring names, and prints the metrics."""
     paths = image_paths(source)
     compare = _comparison(ssim_range)
+    stride = -(-len(paths) // SHOWN)  # spread over all classes
     rows, shown, codes_seen, skipped = [], [], set(), 0
     for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=None):
         batch, names = [], []
@@ -87,7 +88,7 @@ def reconstruct(
             with replacing(out / "images" / _png(name)) as aside:
                 Image.fromarray(outputs[i]).save(aside, format="png")
             rows.append({"image": str(name)} | {k: float(v[i]) for k, v in values.items()})
-            if len(shown) < SHOWN:
+            if (len(rows) - 1) % stride == 0:
                 shown.append((inputs[i], outputs[i]))
     if not rows:
         raise UserError(f"{source}: none of its {len(paths)} images can be read")
