@@ -380,8 +380,9 @@ def init_params(module: Tokenizer, key: jax.Array):
 
     def rescale(path, kernel):
         names = [entry.key for entry in path if hasattr(entry, "key")]
-        own = names[-2].endswith("quant_conv") or (packed & set(names) and names[-2] != "out")
-        if names[-1] != "kernel" or own:
+        if names[-1] != "kernel":
+            return kernel
+        if names[-2].endswith("quant_conv") or (packed & set(names) and names[-2] != "out"):
             return kernel
         shape = kernel.shape[1:-1] if "layers" in names else kernel.shape[:-1]
         return kernel * (math.prod(shape) ** -0.5 / layers.INIT_STD)

@@ -163,7 +163,9 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
 
     def save(step):
         meter.check(step, checkpoints.latest)
-        checkpoints.save(step, state, {"batches": batches.get_state(), "unlogged": meter.rows})
+        # A copy: it is written in the background, while rows go on being added.
+        unlogged = list(meter.rows)
+        checkpoints.save(step, state, {"batches": batches.get_state(), "unlogged": unlogged})
 
     def log(step):
         row = meter.row(step, checkpoints.latest)
