@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import bundles, recipes
-from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -104,9 +103,8 @@ def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> Pretra
     directory = pathlib.Path(directory)
     if (directory / "bundle").is_dir():
         directory = directory / "bundle"
-    bundle = bundles.load(directory, "tokenizer")
-    config = from_mapping(TokenizerConfig, bundle.config, f"{directory}/config.json: config")
-    return PretrainedTokenizer(config, bundle.weights, dtype)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
 
 
 def tokenizer_from_torch(

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
+from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing, write_json
 
@@ -19,12 +20,12 @@ class Bundle(NamedTuple):
     """A bundle's content.
 
     Attributes:
-      config: the architecture, as a mapping.
+      config: the architecture.
       weights: nested dictionaries of arrays.
       made_by: what made it.
     """
 
-    config: dict[str, Any]
+    config: Any
     weights: dict[str, Any]
     made_by: dict[str, Any]
 
@@ -50,8 +51,13 @@ def save(
         write_json(aside / "config.json", record)
 
 
-def load(directory: str | pathlib.Path, kind: str) -> Bundle:
+def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:
     """Reads a bundle, its arrays whole on the default device.
+
+    Args:
+      directory: of the bundle.
+      kind: what it must hold.
+      config_type: the architecture's dataclass; None leaves the mapping of the file.
 
     Raises:
       UserError: there is no bundle, or one of another kind.
@@ -73,7 +79,10 @@ def load(directory: str | pathlib.Path, kind: str) -> Bundle:
     except Exception as error:  # Orbax raises half a dozen types for damaged files, bare ones too
         reason = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{path}: unreadable weights ({reason[0]})") from error
-    return Bundle(record["config"], weights, record["made_by"])
+    config = record["config"]
+    if config_type is not None:
+        config = from_mapping(config_type, config, f"{directory}/config.json: config")
+    return Bundle(config, weights, record["made_by"])
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:

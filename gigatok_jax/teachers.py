@@ -17,7 +17,6 @@ from safetensors import SafetensorError
 import safetensors.numpy
 
 from gigatok_jax import bundles
-from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing, write_json
 from gigatok_jax.models import vit
@@ -92,9 +91,8 @@ def load_teacher(name: str) -> Teacher:
 
 
 def _bundled(directory: Path) -> Teacher:
-    bundle = bundles.load(directory, "dinov2")
-    config = from_mapping(vit.ViTConfig, bundle.config, f"{directory}/config.json: config")
-    return Teacher(config, bundle.weights)
+    bundle = bundles.load(directory, "dinov2", vit.ViTConfig)
+    return Teacher(bundle.config, bundle.weights)
 
 
 def load_lpips(*, missing_ok: bool = False) -> dict[str, Any] | None:

@@ -176,14 +176,14 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
             telemetry.scalars(step, row)
             bar.set_postfix_str(f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}")
             if bar.disable:
-                logger.info("%s", _describe(step, steps, row))
+                logger.info("step %d/%d: %s", step, steps, _describe(row))
 
     def evaluate(step):
         metrics, pictures = job.evaluate(state, job.frozen)
         if telemetry:
             telemetry.scalars(step, metrics)
             telemetry.pictures(step, pictures)
-            logger.info("step %d: %s", step, ", ".join(f"{k} {v:.4g}" for k, v in metrics.items()))
+            logger.info("step %d: %s", step, _describe(metrics))
         meter.restart_clock()
 
     def due(every, step):
@@ -224,7 +224,6 @@ class _Meter:
     def __init__(self, rows: list[dict[str, float]]):
         self.rows = list(rows)
         self._pending = collections.deque()
-        self._first_pending = None
         self.restart_clock()
 
     def restart_clock(self):
@@ -276,9 +275,8 @@ class _Meter:
         return result
 
 
-def _describe(step: int, steps: int, row: Mapping[str, float]) -> str:
-    losses = ", ".join(f"{name} {value:.4g}" for name, value in row.items())
-    return f"step {step}/{steps}: {losses}"
+def _describe(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 @contextlib.contextmanager

@@ -70,11 +70,12 @@ class ObjectiveConfig:
         return self.perceptual > 0 and self.perceptual_distance == "lpips"
 
 
-class Phase(flax.struct.PyTreeNode):
+@dataclasses.dataclass(frozen=True)
+class Phase:
     """What distinguishes one compilation of the step from another."""
 
-    adversarial: bool = flax.struct.field(pytree_node=False)
-    auxiliary: bool = flax.struct.field(pytree_node=False)
+    adversarial: bool
+    auxiliary: bool
 
 
 @flax.struct.dataclass

@@ -8,7 +8,6 @@ import jax
 import numpy as np
 
 from gigatok_jax import bundles, recipes
-from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
@@ -100,12 +99,9 @@ def to_torch(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path)
       UserError: there is no such bundle, or the suffix is unknown.
     """
     functions = find(kind)
-    bundle = bundles.load(directory, kind)
-    config = None
-    if functions.config:
-        config = from_mapping(functions.config, bundle.config, f"{directory}/config.json: config")
+    bundle = bundles.load(directory, kind, functions.config)
     weights = jax.tree.map(np.asarray, bundle.weights)
-    torch_files.write(file, functions.to_torch(weights, config))
+    torch_files.write(file, functions.to_torch(weights, bundle.config))
 
 
 def fetched(name: str) -> pathlib.Path:

@@ -17,6 +17,7 @@ import safetensors
 import safetensors.numpy
 
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import replacing
 
 WRAPPERS = ("model", "state_dict", "module")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -171,21 +172,13 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
         expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise UserError(f"{path}: expected a name that ends in one of {expected}")
     torch = None if path.suffix == ".safetensors" else _torch(path)
-    aside = path.with_name(f".{path.name}.partial")
     # Read-only arrays (JAX's) are copied: torch would warn of them.
     tensors = {name: np.require(t, requirements=("C", "W")) for name, t in tensors.items()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if torch is None:
-            safetensors.numpy.save_file(tensors, aside)
-        else:
-            torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
-        aside.replace(path)
-    except (
-        OSError,
-        RuntimeError,
-        safetensors.SafetensorError,
-    ) as error:  # torch's, when disk is full
+        with replacing(path) as aside:
+            if torch is None:
+                safetensors.numpy.save_file(tensors, aside)
+            else:
+                torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch: RuntimeError
         raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
-    finally:
-        aside.unlink(missing_ok=True)
