@@ -6,6 +6,7 @@ import os
 import sys
 
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import cache_dir
 
 # Verb to what it does; each is a module of `gigatok_jax.commands` with FLAGS and run().
 VERBS = {
@@ -35,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, arguments: list[str]) -> int:
     # Compilations are kept between runs; a run that resumes starts in seconds.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _compilation_cache())
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compilations"))
     from absl import flags
 
     argv, sys.argv = sys.argv, [verb, *arguments]  # where config_flags finds --config.FIELD
@@ -95,11 +96,6 @@ def _log_to_terminal() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
-
-
-def _compilation_cache() -> str:
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return os.path.join(base, "gigatok_jax", "compilations")
 
 
 def _help() -> str:

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written aside, then renamed."""
+"""Files that are complete or not there: written aside, then renamed. And where the cache is."""
 
 from collections.abc import Iterator
 import contextlib
@@ -7,6 +7,14 @@ import os
 import pathlib
 import shutil
 from typing import Any
+
+
+def cache_dir() -> pathlib.Path:
+    """`$GIGATOK_CACHE`, or `gigatok_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
+    if chosen := os.environ.get("GIGATOK_CACHE"):
+        return pathlib.Path(chosen).expanduser()
+    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return pathlib.Path(parent).expanduser() / "gigatok_jax"
 
 
 @contextlib.contextmanager

@@ -115,7 +115,6 @@ def test_unknown_verb(gigatok):
         (["train", "--workdir=DIR"], "--config"),
         (["convert", "tokenizer", "--from=FILE"], "--out"),
         (["reconstruct", "--tokenizer=DIR", "--out=DIR"], "--images"),
-        (["demo"], "--workdir"),
     ],
 )
 def test_missing_flag(gigatok, arguments, culprit):

@@ -236,17 +236,6 @@ def test_cache_that_cannot_be_made_is_named(tmp_path):
         fetch.fetch("dinov2_vits14", cache=tmp_path / "file")
 
 
-def test_cache_directory_follows_the_environment(monkeypatch):
-    for name in ("GIGATOK_CACHE", "XDG_CACHE_HOME"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HOME", "/home/someone")
-    assert fetch.cache_dir() == pathlib.Path("/home/someone/.cache/gigatok_jax")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
-    assert fetch.cache_dir() == pathlib.Path("/xdg/gigatok_jax")
-    monkeypatch.setenv("GIGATOK_CACHE", "~/mine")
-    assert fetch.cache_dir() == pathlib.Path("/home/someone/mine")
-
-
 def test_published_files_have_their_own_names_and_well_formed_hashes():
     files = [file for published in fetch.PUBLISHED.values() for file in published.files]
     assert len({file.name for file in files}) == len(files)

@@ -1,6 +1,7 @@
 """Files and directories that are whole or not there."""
 
 import json
+import pathlib
 
 import pytest
 
@@ -59,3 +60,14 @@ def test_json_that_cannot_be_written_leaves_the_old(tmp_path):
         files.write_json(path, {"a": object()})
     assert json.loads(path.read_text()) == {"a": [1, None]}
     assert names(tmp_path) == ["value.json"]
+
+
+def test_cache_directory_follows_the_environment(monkeypatch):
+    for name in ("GIGATOK_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/home/someone")
+    assert files.cache_dir() == pathlib.Path("/home/someone/.cache/gigatok_jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/xdg")
+    assert files.cache_dir() == pathlib.Path("/xdg/gigatok_jax")
+    monkeypatch.setenv("GIGATOK_CACHE", "~/mine")
+    assert files.cache_dir() == pathlib.Path("/home/someone/mine")

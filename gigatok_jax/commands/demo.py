@@ -1,4 +1,4 @@
-"""gigatok demo --workdir=DIR [--config.FIELD=VALUE ...]
+"""gigatok demo [--workdir=DIR] [--config.FIELD=VALUE ...]
 
 The main job on drawings that the program makes itself, with the teacher that comes with it: trains
 a tiny tokenizer with every loss (configs/demo.py), then reconstructs held-out drawings. Ten minutes
@@ -18,9 +18,10 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing
 
 FLAGS = flags.FlagValues()
-flags.DEFINE_string("workdir", None, "where everything goes", flag_values=FLAGS)
-config_flags.DEFINE_config_file("config", "configs/demo.py", "what to train", flag_values=FLAGS)
-flags.mark_flags_as_required(["workdir"], flag_values=FLAGS)
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
+
+flags.DEFINE_string("workdir", "runs/demo", "where everything goes", flag_values=FLAGS)
+config_flags.DEFINE_config_file("config", str(CONFIG), "what to train", flag_values=FLAGS)
 
 HELD_OUT = 100  # drawings that are reconstructed
 

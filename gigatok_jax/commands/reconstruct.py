@@ -34,7 +34,7 @@ flags.DEFINE_integer(
 )
 flags.mark_flags_as_required(["tokenizer", "images", "out"], flag_values=FLAGS)
 
-SHOWN = 32  # images in the grid, at most, evenly spaced
+SHOWN = 32  # images in the grid, at most, evenly spaced; whole rows where there are enough
 COLUMNS = 8
 
 
@@ -62,7 +62,8 @@ def reconstruct(
     """Writes the files that the module's docstring names, and prints the metrics."""
     paths = image_paths(source)
     compare = _comparison(ssim_range)
-    stride = -(-len(paths) // SHOWN)  # spread over all classes
+    count = min(len(paths) // COLUMNS * COLUMNS or len(paths), SHOWN)
+    wanted = {i * len(paths) // count for i in range(count)}  # spread over all classes
     rows, shown, codes_seen, skipped = [], [], set(), 0
     for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=None):
         batch, names = [], []
@@ -88,7 +89,7 @@ def reconstruct(
             with replacing(out / "images" / _png(name)) as aside:
                 Image.fromarray(outputs[i]).save(aside, format="png")
             rows.append({"image": str(name)} | {k: float(v[i]) for k, v in values.items()})
-            if (len(rows) - 1) % stride == 0:
+            if len(rows) - 1 in wanted:
                 shown.append((inputs[i], outputs[i]))
     if not rows:
         raise UserError(f"{source}: none of its {len(paths)} images can be read")

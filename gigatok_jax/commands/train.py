@@ -76,7 +76,10 @@ def _settle(workdir: pathlib.Path, config) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); it describes the run there") from None
         changed = list(_differences(old, new, "config"))
         for name, before, now in changed:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):

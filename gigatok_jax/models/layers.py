@@ -80,9 +80,17 @@ def packed_xavier_uniform(width: int):
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) -> jax.Array:
     """Attention over `[B, T, heads, head_dim]`: cuDNN's flash kernel where it applies, else XLA."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    implementation = "cudnn" if half and jax.default_backend() == "gpu" else "xla"
+    implementation = "cudnn" if _flash_applies(q.dtype, q.shape[-1]) else "xla"
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kwargs)
+
+
+def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
+    """Whether cuDNN has a kernel: half precision, Ampere or newer, heads of up to 128."""
+    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's have letters in it
+    recent = capability.replace(".", "").isdigit() and float(capability) >= 8
+    return recent and head_dim % 8 == 0 and head_dim <= 128
 
 
 class Attention(nn.Module):

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers as policies
 
+from gigatok_jax.errors import UserError
+
 
 class Restored(NamedTuple):
     """What `Checkpoints.restore` gives back."""
@@ -62,6 +64,9 @@ class Checkpoints:
 
         Args:
           abstract_state: shapes, types and shardings to restore to.
+
+        Raises:
+          UserError: it is damaged, or that of another state.
         """
         step = self.latest
         if step is None:
@@ -69,7 +74,14 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
         )
-        restored = self._manager.restore(step, args=items)
+        try:
+            restored = self._manager.restore(step, args=items)
+        except Exception as error:  # Orbax raises half a dozen types, bare ones too
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(
+                f"{self._manager.directory / str(step)}: unreadable checkpoint ({reason}); without "
+                "it, the run goes on from the one before"
+            ) from error
         return Restored(step, restored.state, restored.progress)
 
     def close(self) -> None:

@@ -189,6 +189,7 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
     def due(every, step):
         return (every and step % every == 0) or step == steps
 
+    # Not jax.set_mesh: Flax would then constrain DenseGeneral's kernels before it shapes them.
     with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
         for step in range(start + 1, steps + 1):
             batch = meter.wait(batches)

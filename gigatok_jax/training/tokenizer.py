@@ -202,8 +202,8 @@ class TokenizerTraining:
             average = optimizer.moving_average(average, params, self.average_decay, state.step)
         history = quantizer.update_history(state.history, outputs["codes"])
         metrics |= {
-            "gradient_norm": optax.global_norm(gradients),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),
             "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
             "codebook_usage": quantizer.codebook_usage(history, self.model.codebook_size),
         }
@@ -326,8 +326,8 @@ class TokenizerTraining:
         updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
         params = optax.apply_updates(params, updates)
         metrics |= {
-            "discriminator_gradient_norm": optax.global_norm(gradients),
-            "discriminator_parameter_norm": optax.global_norm(params),
+            "discriminator_gradient_norm": optax.tree.norm(gradients),
+            "discriminator_parameter_norm": optax.tree.norm(params),
         }
         state = state.replace(
             discriminator={"params": params, "batch_stats": statistics},

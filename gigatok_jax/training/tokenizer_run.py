@@ -80,7 +80,7 @@ class TokenizerRun:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         channels = self.objective.discriminator_channels
         extent = self.model.image_size >> (len(channels) - 1)  # of the last two layers' input
-        if self.objective.adversarial > 0 and (len(channels) < 2 or extent < 3):
+        if len(channels) < 2 or (self.objective.adversarial > 0 and extent < 3):
             raise ValueError(
                 "objective.discriminator_channels must be at least 2 widths, all but the last of "
                 f"which halve an image of {self.model.image_size} to 3 or more, got {channels}"
@@ -154,15 +154,16 @@ class _Evaluation:
     def __init__(self, run: TokenizerRun, functions: training.TokenizerTraining):
         self._run = run
         self._reconstruct = jax.jit(functions.reconstruct)
+        self._batches = pipeline.eval_batches(
+            run.data, image_size=run.model.image_size, batch_size=run.batch_size
+        )
 
     def __call__(self, state: training.TokenizerState, frozen: training.Frozen):
         run, shown = self._run, None
         sums, count = collections.Counter(), 0
-        batches = pipeline.eval_batches(
-            run.data, image_size=run.model.image_size, batch_size=run.batch_size
-        )
-        with batches:
-            for batch in batches:
+        self._batches.set_state({"next_batch": 0})
+        with self._batches:
+            for batch in self._batches:
                 keep = np.flatnonzero(batch["valid"])[: run.evaluation_images - count]
                 images, values = self._reconstruct(state, batch["image"], frozen)
                 if shown is None:

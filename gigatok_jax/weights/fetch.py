@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import http.client
-import os
 import pathlib
 import ssl
 import sys
@@ -14,6 +13,7 @@ import urllib.request
 from tqdm import tqdm
 
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import cache_dir
 
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 60  # seconds without a byte
@@ -104,14 +104,6 @@ PUBLISHED = {
     "gigatok_b_l_dino_disc": _gigatok("b_l,released", "VQ_BL256_dino_disc.pt"),
     "gigatok_xl_xxl": _gigatok("xl_xxl,released", "VQ_XLXXL256_e300.pt"),
 }
-
-
-def cache_dir() -> pathlib.Path:
-    """`$GIGATOK_CACHE`, or `gigatok_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get("GIGATOK_CACHE"):
-        return pathlib.Path(chosen).expanduser()
-    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(parent).expanduser() / "gigatok_jax"
 
 
 def fetch(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:

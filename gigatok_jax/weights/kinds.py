@@ -9,6 +9,7 @@ import numpy as np
 
 from gigatok_jax import bundles, recipes
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import cache_dir
 from gigatok_jax.models import vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.weights import convert, fetch, torch_files
@@ -106,7 +107,7 @@ def to_torch(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path)
 
 def fetched(name: str) -> pathlib.Path:
     """Where the bundle of published weights lies once they are fetched."""
-    return fetch.cache_dir() / "bundles" / name
+    return cache_dir() / "bundles" / name
 
 
 def fetched_or_refuse(name: str) -> pathlib.Path:
