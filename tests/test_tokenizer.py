@@ -140,7 +140,8 @@ class Blocks(nn.Module):
     def __call__(self, images):
         x = layers.remat(cnn.ResidualBlock, self.remat)(4, name="cnn")(images)
         x = x.reshape(len(x), -1, 4)
-        return layers.Transformer(2, 2, remat=self.remat, name="transformer")(x)[0]
+        block = functools.partial(layers.Block, heads=2)
+        return layers.Transformer(2, block, self.remat, name="transformer")(x)[0]
 
 
 def test_remat_changes_neither_the_output_nor_a_gradient():

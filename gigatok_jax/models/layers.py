@@ -4,12 +4,15 @@ Modules name *logical* axes only (`embed`, `heads`, `mlp`, ...); `training.parti
 to the mesh.  Parameters are float32; `dtype` is the type of the computation between them.
 """
 
-from typing import Any
+from collections.abc import Callable
+import functools
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Dtype = Any
 
@@ -93,36 +96,141 @@ def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
     return recent and head_dim % 8 == 0 and head_dim <= 128
 
 
-class Attention(nn.Module):
-    """Multi-head attention with separate inputs for queries, keys and values."""
+def constrain(x: jax.Array) -> jax.Array:
+    """Pins the sharding of activations `[B, T, W]`."""
+    return nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
 
+
+class Cache(NamedTuple):
+    """Keys and values of one attention's positions, `[B, heads, T, head_dim]` each.
+
+    Attention over them needs no transposition in this order.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
+def rotary_table(positions: np.ndarray, head_dim: int, base: float = 10_000.0) -> np.ndarray:
+    """Cosines and sines of rotary position embeddings.
+
+    Args:
+      positions: `[T, axes]`; each axis turns an equal share of the head's dimensions.
+      head_dim: a multiple of twice the number of axes.
+      base: of the geometric series of wave lengths.
+
+    Returns:
+      float32 `[T, head_dim / 2, 2]`, for pairs of neighbouring dimensions.
+    """
+    dims = head_dim // positions.shape[1]
+    frequencies = base ** (-np.arange(0, dims, 2) / dims)
+    angles = rearrange(positions[..., None] * frequencies, "t a f -> t (a f)")
+    return np.stack([np.cos(angles), np.sin(angles)], -1).astype(np.float32)
+
+
+def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
+    """Turns neighbouring pairs of `[B, T, heads, head_dim]` by a `rotary_table` of T rows."""
+    a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
+    cosine, sine = table[:, None, :, 0], table[:, None, :, 1]
+    pairs = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], -1)
+    return pairs.reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention with separate inputs for queries, keys and values.
+
+    Attributes:
+      width, heads: W, and the number of heads that it is divided into.
+      bias: whether the projections have biases.
+      kernel_init: of the query, key and value projections; None: PyTorch's, see
+        `packed_xavier_uniform`.
+      qk_norm: LayerNorm over the dimensions of each head's queries and keys.
+    """
+
+    width: int
     heads: int
+    bias: bool = True
+    kernel_init: Callable | None = None
+    qk_norm: bool = False
     dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-        """Maps `[B, T, W]`, `[B, S, W]`, `[B, S, W]` to `[B, T, W]`."""
-        width = query.shape[-1]
+    def setup(self):
+        common = dict(dtype=self.dtype, use_bias=self.bias)
+        kernel_init = self.kernel_init or packed_xavier_uniform(self.width)
 
-        def project(x, name):
+        def project(name):
             return nn.DenseGeneral(
-                (self.heads, width // self.heads),
-                dtype=self.dtype,
-                kernel_init=partitioned(packed_xavier_uniform(width), "embed", "heads", "head_dim"),
+                (self.heads, self.width // self.heads),
+                kernel_init=partitioned(kernel_init, "embed", "heads", "head_dim"),
                 bias_init=partitioned(nn.initializers.zeros, "heads", "head_dim"),
                 name=name,
-            )(x)
+                **common,
+            )
 
-        q, k, v = project(query, "query"), project(key, "key"), project(value, "value")
-        x = dot_product_attention(q, k, v)
-        return nn.DenseGeneral(
-            width,
+        self.query, self.key, self.value = project("query"), project("key"), project("value")
+        self.out = nn.DenseGeneral(
+            self.width,
             axis=(-2, -1),
-            dtype=self.dtype,
             kernel_init=partitioned(default_init, "heads", "head_dim", "embed"),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="out",
-        )(x)
+            **common,
+        )
+        if self.qk_norm:
+            self.query_norm = layer_norm(dtype=self.dtype, name="query_norm")
+            self.key_norm = layer_norm(dtype=self.dtype, name="key_norm")
+
+    def _project(self, query, key, value, rotation):
+        q, k, v = self.query(query), self.key(key), self.value(value)
+        if self.qk_norm:
+            q, k = self.query_norm(q), self.key_norm(k)
+        if rotation is not None:
+            q, k = rotate(q, rotation), rotate(k, rotation)
+        return q, k, v
+
+    def __call__(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        *,
+        causal: bool = False,
+        rotation: jax.Array | None = None,
+    ) -> jax.Array:
+        """Maps `[B, T, W]`, `[B, S, W]`, `[B, S, W]` to `[B, T, W]`.
+
+        Args:
+          query, key, value: what is projected.
+          causal: position t sees keys up to t only.
+          rotation: `rotary_table` of all positions, or None.
+        """
+        q, k, v = self._project(query, key, value, rotation)
+        return self.out(dot_product_attention(q, k, v, is_causal=causal))
+
+    def decode(
+        self, x: jax.Array, cache: Cache, position: jax.Array, rotation: jax.Array | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """Causal self-attention of one more position, given those before it.
+
+        Args:
+          x: `[B, 1, W]`.
+          cache: of all positions; those from `position` on are not read.
+          position: scalar.
+          rotation: this position's row of the `rotary_table`, `[1, head_dim / 2, 2]`, or None.
+
+        Returns:
+          `[B, 1, W]`, and the cache with this position in it.
+        """
+        q, k, v = self._project(x, x, x, rotation)
+        q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
+        insert = jax.lax.dynamic_update_slice_in_dim
+        keys = insert(cache.keys, k.astype(cache.keys.dtype), position, axis=2)
+        values = insert(cache.values, v.astype(cache.values.dtype), position, axis=2)
+        scores = jnp.einsum("bhqd,bhtd->bhqt", q, keys, preferred_element_type=jnp.float32)
+        seen = jnp.arange(keys.shape[2]) <= position
+        weights = jax.nn.softmax(jnp.where(seen, scores * q.shape[-1] ** -0.5, -jnp.inf))
+        x = jnp.einsum("bhqt,bhtd->bhqd", weights.astype(values.dtype), values)
+        return self.out(rearrange(x, "b h t d -> b t h d")), Cache(keys, values)
 
 
 class Block(nn.Module):
@@ -144,24 +252,25 @@ class Block(nn.Module):
         def norm(name):
             return layer_norm(epsilon=self.epsilon, dtype=self.dtype, name=name)(x)
 
+        def attention(name):
+            return Attention(width, self.heads, dtype=self.dtype, name=name)
+
         def add(x, branch, name):
             if self.layer_scale:
                 init = partitioned(nn.initializers.constant(1e-5), "norm")
                 branch = branch * self.param(name, init, (width,)).astype(self.dtype)
-            x = nn.with_logical_constraint(x + branch, ("batch", "length", "activation_embed"))
-            return x
+            return constrain(x + branch)
 
         def with_positions(x, positions):
             return x if positions is None else x + positions.astype(x.dtype)
 
         y = norm("norm_self")
         q = with_positions(y, positions)
-        x = add(x, Attention(self.heads, self.dtype, name="self_attention")(q, q, y), "scale_self")
+        x = add(x, attention("self_attention")(q, q, y), "scale_self")
         if memory is not None:
             q = with_positions(norm("norm_cross"), positions)
             k = with_positions(memory, memory_positions)
-            y = Attention(self.heads, self.dtype, name="cross_attention")(q, k, memory)
-            x = add(x, y, "scale_cross")
+            x = add(x, attention("cross_attention")(q, k, memory), "scale_cross")
         y = norm("norm_mlp")
         y = dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y)
         y = nn.gelu(y, approximate=False)
@@ -172,39 +281,37 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned.
 
-    Compile time does not depend on the depth.  `remat` is one of "none", "dots", "full".
+    Compile time does not depend on the depth.
+
+    Attributes:
+      depth: number of blocks.
+      block: makes one, given a name; a `functools.partial` of its class.
+      remat: one of "none", "dots", "full".
     """
 
     depth: int
-    heads: int
-    epsilon: float = 1e-5
-    layer_scale: bool = False
+    block: functools.partial
     remat: str = "none"
-    dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(
-        self, x, memory=None, positions=None, memory_positions=None, *, taps: tuple[int, ...] = ()
+        self, x: jax.Array, *shared, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
         """Runs the stack.
 
         Args:
           x: `[B, T, W]`.
-          memory: `[B, S, W]` for cross-attention, or None.
-          positions: `[T, W]`, added to queries (and self-attention keys) in every layer.
-          memory_positions: `[S, W]`, added to the memory's keys in every layer.
+          shared: what each block gets beside its input.
           taps: layers, counted from 1, whose outputs are wanted (0: the input).
 
         Returns:
           The last layer's output `[B, T, W]`, and the outputs of the layers in `taps`.
         """
-        block = remat(Block, self.remat, scanned=True)
+        block = remat(self.block.func, self.remat, scanned=True)
 
-        def body(module, carry, index, *args):
+        def body(module, carry, index, *shared):
             x, tapped = carry
-            x = block(self.heads, self.epsilon, self.layer_scale, self.dtype, name="block")(
-                x, *args
-            )
+            x = block(**self.block.keywords, name="block")(x, *shared)
             # Selecting in the carry keeps one array a tap instead of every layer's output.
             tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))
             return (x, tapped), None
@@ -213,14 +320,12 @@ class Transformer(nn.Module):
             body,
             variable_axes={"params": 0},
             split_rngs={"params": True, "dropout": True},
-            in_axes=(0,) + (nn.broadcast,) * 3,
+            in_axes=(0,) + (nn.broadcast,) * len(shared),
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         carry = (x, (x,) * len(taps))
-        (x, tapped), _ = scan(
-            self, carry, jnp.arange(1, self.depth + 1), memory, positions, memory_positions
-        )
+        (x, tapped), _ = scan(self, carry, jnp.arange(1, self.depth + 1), *shared)
         return x, tapped
 
 

@@ -1,6 +1,7 @@
 """The GigaTok image tokenizer: CNN, transformer, quantizer, transformer, CNN (paper, 4.1)."""
 
 import dataclasses
+import functools
 import math
 
 from einops import rearrange, repeat
@@ -193,9 +194,8 @@ class TokenTransformer(nn.Module):
         grid_positions = positions("grid_positions", config.grid**2)
         x = layers.layer_norm(dtype=self.dtype, name="norm_in")(x)
         x = layers.dense(size.width, ("conv_in", "embed"), dtype=self.dtype, name="embed")(x)
-        stack = layers.Transformer(
-            size.depth, size.heads, remat=self.remat, dtype=self.dtype, name="layers"
-        )
+        block = functools.partial(layers.Block, heads=size.heads, dtype=self.dtype)
+        stack = layers.Transformer(size.depth, block, self.remat, name="layers")
         if config.layout == "2d":
             x, tapped = stack(x + grid_positions.astype(x.dtype), taps=taps)
         else:

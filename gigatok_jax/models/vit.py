@@ -1,6 +1,7 @@
 """The vision transformer of the frozen teachers, in DINOv2's architecture."""
 
 import dataclasses
+import functools
 
 from einops import rearrange, repeat
 import flax.linen as nn
@@ -82,15 +83,11 @@ class ViT(nn.Module):
         class_token = self.param("class_token", init, (1, config.width))
         x = jnp.concatenate([repeat(class_token, "1 w -> b 1 w", b=len(x)).astype(x.dtype), x], 1)
         x += self.param("positions", init, (x.shape[1], config.width)).astype(x.dtype)
-        x, tapped = layers.Transformer(
-            config.depth,
-            config.heads,
-            epsilon=1e-6,
-            layer_scale=True,
-            remat=self.remat,
-            dtype=self.dtype,
-            name="layers",
-        )(x, taps=taps)
+        block = functools.partial(
+            layers.Block, heads=config.heads, epsilon=1e-6, layer_scale=True, dtype=self.dtype
+        )
+        stack = layers.Transformer(config.depth, block, self.remat, name="layers")
+        x, tapped = stack(x, taps=taps)
         x = layers.layer_norm(epsilon=1e-6, dtype=self.dtype, name="norm")(x)
         return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.models import discriminators, lpips, quantizer, vit
+from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.weights import names
 
@@ -20,8 +21,11 @@ USAGE_NAME = "quantize.codebook_used"
 
 
 def shapes(module: nn.Module, *inputs) -> dict:
-    """The module's variables as unboxed shapes; nothing is allocated."""
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in inputs]
+    """The module's variables as unboxed shapes; nothing is allocated.
+
+    An input is a `jax.ShapeDtypeStruct`, or the shape of a float32 one.
+    """
+    inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
     return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs))
 
 
@@ -84,6 +88,30 @@ def tokenizer_to_torch(variables: Mapping, config: TokenizerConfig) -> dict[str,
     if np.any(history != -1):
         tensors[USAGE_NAME] = history.astype(np.float32)
     return tensors
+
+
+def generator_shapes(config: GeneratorConfig) -> dict:
+    """Shapes of a generator's parameters."""
+    codes, classes = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (1,)))
+    return shapes(Generator(config), codes, classes)["params"]
+
+
+def generator_from_torch(tensors: Mapping[str, np.ndarray], config: GeneratorConfig) -> dict:
+    """A reference generator's tensors as `{"params": ...}`.
+
+    Constants that old files hold (masks, rotary tables, caches) are dropped.
+
+    Raises:
+      ValueError: a tensor is missing, superfluous, or of another shape than `config` says.
+    """
+    entries = names.generator(config)
+    _refuse_unknown(tensors, entries, "freqs_cis", "causal_mask", "*.kv_cache.*")
+    return {"params": names.from_torch(tensors, entries, generator_shapes(config))}
+
+
+def generator_to_torch(variables: Mapping, config: GeneratorConfig) -> dict[str, np.ndarray]:
+    """The inverse of `generator_from_torch`."""
+    return names.to_torch(variables["params"], names.generator(config))
 
 
 def patchgan_from_torch(tensors: Mapping[str, np.ndarray], channels=(64, 128, 256, 512)) -> dict:

@@ -15,6 +15,7 @@ from einops import rearrange
 import numpy as np
 
 from gigatok_jax.models import lpips, vit
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 
 LINEAR = "o i -> i o"
@@ -202,6 +203,52 @@ def tokenizer(config: TokenizerConfig) -> list[Entry]:
         *_pair("quant_conv", "quant_conv", CONV_1X1),
         *_pair("post_quant_conv", "post_quant_conv", CONV_1X1),
     ]
+
+
+def generator(config: GeneratorConfig) -> list[Entry]:
+    """Entries of a GigaTok generator."""
+    entries = [
+        Entry("cls_embedding.embedding_table.weight", ("class_embedding",)),
+        Entry("tok_embeddings.weight", ("embedding",)),
+        Entry("norm.weight", ("norm_out/scale",)),
+        Entry("output.weight", ("head/kernel",), LINEAR),
+    ]
+    if config.positions == "learned":
+        entries.append(Entry("positional_embedding", ("positions",)))
+    if config.adaln == "shared":
+        entries += _pair("adaLN.1", "modulation", LINEAR)
+    if config.adaln != "none":
+        entries += _pair("final_adaLN.1", "modulation_out", LINEAR)
+    block, heads = "layers/block", (("n", config.heads),)
+    attention = f"{block}/attention"
+    projections = tuple(f"{attention}/{p}/kernel" for p in ("query", "key", "value"))
+    for layer in range(config.depth):
+        name = f"layers.{layer}"
+        packed = f"{name}.attention.wqkv.weight"
+        out = f"{name}.attention.wo.weight"
+        entries += [
+            Entry(packed, projections, PACKED_WEIGHT, (("p", 3), *heads), layer),
+            Entry(out, (f"{attention}/out/kernel",), OUT_WEIGHT, heads, layer),
+            Entry(f"{name}.attention_norm.weight", (f"{block}/norm_attention/scale",), layer=layer),
+            Entry(f"{name}.ffn_norm.weight", (f"{block}/norm_mlp/scale",), layer=layer),
+        ]
+        for theirs, ours in (("w1", "mlp_gate"), ("w3", "mlp_in"), ("w2", "mlp_out")):
+            path = f"{block}/{ours}/kernel"
+            entries.append(
+                Entry(f"{name}.feed_forward.{theirs}.weight", (path,), LINEAR, layer=layer)
+            )
+        if config.qk_norm:
+            for theirs, ours in (("q_norm", "query_norm"), ("k_norm", "key_norm")):
+                entries += _norm(f"{name}.attention.{theirs}", f"{attention}/{ours}", layer=layer)
+        if config.adaln == "block":
+            entries += _pair(
+                f"{name}.adaLN_modulation.1", f"{block}/modulation", LINEAR, layer=layer
+            )
+        if config.adaln == "shared":
+            entries.append(
+                Entry(f"{name}.ada_gss", (f"{block}/offset",), "1 1 c w -> c w", layer=layer)
+            )
+    return entries
 
 
 def patchgan(channels: tuple[int, ...] = (64, 128, 256, 512)) -> list[Entry]:

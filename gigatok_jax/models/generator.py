@@ -1,0 +1,345 @@
+"""The Llama-style generator of codes, one class embedding and then the codes (paper, 4.2)."""
+
+import dataclasses
+import functools
+from typing import Any
+
+from einops import rearrange
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax.models import layers
+
+POSITIONS = ("learned", "rotary", "rotary_2d")
+ADALN = ("none", "block", "shared")
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorConfig:
+    """Everything that determines a generator's parameters and what it computes.
+
+    Attributes:
+      depth, heads, width: of the transformer.
+      codes: number of codes an image, N.
+      codebook_size: K.
+      classes: number of classes; one more, the null class, stands for "any".
+      positions: "learned" for 1d tokenizers, "rotary_2d" for 2d ones, or "rotary".
+      qk_norm: LayerNorm over the dimensions of each head's queries and keys.
+      adaln: modulation of each block by the class: "none", "block" (a Linear a block), or "shared"
+        (one Linear for all blocks, and an offset a block).
+      dropout: of embeddings, attention outputs and MLP outputs.
+    """
+
+    depth: int
+    heads: int
+    width: int
+    codes: int = 256
+    codebook_size: int = 16_384
+    classes: int = 1_000
+    positions: str = "learned"
+    qk_norm: bool = False
+    adaln: str = "none"
+    dropout: float = 0.1
+
+    @property
+    def hidden(self) -> int:
+        """Width inside the SwiGLU."""
+        return -(-int(2 * 4 * self.width / 3) // 256) * 256
+
+    @property
+    def null_class(self) -> int:
+        return self.classes
+
+    def __post_init__(self):
+        for name in ("depth", "heads", "width", "codes", "classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.codebook_size < 2:
+            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
+        if self.positions not in POSITIONS:
+            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
+        if self.adaln not in ADALN:
+            raise ValueError(f"adaln must be one of {ADALN}, got {self.adaln!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        multiple = {"learned": 1, "rotary": 2, "rotary_2d": 4}[self.positions]
+        if self.width % self.heads or self.width // self.heads % multiple:
+            raise ValueError(
+                f"width must be heads times a multiple of {multiple}, got {self.width} for "
+                f"{self.heads} heads"
+            )
+        if self.positions == "rotary_2d" and round(self.codes**0.5) ** 2 != self.codes:
+            raise ValueError(f"codes must fill a square for rotary_2d positions, got {self.codes}")
+
+
+def rotation(config: GeneratorConfig) -> np.ndarray | None:
+    """The rotary table of the class and all codes, `[1 + N, head_dim / 2, 2]`, or None.
+
+    The class position's row is zeros: its queries and keys vanish, as in the reference.
+    """
+    if config.positions == "learned":
+        return None
+    places = np.arange(config.codes)
+    if config.positions == "rotary_2d":
+        axes = np.stack(np.divmod(places, round(config.codes**0.5)), -1)  # row, column
+    else:
+        axes = places[:, None]
+    table = layers.rotary_table(axes, config.width // config.heads)
+    return np.concatenate([np.zeros_like(table[:1]), table])
+
+
+def _norm(dtype: layers.Dtype, name: str) -> nn.RMSNorm:
+    scale_init = layers.partitioned(nn.initializers.ones, "norm")
+    return nn.RMSNorm(epsilon=1e-5, dtype=dtype, scale_init=scale_init, name=name)
+
+
+def _modulation(config: GeneratorConfig, count: int, dtype: layers.Dtype, name: str) -> nn.Dense:
+    """Linear from the class to `count` vectors of the transformer's width, zero at first."""
+    return layers.dense(
+        count * config.width,
+        ("embed", "mlp"),
+        dtype=dtype,
+        kernel_init=nn.initializers.zeros,
+        name=name,
+    )
+
+
+class Block(nn.Module):
+    """Pre-norm layer: causal self-attention and SwiGLU, both modulated by the class with AdaLN.
+
+    `train` turns dropout on.
+    """
+
+    config: GeneratorConfig
+    train: bool = False
+    dtype: layers.Dtype = jnp.float32
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+
+        def linear(features, axes, name):
+            return layers.dense(features, axes, dtype=dtype, use_bias=False, name=name)
+
+        self.norm_attention = _norm(dtype, "norm_attention")
+        self.attention = layers.Attention(
+            config.width,
+            config.heads,
+            bias=False,
+            kernel_init=layers.default_init,
+            qk_norm=config.qk_norm,
+            dtype=dtype,
+        )
+        self.norm_mlp = _norm(dtype, "norm_mlp")
+        self.mlp_gate = linear(config.hidden, ("embed", "mlp"), "mlp_gate")
+        self.mlp_in = linear(config.hidden, ("embed", "mlp"), "mlp_in")
+        self.mlp_out = linear(config.width, ("mlp", "embed"), "mlp_out")
+        self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+        if config.adaln == "block":
+            self.modulation = _modulation(config, 6, dtype, "modulation")
+        if config.adaln == "shared":
+            init = layers.partitioned(nn.initializers.normal(config.width**-0.5), None, "embed")
+            self.offset = self.param("offset", init, (6, config.width))
+
+    def __call__(self, x, rotation=None, condition=None):
+        """Maps `[B, T, W]` to its like; `condition` is what `Generator.condition` gives."""
+
+        def attend(x):
+            return self.attention(x, x, x, causal=True, rotation=rotation), None
+
+        return self._layer(x, condition, attend)[0]
+
+    def decode(self, x, cache, position, rotation=None, condition=None):
+        """One position `[B, 1, W]`, and the updated cache; see `layers.Attention.decode`."""
+        attend = functools.partial(
+            self.attention.decode, cache=cache, position=position, rotation=rotation
+        )
+        return self._layer(x, condition, attend)
+
+    def _layer(self, x, condition, attend):
+        shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self._modulations(condition)
+        y, cache = attend(self.norm_attention(x) * (1 + scale) + shift)
+        x = layers.constrain(x + gate * self.dropout(y))
+        y = self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp
+        y = self.mlp_out(nn.silu(self.mlp_gate(y)) * self.mlp_in(y))
+        return layers.constrain(x + gate_mlp * self.dropout(y)), cache
+
+    def _modulations(self, condition):
+        """Shift, scale and gate of both branches, `[B, 1, W]` each."""
+        if condition is None:
+            return (0, 0, 1) * 2
+        if self.config.adaln == "block":
+            condition = rearrange(self.modulation(condition), "b t (c w) -> b t c w", c=6)
+        else:
+            condition = condition + self.offset.astype(condition.dtype)
+        return tuple(jnp.moveaxis(condition, 2, 0))
+
+
+class Generator(nn.Module):
+    """Codes and a class to the logits of each code, given those before it.
+
+    Attributes:
+      config: the architecture.
+      train: whether dropout is on; it needs an rng called "dropout".
+      remat: "none", "dots" or "full".
+      dtype: type of the computation; parameters, norms' statistics and softmax are float32.
+    """
+
+    config: GeneratorConfig
+    train: bool = False
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+
+    def setup(self):
+        config, dtype = self.config, self.dtype
+
+        def table(name, rows, axis, std=layers.INIT_STD):
+            init = layers.partitioned(nn.initializers.normal(std), axis, "embed")
+            return self.param(name, init, (rows, config.width))
+
+        self.class_embedding = table("class_embedding", config.classes + 1, None)
+        self.embedding = table("embedding", config.codebook_size, "vocab")
+        if config.positions == "learned":
+            std = config.width**-0.5
+            self.positions = table("positions", 1 + config.codes, None, std)
+        block = functools.partial(Block, config=config, train=self.train, dtype=dtype)
+        self.layers = layers.Transformer(config.depth, block, self.remat)
+        if config.adaln == "shared":
+            self.modulation = _modulation(config, 6, dtype, "modulation")
+        if config.adaln != "none":
+            self.modulation_out = _modulation(config, 2, dtype, "modulation_out")
+        self.norm_out = _norm(dtype, "norm_out")
+        self.head = layers.dense(
+            config.codebook_size,
+            ("embed", "vocab"),
+            dtype=dtype,
+            use_bias=False,
+            kernel_init=nn.initializers.zeros,
+            name="head",
+        )
+        self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+
+    def __call__(self, codes: jax.Array, classes: jax.Array) -> jax.Array:
+        """Logits of n + 1 codes.
+
+        Args:
+          codes: the first n codes of each image, `[B, n]` int32, n < N.
+          classes: `[B]` int32; `config.null_class` where there is none.
+
+        Returns:
+          `[B, n + 1, K]` of the compute type: logits of code 1 given the class, and so on.
+        """
+        x, _ = self._run(codes, classes)
+        return self.logits(x, self.class_vectors(classes))
+
+    def features(self, codes: jax.Array, classes: jax.Array, layer: int) -> jax.Array:
+        """Output of `layer` (from 1; 0: the embeddings), `[B, n + 1, W]` float32."""
+        _, (features,) = self._run(codes, classes, taps=(layer,))
+        return features.astype(jnp.float32)
+
+    def _run(self, codes, classes, taps=()):
+        classes = self.class_vectors(classes)
+        x = jnp.concatenate(
+            [classes, self.code_vectors(codes, jnp.arange(1, codes.shape[1] + 1))], 1
+        )
+        table = rotation(self.config)
+        table = None if table is None else table[: x.shape[1]]
+        return self.layers(self.dropout(x), table, self.condition(classes), taps=taps)
+
+    def class_vectors(self, classes: jax.Array) -> jax.Array:
+        """The first position of each sequence, `[B, 1, W]`."""
+        x = self.class_embedding[classes][:, None]
+        if self.config.positions == "learned":
+            x = x + self.positions[0]
+        return x.astype(self.dtype)
+
+    def code_vectors(self, codes: jax.Array, positions: jax.Array) -> jax.Array:
+        """Embedded codes `[B, n]` at the given positions `[n]` (the class is at 0), `[B, n, W]`."""
+        x = self.embedding[codes]
+        if self.config.positions == "learned":
+            x = x + self.positions[positions]
+        return x.astype(self.dtype)
+
+    def condition(self, classes: jax.Array) -> jax.Array | None:
+        """What AdaLN gives each block, of `class_vectors`: `[B, 1, W]` or `[B, 1, 6, W]`."""
+        if self.config.adaln == "none":
+            return None
+        y = nn.silu(classes)
+        if self.config.adaln == "block":
+            return y
+        return rearrange(self.modulation(y), "b t (c w) -> b t c w", c=6)
+
+    def logits(self, x: jax.Array, classes: jax.Array) -> jax.Array:
+        """`[B, n, K]` of the last block's output `[B, n, W]` and `class_vectors`."""
+        x = self.norm_out(x)
+        if self.config.adaln != "none":
+            shift, scale = jnp.split(self.modulation_out(nn.silu(classes)), 2, axis=-1)
+            x = x * (1 + scale) + shift
+        return self.head(x)
+
+
+class Decoder:
+    """One code at a time: the same computation as `Generator`, with keys and values kept.
+
+    Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
+
+    Args:
+      config: the architecture.
+      params: of a `Generator`.
+      classes: `[B]` int32.
+      dtype: type of the computation.
+    """
+
+    def __init__(self, config: GeneratorConfig, params: Any, classes: jax.Array, dtype):
+        self._config, self._classes, self._dtype = config, classes, dtype
+        self._module = Generator(config, dtype=dtype)
+        # Casting once halves what each step reads where the type is half as wide.
+        params = jax.tree.map(lambda array: array.astype(dtype), params)
+        stacked = params["layers"]["block"]
+        self._blocks = [jax.tree.map(lambda array: array[i], stacked) for i in range(config.depth)]
+        self._params = {"params": params}
+        self._first = self._apply(Generator.class_vectors, classes)
+        self._condition = self._apply(Generator.condition, self._first)
+        self._rotation = rotation(config)
+
+    def _apply(self, method, *args):
+        return self._module.apply(self._params, *args, method=method)
+
+    def empty_cache(self, length: int) -> list[layers.Cache]:
+        """One `layers.Cache` a block for `length` positions."""
+        config = self._config
+        shape = (len(self._classes), config.heads, length, config.width // config.heads)
+        zeros = jnp.zeros(shape, self._dtype)
+        return [layers.Cache(zeros, zeros)] * config.depth
+
+    def step(self, codes: jax.Array, position: jax.Array, cache: list[layers.Cache]):
+        """Logits of the code after one position.
+
+        Args:
+          codes: `[B]`, the codes at `position`; at position 0 is the class, and they are not read.
+          position: scalar.
+          cache: of the positions before.
+
+        Returns:
+          float32 `[B, K]`, and the cache with this position in it.
+        """
+        x = self._apply(Generator.code_vectors, codes[:, None], position[None])
+        x = jnp.where(position == 0, self._first, x)
+        table = self._rotation
+        if table is not None:
+            table = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), position, 1)
+        block, updated = Block(self._config, dtype=self._dtype), []
+        for params, layer_cache in zip(self._blocks, cache, strict=True):
+            x, layer_cache = block.apply(
+                {"params": params},
+                x,
+                layer_cache,
+                position,
+                table,
+                self._condition,
+                method=Block.decode,
+            )
+            updated.append(layer_cache)
+        logits = self._apply(Generator.logits, x, self._first)
+        return logits[:, 0].astype(jnp.float32), updated
