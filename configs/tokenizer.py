@@ -14,7 +14,8 @@ def get_config(argument="s_s"):
     name, *variants = argument.split(",")
     recipe = recipes.tokenizer_recipe(name)
     objective = ObjectiveConfig(semantic=0.0) if "vanilla" in variants else ObjectiveConfig()
-    config = to_config_dict(TokenizerRun(recipes.tokenizer_model(argument), objective))
+    model = recipes.tokenizer_model(argument)
+    config = to_config_dict(TokenizerRun(model=model, objective=objective))
     config.epochs = float(recipe.epochs)
     config.batch_size = recipe.batch_size
 

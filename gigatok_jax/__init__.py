@@ -3,9 +3,21 @@
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from gigatok_jax.api import load_tokenizer, parameter_count, tokenizer_from_torch
+    from gigatok_jax.api import (
+        generator_from_torch,
+        load_generator,
+        load_tokenizer,
+        parameter_count,
+        tokenizer_from_torch,
+    )
 
-__all__ = ["load_tokenizer", "parameter_count", "tokenizer_from_torch"]
+__all__ = [
+    "generator_from_torch",
+    "load_generator",
+    "load_tokenizer",
+    "parameter_count",
+    "tokenizer_from_torch",
+]
 
 
 def __getattr__(name):

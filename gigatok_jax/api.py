@@ -1,4 +1,4 @@
-"""Tokenizers in Python: load one, and call jitted functions on arrays."""
+"""Tokenizers and generators in Python: load one, and call jitted functions on arrays."""
 
 from collections.abc import Mapping
 import functools
@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import bundles, recipes
+from gigatok_jax import bundles, recipes, sampling
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer
+from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.pictures import to_float
 from gigatok_jax.precision import compute_dtype
+from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
 
@@ -90,6 +92,109 @@ class PretrainedTokenizer:
         return jnp.asarray(codes, jnp.int32)
 
 
+class PretrainedGenerator:
+    """A generator with its weights. Functions compile at their first call with a batch size.
+
+    Attributes:
+      config: the architecture.
+      module: the Linen module; `module.apply(variables, ..., method=...)` for pure functions.
+      variables: `{"params": ...}`.
+      made_by: what made the weights; "tokenizer" is its tokenizer's fingerprint, where known.
+    """
+
+    def __init__(
+        self,
+        config: GeneratorConfig,
+        weights: Mapping[str, Any],
+        dtype: str = "auto",
+        made_by: Mapping[str, Any] | None = None,
+    ):
+        self.config, self.made_by = config, dict(made_by or {})
+        self._dtype = compute_dtype(dtype)
+        self.module = Generator(config, dtype=self._dtype)
+        self.variables = {"params": weights["params"]}
+        self._compiled = {}
+
+    def logits(self, codes, classes=None) -> jax.Array:
+        """Logits of each code, given the class and the codes before it.
+
+        Args:
+          codes: `[B, N]` integers in [0, K).
+          classes: `[B]` integers; None: the null class.
+
+        Returns:
+          float32 `[B, N, K]`.
+        """
+        return self._run(Generator.__call__, codes, classes).astype(jnp.float32)
+
+    def features(self, codes, classes=None, *, layer: int) -> jax.Array:
+        """Output of layer 1, 2, ..., float32 `[B, N, W]`: of the class and all codes but the last.
+
+        `codes` and `classes` are as for `logits`.
+        """
+        if not 1 <= layer <= self.config.depth:
+            raise ValueError(f"layer must be in 1..{self.config.depth}, got {layer}")
+        return self._run(Generator.features, codes, classes, layer=layer)
+
+    def sample(
+        self,
+        classes,
+        key: jax.Array,
+        guidance: float = 1.0,
+        schedule: str = "constant",
+        schedule_start: float = 0.18,
+        schedule_end: float = 1.0,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> jax.Array:
+        """Draws codes of images of the given classes.
+
+        Args:
+          classes: `[B]` integers; `config.null_class` for any.
+          key: a random key, from which each image gets its own; or `[B]` keys, one an image, which
+            give an image the same codes in any batch.
+          guidance, schedule, schedule_start, schedule_end, temperature, top_k, top_p: see
+            `sampling.SamplingConfig`.
+
+        Returns:
+          int32 `[B, N]`.
+
+        Raises:
+          ValueError: a value is outside its range.
+        """
+        settings = SamplingConfig(
+            guidance, schedule, schedule_start, schedule_end, temperature, top_k, top_p
+        )
+        classes = self._classes(classes)
+        keys = key if key.ndim else jax.random.split(key, len(classes))
+        params = self.variables["params"]
+        return sampling.sample(self.config, params, classes, keys, settings, self._dtype)
+
+    def _run(self, method, codes, classes, **kwargs):
+        config = self.config
+        if codes.ndim != 2 or codes.shape[1] != config.codes:
+            raise ValueError(f"codes must be [B, {config.codes}], got {list(codes.shape)}")
+        if classes is None:
+            classes = np.full(len(codes), config.null_class)
+        key = (method, *kwargs.items())
+        if key not in self._compiled:
+            apply = functools.partial(self.module.apply, method=method, **kwargs)
+            self._compiled[key] = jax.jit(apply)
+        codes = jnp.asarray(codes, jnp.int32)[:, :-1]
+        return self._compiled[key](self.variables, codes, self._classes(classes))
+
+    def _classes(self, classes) -> jax.Array:
+        classes = np.asarray(classes)
+        bad = classes[(classes < 0) | (classes > self.config.null_class)]
+        if classes.ndim != 1 or bad.size:
+            what = bad[0] if bad.size else f"shape {list(classes.shape)}"
+            raise ValueError(
+                f"classes must be [B], each in 0..{self.config.null_class}, got {what}"
+            )
+        return jnp.asarray(classes, jnp.int32)
+
+
 def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedTokenizer:
     """Loads a tokenizer's bundle, or that of a workdir.
 
@@ -100,11 +205,14 @@ def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> Pretra
     Raises:
       UserError: there is no such bundle.
     """
-    directory = pathlib.Path(directory)
-    if (directory / "bundle").is_dir():
-        directory = directory / "bundle"
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(bundles.find(directory), "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
+
+
+def load_generator(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedGenerator:
+    """Loads a generator's bundle, or that of a workdir; see `load_tokenizer`."""
+    bundle = bundles.load(bundles.find(directory), "generator", GeneratorConfig)
+    return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
 
 
 def tokenizer_from_torch(
@@ -129,13 +237,35 @@ def tokenizer_from_torch(
     return PretrainedTokenizer(config, jax.tree.map(jnp.asarray, weights), dtype)
 
 
+def generator_from_torch(
+    checkpoint: str | pathlib.Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
+) -> PretrainedGenerator:
+    """Loads a generator's checkpoint of the reference, such as "b" or "b,2d".
+
+    Arguments and errors are those of `tokenizer_from_torch`.
+    """
+    config = recipes.generator_model(name)
+    tensors = checkpoint
+    if not isinstance(checkpoint, Mapping):
+        tensors = torch_files.read(checkpoint)
+    weights = convert.generator_from_torch(tensors, config)
+    return PretrainedGenerator(config, jax.tree.map(jnp.asarray, weights), dtype)
+
+
 def parameter_count(name: str) -> int:
-    """Exact number of trainable parameters of a tokenizer such as "b_l"; allocates nothing.
+    """Exact number of trainable parameters; allocates nothing.
+
+    Args:
+      name: of a tokenizer, such as "b_l", or a generator, such as "generator:b".
 
     Raises:
       UserError: the name is unknown.
     """
-    if ":" in name:
-        raise UserError(f"{name!r}: no such model; known: {', '.join(recipes.TOKENIZERS)}")
-    shapes = convert.tokenizer_shapes(recipes.tokenizer_model(name))
+    kind, _, rest = name.rpartition(":")
+    if kind == "generator":
+        shapes = convert.generator_shapes(recipes.generator_model(rest))
+    elif kind:
+        raise UserError(f"{name!r}: no such model; known: generator:b, ..., b_l, ...")
+    else:
+        shapes = convert.tokenizer_shapes(recipes.tokenizer_model(name))
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 import dataclasses
+import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gigatok_jax.config import from_mapping
@@ -29,6 +31,11 @@ class Bundle(NamedTuple):
     weights: dict[str, Any]
     made_by: dict[str, Any]
 
+    @property
+    def fingerprint(self) -> str:
+        """See `fingerprint`."""
+        return fingerprint(self.weights["params"])
+
 
 def save(
     directory: pathlib.Path, kind: str, config: Any, weights: Any, made_by: Mapping[str, Any]
@@ -49,6 +56,22 @@ def save(
             checkpointer.save(aside / "weights", weights)
         record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
         write_json(aside / "config.json", record)
+
+
+def fingerprint(params: Any) -> str:
+    """Sixteen hex digits that tell these parameters from any others."""
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, array in leaves:
+        digest.update(jax.tree_util.keystr(path).encode())
+        digest.update(np.ascontiguousarray(array))
+    return digest.hexdigest()[:16]
+
+
+def find(directory: str | pathlib.Path) -> pathlib.Path:
+    """The bundle that `directory` is, or holds, as a run's workdir does."""
+    directory = pathlib.Path(directory)
+    return directory / "bundle" if (directory / "bundle").is_dir() else directory
 
 
 def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:

@@ -10,8 +10,10 @@ from gigatok_jax.files import cache_dir
 
 # Verb to what it does; each is a module of `gigatok_jax.commands` with FLAGS and run().
 VERBS = {
-    "train": "train, or go on training: tokenizer",
+    "train": "train, or go on training: tokenizer, generator",
     "reconstruct": "pass images through a tokenizer and compare",
+    "encode": "store the codes of a data set",
+    "sample": "draw images by class from a generator",
     "convert": "turn a reference checkpoint into a bundle, or back",
     "weights": "fetch published weights",
     "demo": "the main job on drawings that the program makes itself",

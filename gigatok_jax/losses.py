@@ -1,4 +1,4 @@
-"""Training losses of the tokenizer, each a pure function."""
+"""Training losses, each a pure function."""
 
 from collections.abc import Sequence
 
@@ -49,3 +49,13 @@ def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) ->
         return jnp.square(x - y).sum(axis=-1).mean(axis=-1)
 
     return jnp.stack([layer(x, y) for x, y in zip(first, second, strict=True)]).mean(axis=0)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """-log softmax of the targets, float32 `[...]`, of logits `[..., K]` of any type.
+
+    The conversion to float32 is part of the reduction: no copy of the logits is made.
+    """
+    normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return normalizer - picked.astype(jnp.float32)

@@ -1,8 +1,11 @@
 """Names of models and what they stand for: the paper's sizes and recipes (Tables 8 and 9)."""
 
+from collections.abc import Mapping
 import dataclasses
+from typing import Any
 
 from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 
 SIZES = {
@@ -44,15 +47,64 @@ TOKENIZERS = {
 }
 
 
+@dataclasses.dataclass(frozen=True)
+class GeneratorRecipe:
+    """Size of a generator, and its batch (paper, appendix C)."""
+
+    size: str
+    batch_size: int = 256
+
+    @property
+    def model(self) -> GeneratorConfig:
+        return GeneratorConfig(**dataclasses.asdict(SIZES[self.size]))
+
+
+GENERATORS = {
+    "tiny": GeneratorRecipe("tiny"),
+    "b": GeneratorRecipe("b"),
+    "l": GeneratorRecipe("l"),
+    "xl": GeneratorRecipe("xl"),
+    "xxl": GeneratorRecipe("xxl", batch_size=512),
+}
+
+GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}
+
+
+def generator_recipe(name: str) -> GeneratorRecipe:
+    """The recipe called `name`, such as "b".
+
+    Raises:
+      UserError: there is none.
+    """
+    return _known(name, GENERATORS, "generator")
+
+
+def generator_model(argument: str) -> GeneratorConfig:
+    """The architecture of NAME or NAME,VARIANT,..., such as "b,2d".
+
+    Raises:
+      UserError: the name or a variant is unknown.
+    """
+    name, *variants = argument.split(",")
+    model = generator_recipe(name).model
+    for variant in variants:
+        model = dataclasses.replace(model, **_known(variant, GENERATOR_VARIANTS, "variant"))
+    return model
+
+
+def _known(name: str, table: Mapping[str, Any], what: str) -> Any:
+    if name not in table:
+        raise UserError(f"{name!r}: no such {what}; known: {', '.join(table)}")
+    return table[name]
+
+
 def tokenizer_recipe(name: str) -> TokenizerRecipe:
     """The recipe called `name`, such as "b_l".
 
     Raises:
       UserError: there is none.
     """
-    if name not in TOKENIZERS:
-        raise UserError(f"{name!r}: no such tokenizer; known: {', '.join(TOKENIZERS)}")
-    return TOKENIZERS[name]
+    return _known(name, TOKENIZERS, "tokenizer")
 
 
 # What a variant of a config's name changes in the model; configs/tokenizer.py has the rest.
@@ -71,7 +123,5 @@ def tokenizer_model(argument: str) -> TokenizerConfig:
     name, *variants = argument.split(",")
     model = tokenizer_recipe(name).model
     for variant in variants:
-        if variant not in MODEL_VARIANTS:
-            raise UserError(f"{variant!r}: no such variant; known: {', '.join(MODEL_VARIANTS)}")
-        model = dataclasses.replace(model, **MODEL_VARIANTS[variant])
+        model = dataclasses.replace(model, **_known(variant, MODEL_VARIANTS, "variant"))
     return model

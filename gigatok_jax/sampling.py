@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -106,30 +107,47 @@ def draw(logits: jax.Array, keys: jax.Array, settings: SamplingConfig) -> jax.Ar
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype"))
-def sample_codes(
+def sample(
     config: GeneratorConfig,
     params: Any,
     classes: jax.Array,
     keys: jax.Array,
     settings: SamplingConfig,
-    scales: jax.Array | None,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
-    """Draws the codes of images, the whole loop in one program.
+    """Draws the codes of images.
+
+    Another guidance or schedule needs no new compilation.
 
     Args:
       config: the generator's architecture.
       params: its parameters.
       classes: `[B]` int32.
       keys: `[B]` random keys; an image depends on its own only.
-      settings: temperature, top-k and top-p; guidance is in `scales`.
-      scales: `[N]` float32, or None, which halves the work.
+      settings: how to draw.
       dtype: type of the computation; logits are float32.
 
     Returns:
       int32 `[B, N]`.
     """
+    scales = settings.scales(config.codes)
+    plain = SamplingConfig(
+        temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
+    )
+    return _sample(config, params, classes, keys, plain, scales, dtype)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype"))
+def _sample(
+    config: GeneratorConfig,
+    params: Any,
+    classes: jax.Array,
+    keys: jax.Array,
+    settings: SamplingConfig,
+    scales: jax.Array | None,
+    dtype: layers.Dtype,
+) -> jax.Array:
+    """The whole loop in one program; `scales`, `[N]`, is None where nothing guides."""
     rows = classes
     if scales is not None:
         rows = jnp.concatenate([classes, jnp.full_like(classes, config.null_class)])
@@ -151,7 +169,7 @@ def sample_codes(
     ends = [-(-config.codes * stage // STAGES) for stage in range(STAGES + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)
-    for start, end in zip(ends[:-1], ends[1:], strict=True):
+    for start, end in itertools.pairwise(ends):
         padding = ((0, 0), (0, 0), (0, end - start), (0, 0))
         cache = jax.tree.map(functools.partial(jnp.pad, pad_width=padding), cache)
         codes, cache = jax.lax.fori_loop(start, end, step, (codes, cache))

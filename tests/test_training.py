@@ -288,4 +288,4 @@ def test_first_step_of_xl_xxl_lowers_in_a_minute_with_nothing_allocated():
 def test_discriminator_that_does_not_fit_the_image_is_refused(channels):
     objective = dataclasses.replace(TRAINING.objective, discriminator_channels=channels)
     with pytest.raises(ValueError, match=r"^objective\.discriminator_channels"):
-        TokenizerRun(TRAINING.model, objective)
+        TokenizerRun(model=TRAINING.model, objective=objective)

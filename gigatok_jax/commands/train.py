@@ -16,6 +16,7 @@ from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 logger = logging.getLogger(__name__)
@@ -25,7 +26,7 @@ config_flags.DEFINE_config_file("config", None, "what to train", flag_values=FLA
 flags.DEFINE_string("workdir", None, "where the run lives", flag_values=FLAGS)
 flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
 
-TASKS = {"tokenizer": TokenizerRun}
+TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 
 # Fields that what is in a checkpoint depends on; of the average, only whether there is one.
 STRUCTURE = ("config.task", "config.model", "config.objective.discriminator_channels")
@@ -49,12 +50,6 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
     if task not in TASKS:
         raise UserError(f"config.task: expected one of {', '.join(TASKS)}, got {task!r}")
     config = from_mapping(TASKS[task], mapping)
-    if config.objective.adversarial and config.objective.disc_start >= config.total_steps:
-        logger.warning(
-            "objective.disc_start=%d is not reached in %d steps: there will be no discriminator",
-            config.objective.disc_start,
-            config.total_steps,
-        )
     if config.steps == 0:
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:

@@ -90,6 +90,25 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
 
 
+def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.ndarray:
+    """The corners and the centre of a larger centre crop, and their mirror images.
+
+    Args:
+        image: RGB, or uint8 [H, W, 3].
+        size: side S in pixels.
+        factor: the larger crop has a side of factor times S, rounded down.
+
+    Returns:
+        uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, centre, then flipped.
+    """
+    large = center_crop(image, int(size * factor))
+    end = len(large) - size
+    middle = round(end / 2)
+    corners = ((0, 0), (0, end), (end, 0), (end, end), (middle, middle))
+    crops = np.stack([large[y : y + size, x : x + size] for y, x in corners])
+    return np.concatenate([crops, crops[:, :, ::-1]])
+
+
 def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
 

@@ -22,7 +22,7 @@ from absl import flags
 import grain
 import numpy as np
 
-from gigatok_jax.data.images import BadImage, center_crop, random_crop
+from gigatok_jax.data.images import BadImage, center_crop, random_crop, ten_crops
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.errors import UserError
 
@@ -109,27 +109,48 @@ class _TrainReader(_Reader):
             except BadImage as error:
                 bad.append(str(error))
                 continue
-            image = random_crop(example["image"], self.image_size, rng)
-            return {"image": image, "label": np.int32(example["label"])}, bad
+            label = {"label": np.int32(example["label"])}
+            if self.source.codes:
+                # Of several crops, one at each visit.
+                return {"codes": example["codes"][rng.integers(len(example["codes"]))]} | label, bad
+            return {"image": random_crop(example["image"], self.image_size, rng)} | label, bad
         raise UserError(f"{len(bad)} images in a row cannot be read, the last: {bad[-1]}")
 
 
 class _EvalReader(_Reader):
+    def __init__(self, *args, crop_factors: tuple[float, ...]):
+        super().__init__(*args)
+        self._crop_factors = crop_factors
+        self._blank = np.zeros((self.image_size,) * 2 + (3,), np.uint8)
+        if crop_factors:
+            self._blank = np.stack([self._blank] * (10 * len(crop_factors)))
+
     def __len__(self) -> int:
         return -(-len(self.source) // self.batch_size)
 
     def _read(self, position: int) -> tuple[Batch, list[str]]:
-        image, label, valid, bad = np.zeros((self.image_size,) * 2 + (3,), np.uint8), 0, False, []
-        inside = position < len(self.source)
+        inside, bad, example = position < len(self.source), [], None
         if inside:
             try:
                 example = self.source[position]
-                image, label = center_crop(example["image"], self.image_size), example["label"]
-                valid = True
             except BadImage as error:
                 bad.append(str(error))
-        index = np.int32(position if inside else -1)
-        return {"image": image, "label": np.int32(label), "valid": valid, "index": index}, bad
+        if codes := self.source.codes:
+            seen = {"codes": example["codes"][0] if example else np.zeros(codes, np.int32)}
+        else:
+            seen = {"image": self._view(example["image"]) if example else self._blank}
+        return seen | {
+            "label": np.int32(example["label"] if example else 0),
+            "key": example["key"] if example else "",
+            "valid": example is not None,
+            "index": np.int32(position if inside else -1),
+        }, bad
+
+    def _view(self, image) -> np.ndarray:
+        if not self._crop_factors:
+            return center_crop(image, self.image_size)
+        crops = [ten_crops(image, self.image_size, factor) for factor in self._crop_factors]
+        return np.concatenate(crops)
 
 
 def _start_worker(index: int, count: int):
@@ -282,7 +303,8 @@ def train_batches(
         process_index, process_count: the part of each batch that this process reads.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}.
+        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}; "codes", int32
+        [B/P, N], for "image" where the source has them.
 
     Raises:
         UserError: the source cannot be opened, or the batch not be divided.
@@ -299,6 +321,8 @@ def eval_batches(
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    train: bool = False,
+    crop_factors: tuple[float, ...] = (),
 ) -> Batches:
     """One pass over the evaluation examples, in order, centre crops.
 
@@ -310,17 +334,22 @@ def eval_batches(
         image_size: side S in pixels.
         batch_size: B of all processes together, a multiple of `process_count`.
         process_index, process_count: the part of each batch that this process reads.
+        train: read the training examples instead.
+        crop_factors: see the crops of `images.ten_crops` for each of them instead.
 
     Returns:
         Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
-        "index": int32 [B/P]}, index in the source, -1 after its end.
+        "index": int32 [B/P], "key": str [B/P]}, index in the source, -1 after its end. Ten images
+        for each crop factor stand in a second axis; "codes", int32 [B/P, N], for an image where
+        the source has them.
 
     Raises:
         UserError: the source cannot be opened, or the batch not be divided.
     """
-    source = open_source(config, train=False, image_size=image_size)
+    source = open_source(config, train=train, image_size=image_size)
     place = (process_index, process_count)
-    return Batches(_EvalReader(source, image_size, batch_size, *place), config)
+    reader = _EvalReader(source, image_size, batch_size, *place, crop_factors=crop_factors)
+    return Batches(reader, config)
 
 
 class _Resumable(Protocol):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gigatok_jax.data import embedded, images
+from gigatok_jax.data import codes, embedded, images
 from gigatok_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -34,8 +34,9 @@ class DataConfig:
     """Which images, and how they are read.
 
     Attributes:
-        source: "tfds", "folder" or "embedded".
-        path: folder: its root; tfds: the `data_dir`, "" means TFDS's default.
+        source: "tfds", "folder", "embedded" or "codes".
+        path: folder: its root; codes: what `gigatok encode` wrote; tfds: the `data_dir`, "" means
+            TFDS's default.
         name: tfds: `builder[/config][:version]`.
         split: tfds: training split, slices such as "train[:90%]" included.
         eval_split: tfds: evaluation split.
@@ -79,16 +80,24 @@ class DataConfig:
             raise ValueError(f"holdout is {self.holdout}, expected 0 or at least 2")
         if not 0 <= self.max_bad_share <= 1:
             raise ValueError(f"max_bad_share is {self.max_bad_share}, expected a share in [0, 1]")
-        required = {"folder": ("path",), "tfds": ("name", "split", "eval_split")}
+        required = {
+            "folder": ("path",),
+            "codes": ("path",),
+            "tfds": ("name", "split", "eval_split"),
+        }
         for name in required.get(self.source, ()):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, but source is {self.source!r}")
 
 
 class Source(Protocol):
-    """Random access to labelled images; `class_names[label]` names a class."""
+    """Random access to labelled images, or their codes; `class_names[label]` names a class.
+
+    `codes` is the number of codes an image; 0: an example has an image.
+    """
 
     class_names: tuple[str, ...]
+    codes: int
 
     def __len__(self) -> int: ...
 
@@ -129,7 +138,7 @@ class _First:
 
     def __init__(self, source: Source, length: int):
         self._source, self._length = source, length
-        self.class_names = source.class_names
+        self.class_names, self.codes = source.class_names, source.codes
 
     def __len__(self) -> int:
         return self._length
@@ -142,6 +151,7 @@ class EmbeddedSource(embedded.EmbeddedSource):
     """The drawings, as a source with class names."""
 
     class_names = embedded.CLASS_NAMES
+    codes = 0
 
 
 def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
@@ -161,6 +171,8 @@ class FolderSource:
         files: for each class, in the order of labels, paths relative to `root`.
         class_names: one a class.
     """
+
+    codes = 0
 
     def __init__(self, root: Path, files: Sequence[Sequence[str]], class_names: Sequence[str]):
         self.root, self.class_names = root, tuple(class_names)
@@ -289,6 +301,8 @@ class TfdsSource:
         split: name or slice.
     """
 
+    codes = 0
+
     def __init__(self, folder: str, split: str):
         self.folder, self.split = folder, split
         self._open()
@@ -366,6 +380,11 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         raise UserError(f"{config.name} has no split {split!r}, expected {splits}") from error
 
 
+def _open_codes(config: DataConfig, train: bool, image_size: int) -> Source:
+    del image_size
+    return codes.CodesSource(Path(config.path).expanduser(), codes.SPLITS[0 if train else 1])
+
+
 def _quoted(text: str | None) -> str:
     return "None" if text is None else f'"{text}"'
 
@@ -374,4 +393,5 @@ OPENERS: dict[str, Callable[[DataConfig, bool, int], Source]] = {
     "tfds": _open_tfds,
     "folder": _open_folder,
     "embedded": _open_embedded,
+    "codes": _open_codes,
 }

@@ -240,9 +240,8 @@ class Generator(nn.Module):
 
     def _run(self, codes, classes, taps=()):
         classes = self.class_vectors(classes)
-        x = jnp.concatenate(
-            [classes, self.code_vectors(codes, jnp.arange(1, codes.shape[1] + 1))], 1
-        )
+        codes = self.code_vectors(codes, jnp.arange(1, codes.shape[1] + 1))
+        x = jnp.concatenate([classes, codes], axis=1)
         table = rotation(self.config)
         table = None if table is None else table[: x.shape[1]]
         return self.layers(self.dropout(x), table, self.condition(classes), taps=taps)
@@ -297,7 +296,9 @@ class Decoder:
         # Casting once halves what each step reads where the type is half as wide.
         params = jax.tree.map(lambda array: array.astype(dtype), params)
         stacked = params["layers"]["block"]
-        self._blocks = [jax.tree.map(lambda array: array[i], stacked) for i in range(config.depth)]
+        self._blocks = [
+            jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
+        ]
         self._params = {"params": params}
         self._first = self._apply(Generator.class_vectors, classes)
         self._condition = self._apply(Generator.condition, self._first)

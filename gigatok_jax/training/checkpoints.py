@@ -24,9 +24,17 @@ class Checkpoints:
       directory: created if missing.
       keep_last: number of newest checkpoints kept.
       keep_every: checkpoints of multiples of this many steps are kept for good; 0: none.
+      read_only: nothing under the directory is touched; another run may be at work there.
     """
 
-    def __init__(self, directory: pathlib.Path, *, keep_last: int, keep_every: int = 0):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        *,
+        keep_last: int = 1,
+        keep_every: int = 0,
+        read_only: bool = False,
+    ):
         keep = [policies.LatestN(keep_last)]
         if keep_every:
             keep.append(policies.EveryNSteps(keep_every))
@@ -34,7 +42,8 @@ class Checkpoints:
             directory.absolute(),
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=True,
+                cleanup_tmp_directories=not read_only,
+                read_only=read_only,
             ),
             item_names=("state", "progress"),
         )
@@ -59,18 +68,20 @@ class Checkpoints:
         )
         self._manager.save(step, args=items, force=True)
 
-    def restore(self, abstract_state: Any) -> Restored | None:
-        """The newest checkpoint, or None where there is none.
+    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+        """A checkpoint, or None where there is none.
 
         Args:
           abstract_state: shapes, types and shardings to restore to.
+          step: which one; None: the newest.
 
         Raises:
           UserError: it is damaged, or that of another state.
         """
-        step = self.latest
-        if step is None:
+        steps = self._manager.all_steps()
+        if not steps or (step is not None and step not in steps):
             return None
+        step = self.latest if step is None else step
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
         )
@@ -88,3 +99,10 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def checkpoint_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints under a directory."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())

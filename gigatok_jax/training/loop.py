@@ -18,9 +18,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax.data.pipeline import Batches, prefetch_to_device
-from gigatok_jax.errors import RunStopped
+from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.training import partitioning
-from gigatok_jax.training.checkpoints import Checkpoints
+from gigatok_jax.training.checkpoints import Checkpoints, Restored
 from gigatok_jax.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -78,6 +78,7 @@ class Job:
       evaluate: state and frozen arrays to held-out metrics and pictures.
       advise: one log row to a warning, or None.
       finish: called with the last state of a complete or cleanly stopped run.
+      branch: another run's workdir and a step, from whose checkpoint a fresh run starts, or None.
     """
 
     training: Training
@@ -86,6 +87,7 @@ class Job:
     evaluate: Callable[[Any, Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
     advise: Callable[[Mapping[str, float]], str | None]
     finish: Callable[[Any], None]
+    branch: tuple[pathlib.Path, int] | None = None
 
 
 def abstract_state(training: Training, mesh: jax.sharding.Mesh) -> Any:
@@ -128,7 +130,7 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
         stack.callback(checkpoints.close)
         stack.callback(job.batches.close)
         abstract = abstract_state(job.training, mesh)
-        restored = checkpoints.restore(abstract)
+        restored = checkpoints.restore(abstract) or _branch(job, abstract)
         if restored is None:
             start, state, unlogged = 0, fresh_state(job.training, abstract, seed), []
         else:
@@ -141,6 +143,21 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
             stack.callback(telemetry.close)
         stop = stack.enter_context(_stop_signals())
         _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged)
+
+
+def _branch(job: Job, abstract: Any) -> Restored | None:
+    """The checkpoint of another run that a fresh one starts from, its metrics left there."""
+    if job.branch is None:
+        return None
+    workdir, step = job.branch
+    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+    restored = checkpoints.restore(abstract, step)
+    checkpoints.close()
+    if restored is None:
+        raise UserError(f"{workdir}: no checkpoint of step {step} to branch off from")
+    progress = restored.progress | {"unlogged": []}
+    logger.info("branching off from step %d of %s", step, workdir)
+    return restored._replace(progress=progress)
 
 
 def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):

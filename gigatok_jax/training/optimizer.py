@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("cosine", "warmup_stable_decay", "constant")
+DECAYED = ("all", "matrices")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +23,7 @@ class OptimizerConfig:
       decay_share: share of all steps over which "warmup_stable_decay" decays.
       b1, b2: Adam's momenta.
       weight_decay: decoupled, times the rate.
+      decayed: parameters that it applies to: "all", or "matrices", not norms' gains and biases.
       clip: largest global norm of the gradient.
     """
 
@@ -33,11 +35,14 @@ class OptimizerConfig:
     b1: float = 0.9
     b2: float = 0.95
     weight_decay: float = 1e-4
+    decayed: str = "all"
     clip: float = 10.0
 
     def __post_init__(self):
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
+        if self.decayed not in DECAYED:
+            raise ValueError(f"decayed must be one of {DECAYED}, got {self.decayed!r}")
         for name in ("rate", "clip"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -76,7 +81,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.GradientTransformation:
-    """Clipped AdamW that decays every parameter.
+    """Clipped AdamW.
 
     Args:
       config: its settings.
@@ -91,8 +96,19 @@ def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.Grad
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
+            mask=_matrices if config.decayed == "matrices" else None,
         ),
     )
+
+
+def _matrices(params):
+    """Which parameters have two or more dimensions, told by name: layers are stacked here."""
+
+    def is_matrix(path, _):
+        names = [entry.key for entry in path if hasattr(entry, "key")]  # boxes have none
+        return names[-1] not in ("scale", "bias")
+
+    return jax.tree.map_with_path(is_matrix, params)
 
 
 def moving_average(average, params, decay: float, step):

@@ -4,6 +4,7 @@ import collections
 from collections.abc import Mapping
 import dataclasses
 import functools
+import logging
 import math
 import pathlib
 
@@ -12,70 +13,39 @@ import numpy as np
 
 from gigatok_jax import bundles, pictures, precision, teachers
 from gigatok_jax.data import pipeline
-from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import layers, quantizer, vit
+from gigatok_jax.models import quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import tokenizer as training
-from gigatok_jax.training.loop import Job, LoopConfig
-from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.training.loop import Job
+from gigatok_jax.training.run import RunConfig
 from gigatok_jax.training.tokenizer import ObjectiveConfig
+
+logger = logging.getLogger(__name__)
 
 PICTURES = 8  # images across a reconstruction picture
 
 
-@dataclasses.dataclass(frozen=True)
-class TokenizerRun:
-    """All that determines a tokenizer's training run.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokenizerRun(RunConfig):
+    """All that determines a tokenizer's training run, beside what any run is told.
 
     Attributes:
-      epochs: passes over `epoch_images`; a fraction is allowed.
-      epoch_images: images that count as one epoch.
-      steps: length of the run; 0: what `epochs` and `batch_size` give.
-      batch_size: images a step, over all devices.
-      average_decay: of the moving average of the weights, which evaluation and the bundle use; 0:
-        none.
-      dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
-      remat: "none", "dots" or "full".
-      evaluation_images: held-out images that evaluations read.
       usage_floor, usage_patience: warn when codebook usage stays below the floor for this many
         steps.
     """
 
     model: TokenizerConfig
     objective: ObjectiveConfig = dataclasses.field(default_factory=ObjectiveConfig)
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
-    loop: LoopConfig = dataclasses.field(default_factory=LoopConfig)
-    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
     task: str = "tokenizer"
     epochs: float = 100.0
-    epoch_images: int = 1_280_000
-    steps: int = 0
     batch_size: int = 128
-    seed: int = 0
     average_decay: float = 0.9999
-    dtype: str = "auto"
-    remat: str = "none"
-    evaluation_images: int = 512
     usage_floor: float = 0.1
     usage_patience: int = 1_000
 
     def __post_init__(self):
-        if self.task != "tokenizer":
-            raise ValueError(f"task must be 'tokenizer', got {self.task!r}")
-        for name in ("batch_size", "epoch_images", "evaluation_images"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.steps < 0 or (self.steps == 0 and not self.epochs > 0):
-            raise ValueError(f"epochs or steps must be positive, got {self.epochs}, {self.steps}")
-        if not 0 <= self.average_decay < 1:
-            raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
-        if self.dtype not in precision.DTYPES:
-            raise ValueError(f"dtype must be one of {precision.DTYPES}, got {self.dtype!r}")
-        if self.remat not in layers.REMAT:
-            raise ValueError(f"remat must be one of {layers.REMAT}, got {self.remat!r}")
+        super().__post_init__()
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         channels = self.objective.discriminator_channels
@@ -85,15 +55,6 @@ class TokenizerRun:
                 "objective.discriminator_channels must be at least 2 widths, all but the last of "
                 f"which halve an image of {self.model.image_size} to 3 or more, got {channels}"
             )
-        if self.optimizer.warmup_steps >= self.total_steps:
-            raise ValueError(
-                f"optimizer.warmup_steps must be fewer than the run's {self.total_steps} steps, "
-                f"got {self.optimizer.warmup_steps}"
-            )
-
-    @property
-    def total_steps(self) -> int:
-        return self.steps or math.ceil(self.epochs * self.epoch_images / self.batch_size)
 
     def training(self, teacher: vit.ViTConfig | None) -> training.TokenizerTraining:
         """The pure functions of this run."""
@@ -114,6 +75,12 @@ class TokenizerRun:
         Raises:
           UserError: weights or data are missing.
         """
+        if self.objective.adversarial and self.objective.disc_start >= self.total_steps:
+            logger.warning(
+                "objective.disc_start=%d is not reached in %d steps: there is no discriminator",
+                self.objective.disc_start,
+                self.total_steps,
+            )
         teacher_config, frozen = _frozen(self)
         functions = self.training(teacher_config)
         place = dict(process_index=jax.process_index(), process_count=jax.process_count())

@@ -11,6 +11,7 @@ from gigatok_jax import bundles, recipes
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import cache_dir
 from gigatok_jax.models import vit
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.weights import convert, fetch, torch_files
 
@@ -42,6 +43,12 @@ KINDS = {
         TokenizerConfig,
         convert.tokenizer_from_torch,
         convert.tokenizer_to_torch,
+    ),
+    "generator": Kind(
+        recipes.generator_model,
+        GeneratorConfig,
+        convert.generator_from_torch,
+        convert.generator_to_torch,
     ),
     "dinov2": Kind(_dinov2, vit.ViTConfig, convert.dinov2_from_torch, convert.dinov2_to_torch),
     "lpips": Kind(

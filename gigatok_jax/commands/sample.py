@@ -1,0 +1,215 @@
+"""gigatok sample --generator=DIR --tokenizer=DIR --classes=0,1,207 --out=DIR
+
+Draws images by class. OUT gets grid.png (a class a row), images/ (one PNG each) and samples.npz
+(`arr_0`, uint8 [n, H, W, 3], and `arr_1`, the classes: the layout of ADM's evaluator). A start
+after a kill goes on; image n is the same whatever was drawn before it.
+"""
+
+import dataclasses
+import json
+import logging
+import pathlib
+import zipfile
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from gigatok_jax import api, bundles, pictures
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import replacing, write_json
+from gigatok_jax.models.tokenizer import TokenizerConfig
+from gigatok_jax.sampling import SCHEDULES, SamplingConfig
+
+logger = logging.getLogger(__name__)
+
+FLAGS = flags.FlagValues()
+DEFAULTS = SamplingConfig()
+flags.DEFINE_string("generator", None, "bundle or workdir", flag_values=FLAGS)
+flags.DEFINE_string("tokenizer", None, "bundle or workdir", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "folder for the images", flag_values=FLAGS)
+flags.DEFINE_list(
+    "classes", ["all"], "numbers or ranges such as 0,7,10-19; all: each of them", flag_values=FLAGS
+)
+flags.DEFINE_integer(
+    "count", 0, "images, the classes in turn; 0: 8 a class", lower_bound=0, flag_values=FLAGS
+)
+flags.DEFINE_boolean(
+    "random_classes", False, "classes drawn uniformly, not in turn", flag_values=FLAGS
+)
+flags.DEFINE_integer("batch_size", 32, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "of codes and classes", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_float("guidance", DEFAULTS.guidance, "1: none", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "schedule", DEFAULTS.schedule, SCHEDULES, "of the guidance over codes", flag_values=FLAGS
+)
+for name in ("schedule_start", "schedule_end", "temperature", "top_p"):
+    text = f"see sampling.SamplingConfig.{name}"
+    flags.DEFINE_float(name, getattr(DEFAULTS, name), text, flag_values=FLAGS)
+flags.DEFINE_integer("top_k", DEFAULTS.top_k, "0: all codes", flag_values=FLAGS)
+flags.mark_flags_as_required(["generator", "tokenizer", "out"], flag_values=FLAGS)
+
+ROWS, COLUMNS = 12, 8  # of the grid, at most: classes, and samples of each
+
+
+def run(positional: list[str]) -> None:
+    if positional:
+        raise UserError(f"{positional[0]!r}: unexpected argument")
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    try:
+        settings = SamplingConfig(**{name: FLAGS[name].value for name in names})
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    if settings.schedule != "constant" and settings.guidance == 1:
+        raise UserError(
+            f"--guidance: expected more than 1 with schedule {settings.schedule}, got 1"
+        )
+    generator = api.load_generator(FLAGS.generator)
+    classes = _classes(FLAGS.classes, generator.config.classes)
+    count = FLAGS.count or COLUMNS * len(classes)
+    if FLAGS.random_classes:
+        order = np.random.default_rng(FLAGS.seed).choice(classes, count)
+    else:
+        order = np.resize(classes, count)
+    sample(
+        generator,
+        load_matching_tokenizer(FLAGS.tokenizer, generator),
+        order,
+        settings,
+        pathlib.Path(FLAGS.out),
+        seed=FLAGS.seed,
+        batch_size=FLAGS.batch_size,
+    )
+
+
+def load_matching_tokenizer(
+    directory: str | pathlib.Path, generator: api.PretrainedGenerator
+) -> api.PretrainedTokenizer:
+    """Loads the tokenizer whose codes a generator models.
+
+    Raises:
+      UserError: there is none, or it is another one.
+    """
+    bundle = bundles.load(bundles.find(directory), "tokenizer", TokenizerConfig)
+    config = bundle.config
+    ours = (generator.config.codes, generator.config.codebook_size)
+    if ours != (config.latents, config.codebook_size):
+        raise UserError(
+            f"{directory}: a tokenizer of {config.latents} codes out of {config.codebook_size}, "
+            f"but the generator draws {ours[0]} out of {ours[1]}"
+        )
+    if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
+        raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
+    return api.PretrainedTokenizer(config, bundle.weights)
+
+
+def sample(
+    generator: api.PretrainedGenerator,
+    tokenizer: api.PretrainedTokenizer,
+    classes: np.ndarray,
+    settings: SamplingConfig,
+    out: pathlib.Path,
+    *,
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Writes the files that the module's docstring names; memory does not grow with their number.
+
+    Args:
+      generator, tokenizer: belong together.
+      classes: `[n]`, of each image.
+      settings: how to draw.
+      out: folder; images that it has of the same settings are kept.
+      seed: image n's key is folded from it.
+      batch_size: images at once.
+    """
+    record = {
+        "sampling": dataclasses.asdict(settings),
+        "seed": seed,
+        "generator": bundles.fingerprint(generator.variables["params"]),
+        "tokenizer": bundles.fingerprint(tokenizer.variables["params"]),
+    }
+    _settle(out, record)
+    key = jax.random.key(seed)
+    paths = [out / "images" / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
+    missing = [i for i, path in enumerate(paths) if not path.exists()]
+    for start in tqdm(range(0, len(missing), batch_size), unit="batch", disable=None):
+        numbers = np.array(missing[start : start + batch_size])
+        # Short batches are filled up, so that only one size is compiled.
+        filled = np.resize(numbers, batch_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
+        codes = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
+        images = np.asarray(pictures.to_uint8(tokenizer.decode(codes)))
+        for number, image in zip(numbers, images, strict=False):
+            with replacing(paths[number]) as aside:
+                Image.fromarray(image).save(aside, format="png")
+    _write_npz(out / "samples.npz", paths, classes)
+    _write_grid(out / "grid.png", paths, classes)
+    print(f"{len(paths)} images ({len(paths) - len(missing)} were there)")
+    print(out)
+
+
+def _settle(out: pathlib.Path, record: dict) -> None:
+    """Refuses a folder with images of other settings; their classes are in their names."""
+    path = out / "sampling.json"
+    if path.exists() and (out / "images").exists():
+        old = json.loads(path.read_text())
+        for name, value in json.loads(json.dumps(record)).items():
+            if old.get(name) != value:
+                raise UserError(
+                    f"{out}: holds images drawn with another {name}: {old.get(name)}, not {value}"
+                )
+    write_json(path, record)
+
+
+def _classes(items: list[str], count: int) -> np.ndarray:
+    """Class numbers of "all", or of numbers and ranges."""
+    if items == ["all"]:
+        return np.arange(count)
+    classes = []
+    for item in items:
+        first, _, last = item.partition("-")
+        if not first.isdigit() or (last and not last.isdigit()):
+            raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
+        classes += range(int(first), int(last or first) + 1)
+    bad = [c for c in classes if c >= count]
+    if bad or not classes:
+        raise UserError(f"--classes: expected numbers in 0..{count - 1}, got {bad or items}")
+    return np.array(classes)
+
+
+def _write_npz(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarray) -> None:
+    """ADM's layout, streamed: one image in memory at a time."""
+    first = np.asarray(Image.open(paths[0]))
+    with replacing(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as array:
+            shape = (len(paths), *first.shape)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in paths:
+                array.write(np.asarray(Image.open(image)).tobytes())
+        with file.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, np.asarray(classes, np.int64))
+
+
+def _write_grid(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarray) -> None:
+    """A class a row, its number before it; classes are evenly spaced where there are many."""
+    known = np.unique(classes)
+    shown = known[np.arange(min(ROWS, len(known))) * len(known) // min(ROWS, len(known))]
+    columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
+    rows = []
+    for c in shown:
+        chosen = np.flatnonzero(classes == c)[:columns]
+        rows.append(np.stack([np.asarray(Image.open(paths[i])) for i in chosen]))
+    grid = pictures.grid(rows)
+    margin = 40
+    labelled = Image.new("RGB", (grid.shape[1] + margin, grid.shape[0]), "white")
+    labelled.paste(Image.fromarray(grid), (margin, 0))
+    draw, height = ImageDraw.Draw(labelled), grid.shape[0] / len(rows)
+    for row, c in enumerate(shown):
+        draw.text((6, (row + 0.5) * height), str(c), fill="black", anchor="lm")
+    with replacing(path) as aside:
+        labelled.save(aside, format="png")

@@ -1,0 +1,168 @@
+"""Training of a generator: state, loss and step."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from einops import rearrange
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from gigatok_jax import losses, pictures
+from gigatok_jax.models import layers
+from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.training import optimizer
+from gigatok_jax.training.optimizer import OptimizerConfig
+
+
+@flax.struct.dataclass
+class GeneratorState:
+    """All that a run needs to go on, but for the data's position.
+
+    Attributes:
+      step: updates made so far.
+      key: data of the random key from which each step folds its own.
+      params, optimizer: of the generator.
+      average: moving average of `params`, or None.
+    """
+
+    step: jax.Array
+    key: jax.Array
+    params: Any
+    optimizer: Any
+    average: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class GeneratorTraining:
+    """The pure functions of a generator's training.
+
+    Attributes:
+      model: the generator's architecture.
+      optimizer: AdamW and its schedule.
+      steps: length of the schedule.
+      class_dropout: share of the images whose class is hidden.
+      accumulate: parts that a batch is divided into, one after the other.
+      average_decay: of the moving average of the weights; 0 keeps none.
+      remat: see `gigatok_jax.models.layers.remat`.
+      dtype: type of the computation.
+      tokenizer: architecture of the tokenizer that encodes images, where batches hold images.
+    """
+
+    model: GeneratorConfig
+    optimizer: OptimizerConfig
+    steps: int
+    class_dropout: float = 0.1
+    accumulate: int = 1
+    average_decay: float = 0.0
+    remat: str = "none"
+    dtype: layers.Dtype = jnp.float32
+    tokenizer: TokenizerConfig | None = None
+
+    def init(self, key: jax.Array) -> GeneratorState:
+        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
+        params_key, step_key = jax.random.split(key)
+        none = jnp.zeros((1, 0), jnp.int32)
+        params = Generator(self.model).init(params_key, none, jnp.zeros(1, jnp.int32))["params"]
+        return GeneratorState(
+            step=jnp.zeros((), jnp.int32),
+            key=jax.random.key_data(step_key),
+            params=params,
+            optimizer=optimizer.optimizer(self.optimizer, self.steps).init(params),
+            average=jax.tree.map(jnp.copy, params) if self.average_decay else None,
+        )
+
+    def phase(self, step: int) -> None:
+        """All steps are one compilation."""
+        del step
+
+    def step(
+        self, state: GeneratorState, batch: Mapping[str, jax.Array], frozen: Any, phase: None
+    ) -> tuple[GeneratorState, dict[str, jax.Array]]:
+        """One update.
+
+        Args:
+          state: before the update.
+          batch: "label", int32 `[B]`, and "codes", int32 `[B, N]`, or "image", uint8
+            `[B, H, W, 3]`.
+          frozen: the tokenizer's parameters, or None.
+          phase: see `phase`.
+
+        Returns:
+          The next state, and scalars: the mean cross entropy `total`, the gradient's norm before
+          clipping, the norm of the new parameters, the learning rate.
+        """
+        del phase
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
+        data = (self.codes(batch, frozen), batch["label"])
+        loss = jax.value_and_grad(self._loss)
+        if self.accumulate == 1:
+            value, gradients = loss(state.params, *data, key)
+        else:
+            # Every so manieth image, so that each part is spread over all devices.
+            parts = jax.tree.map(
+                lambda x: rearrange(x, "(b a) ... -> a b ...", a=self.accumulate), data
+            )
+
+            def add(total, part):
+                return jax.tree.map(jnp.add, total, loss(state.params, *part)), None
+
+            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
+            keys = jax.random.split(key, self.accumulate)
+            total, _ = jax.lax.scan(add, zeros, (*parts, keys))
+            value, gradients = jax.tree.map(lambda x: x / self.accumulate, total)
+        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if self.average_decay:
+            average = optimizer.moving_average(average, params, self.average_decay, state.step)
+        metrics = {
+            "total": value,
+            "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),
+            "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
+        }
+        state = state.replace(
+            step=state.step + 1, params=params, optimizer=optimizer_state, average=average
+        )
+        return state, metrics
+
+    def validation_loss(
+        self, params: Any, batch: Mapping[str, jax.Array], frozen: Any
+    ) -> jax.Array:
+        """Mean cross entropy of each image's codes, the class given, float32 `[B]`."""
+        codes = self.codes(batch, frozen)
+        module = Generator(self.model, dtype=self.dtype)
+        logits = module.apply({"params": params}, codes[:, :-1], batch["label"])
+        return losses.cross_entropy(logits, codes).mean(-1)
+
+    def codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> jax.Array:
+        """The batch's codes, int32 `[B, N]`, by the frozen tokenizer where it holds images."""
+        if "codes" in batch:
+            return batch["codes"]
+        module = Tokenizer(self.tokenizer, dtype=self.dtype)
+        images = pictures.to_float(batch["image"])
+        return module.apply({"params": frozen}, images, method=Tokenizer.encode)
+
+    def decode(self, frozen: Any, codes: jax.Array) -> jax.Array:
+        """The tokenizer's images of codes `[B, N]`, uint8 `[B, H, W, 3]`."""
+        module = Tokenizer(self.tokenizer, dtype=self.dtype)
+        return pictures.to_uint8(module.apply({"params": frozen}, codes, method=Tokenizer.decode))
+
+    def _loss(self, params, codes, labels, key):
+        class_key, dropout_key = jax.random.split(key)
+        hidden = jax.random.bernoulli(class_key, self.class_dropout, labels.shape)
+        classes = jnp.where(hidden, self.model.null_class, labels)
+        module = Generator(self.model, train=True, remat=self.remat, dtype=self.dtype)
+        rngs = {"dropout": dropout_key}
+        logits = module.apply({"params": params}, codes[:, :-1], classes, rngs=rngs)
+        return losses.cross_entropy(logits, codes).mean()
+
+
+def params_for_use(state: GeneratorState) -> Any:
+    """The averaged weights where there are some, else the last."""
+    return state.params if state.average is None else state.average

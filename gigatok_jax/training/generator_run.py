@@ -1,0 +1,224 @@
+"""A generator's run: its configuration, and the job that the loop runs for it."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax import bundles, pictures, precision, sampling
+from gigatok_jax.data import codes, pipeline
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.models.tokenizer import TokenizerConfig
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training import generator as training
+from gigatok_jax.training.checkpoints import checkpoint_steps
+from gigatok_jax.training.loop import Job
+from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.run import RunConfig
+
+logger = logging.getLogger(__name__)
+
+COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples of each
+
+OPTIMIZER = OptimizerConfig(
+    schedule="warmup_stable_decay",
+    warmup_steps=5_000,
+    weight_decay=0.05,
+    decayed="matrices",
+    clip=1.0,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorRun(RunConfig):
+    """All that determines a generator's training run, beside what any run is told.
+
+    Attributes:
+      tokenizer: bundle or workdir of the tokenizer that made the codes. With codes for data it may
+        be left out, and then there are no pictures.
+      class_dropout: share of the images whose class is hidden, so that guidance can be used.
+      accumulate: parts that a batch is divided into, one after the other.
+      branch_from, branch_step: another run's workdir and a step. This run starts from that
+        checkpoint, and its rate decays over all the steps that it then has: by default a quarter
+        of those made, so that the decay is a fifth of the whole.
+      sampling: of the pictures.
+    """
+
+    model: GeneratorConfig
+    optimizer: OptimizerConfig = OPTIMIZER
+    task: str = "generator"
+    epochs: float = 300.0
+    batch_size: int = 256
+    average_decay: float = 0.0
+    tokenizer: str = ""
+    class_dropout: float = 0.1
+    accumulate: int = 1
+    branch_from: str = ""
+    branch_step: int = 0
+    sampling: SamplingConfig = dataclasses.field(
+        default_factory=lambda: SamplingConfig(guidance=2.0)
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.class_dropout < 1:
+            raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}"
+            )
+        if bool(self.branch_from) != bool(self.branch_step):
+            raise ValueError(
+                "branch_from and branch_step belong together, got "
+                f"{self.branch_from!r} and {self.branch_step}"
+            )
+        if self.branch_from and self.total_steps <= self.branch_step:
+            raise ValueError(
+                f"steps must be more than branch_step={self.branch_step}, got {self.total_steps}"
+            )
+
+    @property
+    def total_steps(self) -> int:
+        if self.branch_from and not self.steps:
+            return self.branch_step + max(self.branch_step // 4, 1)
+        return super().total_steps
+
+    def training(self, tokenizer: TokenizerConfig | None) -> training.GeneratorTraining:
+        """The pure functions of this run; `tokenizer` where its batches are images."""
+        optimizer = self.optimizer
+        if self.branch_from:
+            share = (self.total_steps - self.branch_step) / self.total_steps
+            optimizer = dataclasses.replace(optimizer, decay_share=share)
+        return training.GeneratorTraining(
+            self.model,
+            optimizer,
+            self.total_steps,
+            class_dropout=self.class_dropout,
+            accumulate=self.accumulate,
+            average_decay=self.average_decay,
+            remat=self.remat,
+            dtype=precision.compute_dtype(self.dtype),
+            tokenizer=tokenizer,
+        )
+
+    def job(self, workdir: pathlib.Path) -> Job:
+        """Reads the tokenizer, opens the data, and puts the run together.
+
+        Raises:
+          UserError: tokenizer or data are missing, or do not fit the model.
+        """
+        if self.data.source != "codes" and not self.tokenizer:
+            raise UserError(
+                "config.tokenizer: empty; expected the bundle or workdir of the tokenizer that "
+                "encodes the images, or config.data.source=codes"
+            )
+        tokenizer = _tokenizer(self) if self.tokenizer else None
+        place = dict(process_index=jax.process_index(), process_count=jax.process_count())
+        size = tokenizer.config.image_size if tokenizer else 0
+        batches = pipeline.train_batches(
+            self.data, image_size=size, batch_size=self.batch_size, seed=self.seed, **place
+        )
+        if len(batches.class_names) > self.model.classes:
+            raise UserError(
+                f"config.model.classes: expected at least {len(batches.class_names)}, the data's, "
+                f"got {self.model.classes}"
+            )
+        fingerprint = tokenizer.fingerprint if tokenizer else None
+        if self.data.source == "codes":
+            info = codes.read_info(pathlib.Path(self.data.path))
+            info.check(
+                codes=self.model.codes,
+                codebook_size=self.model.codebook_size,
+                tokenizer=fingerprint,
+            )
+            fingerprint = info.tokenizer
+        functions = self.training(tokenizer and tokenizer.config)
+        branch = None
+        if self.branch_from:
+            branch = (pathlib.Path(self.branch_from), self.branch_step)
+            steps = checkpoint_steps(branch[0] / "checkpoints")
+            if self.branch_step not in steps:
+                raise UserError(
+                    f"config.branch_step: {branch[0]} has checkpoints of steps "
+                    f"{', '.join(map(str, steps)) or '(none)'}, not of {self.branch_step}"
+                )
+        return Job(
+            training=functions,
+            frozen=tokenizer.weights["params"] if tokenizer else None,
+            batches=batches,
+            evaluate=_Evaluation(self, functions, size, batches.class_names),
+            advise=lambda row: None,
+            finish=functools.partial(_write_bundle, self, workdir, fingerprint),
+            branch=branch,
+        )
+
+
+def _tokenizer(run: GeneratorRun) -> bundles.Bundle:
+    bundle = bundles.load(bundles.find(run.tokenizer), "tokenizer", TokenizerConfig)
+    for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
+        expected, got = getattr(bundle.config, theirs), getattr(run.model, name)
+        if got != expected:
+            raise UserError(
+                f"config.model.{name}: expected {expected}, as tokenizer {run.tokenizer} has, "
+                f"got {got}"
+            )
+    return bundle
+
+
+class _Evaluation:
+    """Held-out loss, and a picture of samples, a class a column."""
+
+    def __init__(
+        self,
+        run: GeneratorRun,
+        functions: training.GeneratorTraining,
+        image_size: int,
+        class_names: tuple[str, ...],
+    ):
+        self._run, self._dtype = run, functions.dtype
+        self._loss, self._decode = jax.jit(functions.validation_loss), jax.jit(functions.decode)
+        self._classes = np.arange(COLUMNS) * len(class_names) // COLUMNS
+        self._batches = pipeline.eval_batches(
+            run.data, image_size=image_size, batch_size=run.batch_size
+        )
+
+    def __call__(self, state: training.GeneratorState, frozen):
+        params = training.params_for_use(state)
+        total, count = 0.0, 0
+        self._batches.set_state({"next_batch": 0})
+        with self._batches:
+            for batch in self._batches:
+                keep = np.flatnonzero(batch["valid"])[: self._run.evaluation_images - count]
+                arrays = {k: batch[k] for k in ("image", "codes", "label") if k in batch}
+                losses = self._loss(params, arrays, frozen)
+                total += float(np.asarray(losses)[keep].sum())
+                count += len(keep)
+                if count >= self._run.evaluation_images:
+                    break
+        if not count:
+            raise UserError("none of the held-out images can be read")
+        samples = {} if frozen is None else {"samples": self._samples(params, frozen)}
+        return {"held_out/loss": total / count}, samples
+
+    def _samples(self, params, frozen) -> np.ndarray:
+        run = self._run
+        classes = jnp.asarray(np.tile(self._classes, ROWS))
+        keys = jax.random.split(jax.random.key(run.seed), len(classes))
+        drawn = sampling.sample(run.model, params, classes, keys, run.sampling, self._dtype)
+        images = self._decode(frozen, drawn)
+        return pictures.grid(np.split(np.asarray(images), ROWS))
+
+
+def _write_bundle(run, workdir, fingerprint, state: training.GeneratorState):
+    bundles.save(
+        workdir / "bundle",
+        "generator",
+        run.model,
+        {"params": training.params_for_use(state)},
+        {"run": dataclasses.asdict(run), "step": int(state.step), "tokenizer": fingerprint},
+    )
