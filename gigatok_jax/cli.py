@@ -13,6 +13,7 @@ VERBS = {
     "train": "train, or go on training: tokenizer, generator",
     "reconstruct": "pass images through a tokenizer and compare",
     "encode": "store the codes of a data set",
+    "evaluate": "measure a generator's loss on held-out images",
     "sample": "draw images by class from a generator",
     "convert": "turn a reference checkpoint into a bundle, or back",
     "weights": "fetch published weights",

@@ -1,5 +1,6 @@
 """A generator's run: its configuration, and the job that the loop runs for it."""
 
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import logging
@@ -170,6 +171,32 @@ def _tokenizer(run: GeneratorRun) -> bundles.Bundle:
     return bundle
 
 
+def held_out_loss(
+    loss: Callable[[Mapping[str, np.ndarray]], jax.Array], batches: pipeline.Batches, images: int
+) -> float:
+    """Mean loss of the first so many readable images of an evaluation pass.
+
+    Args:
+      loss: batch to the loss of each image, see `GeneratorTraining.validation_loss`.
+      batches: see `pipeline.eval_batches`.
+      images: how many at most.
+
+    Raises:
+      UserError: none can be read.
+    """
+    total, count = 0.0, 0
+    for batch in batches:
+        keep = np.flatnonzero(batch["valid"])[: images - count]
+        arrays = {name: batch[name] for name in ("image", "codes", "label") if name in batch}
+        total += float(np.asarray(loss(arrays))[keep].sum())
+        count += len(keep)
+        if count >= images:
+            break
+    if not count:
+        raise UserError("none of the held-out images can be read")
+    return total / count
+
+
 class _Evaluation:
     """Held-out loss, and a picture of samples, a class a column."""
 
@@ -189,21 +216,15 @@ class _Evaluation:
 
     def __call__(self, state: training.GeneratorState, frozen):
         params = training.params_for_use(state)
-        total, count = 0.0, 0
         self._batches.set_state({"next_batch": 0})
         with self._batches:
-            for batch in self._batches:
-                keep = np.flatnonzero(batch["valid"])[: self._run.evaluation_images - count]
-                arrays = {k: batch[k] for k in ("image", "codes", "label") if k in batch}
-                losses = self._loss(params, arrays, frozen)
-                total += float(np.asarray(losses)[keep].sum())
-                count += len(keep)
-                if count >= self._run.evaluation_images:
-                    break
-        if not count:
-            raise UserError("none of the held-out images can be read")
+            loss = held_out_loss(
+                lambda batch: self._loss(params, batch, frozen),
+                self._batches,
+                self._run.evaluation_images,
+            )
         samples = {} if frozen is None else {"samples": self._samples(params, frozen)}
-        return {"held_out/loss": total / count}, samples
+        return {"held_out/loss": loss}, samples
 
     def _samples(self, params, frozen) -> np.ndarray:
         run = self._run
