@@ -8,6 +8,7 @@ import dataclasses
 
 from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.sampling import SamplingConfig
@@ -19,7 +20,10 @@ from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 
 def get_config(argument="tokenizer"):
-    return to_config_dict({"tokenizer": tokenizer, "generator": generator}[argument]())
+    runs = {"tokenizer": tokenizer, "generator": generator}
+    if argument not in runs:
+        raise UserError(f"{argument!r}: no such run; known: {', '.join(runs)}")
+    return to_config_dict(runs[argument]())
 
 
 def tokenizer() -> TokenizerRun:

@@ -13,4 +13,6 @@ from gigatok_jax.training.generator_run import GeneratorRun
 def get_config(argument="b"):
     recipe = recipes.generator_recipe(argument.split(",")[0])
     model = recipes.generator_model(argument)
-    return to_config_dict(GeneratorRun(model=model, batch_size=recipe.batch_size))
+    config = to_config_dict(GeneratorRun(model=model, batch_size=recipe.batch_size))
+    config.optimizer.warmup_steps = config.epoch_images // config.batch_size  # one epoch
+    return config

@@ -5,8 +5,11 @@ import functools
 import pathlib
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 import numpy as np
 
 from gigatok_jax import bundles, recipes, sampling
@@ -20,8 +23,35 @@ from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
 
-class PretrainedTokenizer:
-    """A tokenizer with its weights. Functions compile at their first call with a batch size.
+class _Pretrained:
+    """A module with its weights, on all local devices, which share each batch that they divide.
+
+    Functions compile at their first call with a batch size.
+    """
+
+    def __init__(self, module: nn.Module, params: Any):
+        mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        self._whole, self._shared = (NamedSharding(mesh, P(axis)) for axis in (None, "data"))
+        self.module = module
+        self.variables = {"params": jax.device_put(params, NamedSharding(mesh, P()))}
+        self._compiled = {}
+
+    def _place(self, batch) -> jax.Array:
+        divisible = len(batch) % self._shared.mesh.size == 0
+        return jax.device_put(batch, self._shared if divisible else self._whole)
+
+    def _run(self, method, *batches, **kwargs) -> jax.Array:
+        key = (method, *kwargs.items())
+        if key not in self._compiled:
+            apply = functools.partial(self.module.apply, method=method, **kwargs)
+            self._compiled[key] = jax.jit(apply)
+        return self._compiled[key](self.variables, *map(self._place, batches))
+
+
+class PretrainedTokenizer(_Pretrained):
+    """A tokenizer with its weights, on all local devices, which share each batch they divide.
+
+    Functions compile at their first call with a batch size.
 
     Attributes:
       config: the architecture.
@@ -31,10 +61,8 @@ class PretrainedTokenizer:
     """
 
     def __init__(self, config: TokenizerConfig, weights: Mapping[str, Any], dtype: str = "auto"):
+        super().__init__(Tokenizer(config, dtype=compute_dtype(dtype)), weights["params"])
         self.config = config
-        self.module = Tokenizer(config, dtype=compute_dtype(dtype))
-        self._compiled = {}
-        self.variables = {"params": weights["params"]}
         self.history = weights["history"]
 
     def encode(self, images) -> jax.Array:
@@ -72,18 +100,11 @@ class PretrainedTokenizer:
         """Share of the codes among training's last 65,536 assignments, in [0, 1]."""
         return float(quantizer.codebook_usage(self.history, self.config.codebook_size))
 
-    def _run(self, method, *args, **kwargs):
-        key = (method, *kwargs.items())
-        if key not in self._compiled:
-            apply = functools.partial(self.module.apply, method=method, **kwargs)
-            self._compiled[key] = jax.jit(apply)
-        return self._compiled[key](self.variables, *args)
-
     def _images(self, images):
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(f"images must be [B, {size}, {size}, 3], got {list(images.shape)}")
-        images = jnp.asarray(images)
+        images = self._place(images)
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
     def _codes(self, codes):
@@ -92,8 +113,10 @@ class PretrainedTokenizer:
         return jnp.asarray(codes, jnp.int32)
 
 
-class PretrainedGenerator:
-    """A generator with its weights. Functions compile at their first call with a batch size.
+class PretrainedGenerator(_Pretrained):
+    """A generator with its weights, on all local devices, which share each batch they divide.
+
+    Functions compile at their first call with a batch size.
 
     Attributes:
       config: the architecture.
@@ -109,11 +132,8 @@ class PretrainedGenerator:
         dtype: str = "auto",
         made_by: Mapping[str, Any] | None = None,
     ):
+        super().__init__(Generator(config, dtype=compute_dtype(dtype)), weights["params"])
         self.config, self.made_by = config, dict(made_by or {})
-        self._dtype = compute_dtype(dtype)
-        self.module = Generator(config, dtype=self._dtype)
-        self.variables = {"params": weights["params"]}
-        self._compiled = {}
 
     def logits(self, codes, classes=None) -> jax.Array:
         """Logits of each code, given the class and the codes before it.
@@ -125,7 +145,7 @@ class PretrainedGenerator:
         Returns:
           float32 `[B, N, K]`.
         """
-        return self._run(Generator.__call__, codes, classes).astype(jnp.float32)
+        return self._run(Generator.__call__, *self._inputs(codes, classes)).astype(jnp.float32)
 
     def features(self, codes, classes=None, *, layer: int) -> jax.Array:
         """Output of layer 1, 2, ..., float32 `[B, N, W]`: of the class and all codes but the last.
@@ -134,7 +154,7 @@ class PretrainedGenerator:
         """
         if not 1 <= layer <= self.config.depth:
             raise ValueError(f"layer must be in 1..{self.config.depth}, got {layer}")
-        return self._run(Generator.features, codes, classes, layer=layer)
+        return self._run(Generator.features, *self._inputs(codes, classes), layer=layer)
 
     def sample(
         self,
@@ -167,24 +187,25 @@ class PretrainedGenerator:
             guidance, schedule, schedule_start, schedule_end, temperature, top_k, top_p
         )
         classes = self._classes(classes)
+        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+            key = jax.random.wrap_key_data(key)
         keys = key if key.ndim else jax.random.split(key, len(classes))
-        params = self.variables["params"]
-        return sampling.sample(self.config, params, classes, keys, settings, self._dtype)
+        if keys.shape != classes.shape:
+            raise ValueError(f"key must be one key, or {len(classes)}, got {list(keys.shape)}")
+        params, dtype = self.variables["params"], self.module.dtype
+        batch = (self._place(classes), self._place(keys))
+        return sampling.sample(self.config, params, *batch, settings, dtype)
 
-    def _run(self, method, codes, classes, **kwargs):
+    def _inputs(self, codes, classes) -> tuple[np.ndarray, np.ndarray]:
+        """All codes but the last, and classes."""
         config = self.config
         if codes.ndim != 2 or codes.shape[1] != config.codes:
             raise ValueError(f"codes must be [B, {config.codes}], got {list(codes.shape)}")
         if classes is None:
             classes = np.full(len(codes), config.null_class)
-        key = (method, *kwargs.items())
-        if key not in self._compiled:
-            apply = functools.partial(self.module.apply, method=method, **kwargs)
-            self._compiled[key] = jax.jit(apply)
-        codes = jnp.asarray(codes, jnp.int32)[:, :-1]
-        return self._compiled[key](self.variables, codes, self._classes(classes))
+        return np.asarray(codes, np.int32)[:, :-1], self._classes(classes)
 
-    def _classes(self, classes) -> jax.Array:
+    def _classes(self, classes) -> np.ndarray:
         classes = np.asarray(classes)
         bad = classes[(classes < 0) | (classes > self.config.null_class)]
         if classes.ndim != 1 or bad.size:
@@ -192,7 +213,7 @@ class PretrainedGenerator:
             raise ValueError(
                 f"classes must be [B], each in 0..{self.config.null_class}, got {what}"
             )
-        return jnp.asarray(classes, jnp.int32)
+        return classes.astype(np.int32)
 
 
 def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedTokenizer:
@@ -230,11 +251,8 @@ def tokenizer_from_torch(
       ValueError: the tensors are those of another architecture.
     """
     config = recipes.tokenizer_model(name)
-    tensors = checkpoint
-    if not isinstance(checkpoint, Mapping):
-        tensors = torch_files.read(checkpoint)
-    weights = convert.tokenizer_from_torch(tensors, config)
-    return PretrainedTokenizer(config, jax.tree.map(jnp.asarray, weights), dtype)
+    weights = convert.tokenizer_from_torch(_tensors(checkpoint), config)
+    return PretrainedTokenizer(config, weights, dtype)
 
 
 def generator_from_torch(
@@ -245,11 +263,12 @@ def generator_from_torch(
     Arguments and errors are those of `tokenizer_from_torch`.
     """
     config = recipes.generator_model(name)
-    tensors = checkpoint
-    if not isinstance(checkpoint, Mapping):
-        tensors = torch_files.read(checkpoint)
-    weights = convert.generator_from_torch(tensors, config)
-    return PretrainedGenerator(config, jax.tree.map(jnp.asarray, weights), dtype)
+    weights = convert.generator_from_torch(_tensors(checkpoint), config)
+    return PretrainedGenerator(config, weights, dtype)
+
+
+def _tensors(checkpoint) -> Mapping[str, np.ndarray]:
+    return checkpoint if isinstance(checkpoint, Mapping) else torch_files.read(checkpoint)
 
 
 def parameter_count(name: str) -> int:

@@ -35,6 +35,10 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"gigatok: error: {error}", file=sys.stderr)
         return error.exit_code
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"gigatok: error: {what}", file=sys.stderr)
+        return UserError.exit_code
 
 
 def _run(verb: str, arguments: list[str]) -> int:

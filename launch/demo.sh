@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded drawings, from nothing but Python: trains a tiny tokenizer and
-# writes pictures of what it reconstructs. About ten minutes on two cores.
+# The main job on the embedded drawings, from nothing but Python: trains a tiny tokenizer and a
+# small generator, and writes pictures of reconstructions and samples.
 #   bash launch/demo.sh [WORKDIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,7 +1,7 @@
 """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
 Turns a checkpoint of the reference (.pt, .safetensors) into a bundle, or a bundle back.
-KIND: tokenizer, dinov2, lpips. A checkpoint in several files: --from=A --from=B.
+KIND: tokenizer, generator, dinov2, lpips. A checkpoint in several files: --from=A --from=B.
 """
 
 import pathlib

@@ -8,27 +8,22 @@ them by --config.data.source=codes --config.data.path=DIR.
 from collections.abc import Callable, Iterator
 import dataclasses
 import json
-import logging
 import pathlib
 
 from absl import flags
 from einops import rearrange
 import jax
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import config_flags
 import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import api, bundles
-from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data import pipeline
-from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.tokenizer import TokenizerConfig
-
-logger = logging.getLogger(__name__)
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "its `data` is encoded", flag_values=FLAGS)
@@ -46,6 +41,9 @@ flags.DEFINE_integer("shard_images", 4096, "images a shard", lower_bound=1, flag
 flags.mark_flags_as_required(["config", "tokenizer", "out"], flag_values=FLAGS)
 
 
+IMMATERIAL = ("workers", "prefetch", "max_bad_share")  # fields of the data that change no code
+
+
 def run(positional: list[str]) -> None:
     if positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
@@ -53,7 +51,7 @@ def run(positional: list[str]) -> None:
         crop_factors = tuple(float(factor) for factor in FLAGS.crop_factors)
     except ValueError:
         raise UserError(f"--crop_factors: expected numbers, got {FLAGS.crop_factors}") from None
-    data = from_mapping(DataConfig, FLAGS.config.to_dict()["data"], "config.data")
+    data = data_config(FLAGS.config)
     encode(
         bundles.load(bundles.find(FLAGS.tokenizer), "tokenizer", TokenizerConfig),
         data,
@@ -78,10 +76,15 @@ def encode(
     Raises:
       UserError: the data cannot be read, or `out` holds codes of something else.
     """
+    if data.source == "codes":
+        raise UserError("config.data.source: expected images, got 'codes'")
     if any(not 1 <= factor <= 2 for factor in crop_factors):
         raise UserError(f"--crop_factors: expected numbers in [1, 2], got {crop_factors}")
     size = bundle.config.image_size
-    shard_images = -(-shard_images // batch_size) * batch_size
+    if shard_images % batch_size:
+        raise UserError(
+            f"--shard_images: expected a multiple of --batch_size={batch_size}, got {shard_images}"
+        )
     splits = {
         split: pipeline.eval_batches(
             data,
@@ -97,7 +100,7 @@ def encode(
         codes=bundle.config.latents,
         codebook_size=bundle.config.codebook_size,
         class_names=splits["train"].class_names,
-        data=dataclasses.asdict(data),
+        data={k: v for k, v in dataclasses.asdict(data).items() if k not in IMMATERIAL},
         crop_factors=crop_factors,
         shard_images=shard_images,
     )
@@ -107,13 +110,15 @@ def encode(
     for split, batches in splits.items():
         shards = -(-batches.examples // shard_images)
         paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
-        mine = range(jax.process_index(), shards, jax.process_count())
+        mine = np.array_split(range(shards), jax.process_count())[jax.process_index()]
         bar = tqdm(total=batches.examples, unit="image", desc=split, disable=None)
         with batches, bar:
             for shard in mine:
                 images = min(shard_images, batches.examples - shard * shard_images)
                 if not paths[shard].exists():
-                    batches.set_state({"next_batch": shard * shard_images // batch_size})
+                    first = {"next_batch": shard * shard_images // batch_size}
+                    if batches.get_state() != first:  # which would start new workers
+                        batches.set_state(first)
                     steps = -(-images // batch_size)
                     stored.write_shard(paths[shard], _records(batches, steps, encode_batch))
                 bar.update(images)
@@ -133,18 +138,14 @@ def _records(batches: pipeline.Batches, steps: int, encode_batch) -> Iterator[di
 
 
 def _encoder(tokenizer: api.PretrainedTokenizer) -> Callable[[np.ndarray], np.ndarray]:
-    """Function of uint8 crops `[B, (crops,) S, S, 3]` to codes `[B, crops, N]`, on local devices.
+    """Function of uint8 crops `[B, (crops,) S, S, 3]` to codes `[B, crops, N]`.
 
     Codes are of the smallest type that holds them.
     """
     dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
-    devices = jax.local_devices()
-    sharding = NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
     def encode_batch(images):
         flat = images.reshape(-1, *images.shape[-3:])
-        if len(flat) % len(devices) == 0:
-            flat = jax.device_put(flat, sharding)
         codes = np.asarray(tokenizer.encode(flat)).astype(dtype)
         return rearrange(codes, "(b c) n -> b c n", b=len(images))
 

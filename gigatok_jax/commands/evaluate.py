@@ -14,9 +14,8 @@ from tqdm import tqdm
 
 from gigatok_jax import api
 from gigatok_jax.commands.sample import load_matching_tokenizer
-from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes, pipeline
-from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.precision import compute_dtype
@@ -37,7 +36,7 @@ MEASURES = ("loss",)
 def run(positional: list[str]) -> None:
     if len(positional) != 1 or positional[0] not in MEASURES:
         raise UserError(f"expected one of {', '.join(MEASURES)}, got {positional}")
-    data = from_mapping(DataConfig, FLAGS.config.to_dict()["data"], "config.data")
+    data = data_config(FLAGS.config)
     generator, tokenizer = api.load_generator(FLAGS.generator), None
     if FLAGS.tokenizer:
         tokenizer = load_matching_tokenizer(FLAGS.tokenizer, generator)
@@ -68,7 +67,7 @@ def evaluate_loss(
             f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
         )
     if data.source == "codes":
-        codes.read_info(pathlib.Path(data.path)).check(
+        codes.find_info(data.path).check(
             codes=config.codes,
             codebook_size=config.codebook_size,
             tokenizer=generator.made_by.get("tokenizer"),

@@ -7,7 +7,6 @@ after a kill goes on; image n is the same whatever was drawn before it.
 
 import dataclasses
 import json
-import logging
 import pathlib
 import zipfile
 
@@ -23,8 +22,6 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SCHEDULES, SamplingConfig
-
-logger = logging.getLogger(__name__)
 
 FLAGS = flags.FlagValues()
 DEFAULTS = SamplingConfig()
@@ -172,7 +169,8 @@ def _classes(items: list[str], count: int) -> np.ndarray:
     classes = []
     for item in items:
         first, _, last = item.partition("-")
-        if not first.isdigit() or (last and not last.isdigit()):
+        digits = first.isdigit() and (not last or last.isdigit())
+        if not digits or int(last or first) < int(first):
             raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
         classes += range(int(first), int(last or first) + 1)
     bad = [c for c in classes if c >= count]

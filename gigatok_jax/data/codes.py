@@ -30,7 +30,7 @@ class CodesInfo:
       class_names: by label.
       data: what was encoded, a `DataConfig` as a mapping.
       crop_factors: ten crops of S pixels for each: corners and centre, and their flips, of a
-        centre crop of so many times S. None: one centre crop. Validation images always have one.
+        centre crop of so many times S. Empty: one centre crop, as validation images always have.
       shard_images: images a shard, but for the last.
       images: split to the number of records of each shard; empty until all is encoded.
     """
@@ -85,6 +85,19 @@ def read_info(folder: Path) -> CodesInfo | None:
         raise UserError(f"{path}: not a description of codes ({error})") from None
 
 
+def find_info(path: str) -> CodesInfo:
+    """`read_info` of a path that a user gave.
+
+    Raises:
+      UserError: there are no codes.
+    """
+    folder = Path(path).expanduser()
+    info = read_info(folder)
+    if info is None:
+        raise UserError(f"{folder}: no codes.json, expected what `gigatok encode` writes")
+    return info
+
+
 def write_info(folder: Path, info: CodesInfo) -> None:
     write_json(folder / "codes.json", {"format": FORMAT} | dataclasses.asdict(info))
 
@@ -119,18 +132,16 @@ class CodesSource:
     """One split's codes; an example is {"codes": int32 [crops, N], "label", "key"}.
 
     Args:
-      folder: what `gigatok encode` wrote.
+      folder: path of what `gigatok encode` wrote.
       split: one of `SPLITS`.
 
     Raises:
       UserError: there are no codes, not all of them, or a shard is damaged.
     """
 
-    def __init__(self, folder: Path, split: str):
-        self._folder, self._split = folder, split
-        info = read_info(folder)
-        if info is None:
-            raise UserError(f"{folder}: no codes.json, expected what `gigatok encode` writes")
+    def __init__(self, folder: str, split: str):
+        folder = Path(folder).expanduser()
+        info = find_info(folder)
         if not info.images:
             raise UserError(f"{folder}: encoding has not ended; the same `gigatok encode` goes on")
         if split not in info.images:

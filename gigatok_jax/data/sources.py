@@ -1,8 +1,8 @@
-"""Where labelled images come from: class folders, TensorFlow Datasets, or the embedded drawings.
+"""Where labelled images come from: folders, TensorFlow Datasets, drawings, or stored codes.
 
-A source gives random access: `source[i]` is a dict of `image` (RGB image or uint8 [H, W, 3]),
-`label` (int) and `key` (str, names the example), and raises `BadImage` for a broken file. Sources
-travel to worker processes by pickling, so they hold little and open files on first use.
+A source gives random access: `source[i]` is a dict of `image` (RGB image or uint8 [H, W, 3]) or
+`codes`, `label` (int) and `key` (str, names the example), and raises `BadImage` for a broken file.
+Sources travel to worker processes by pickling, so they hold little and open files on first use.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,8 +13,10 @@ import os
 from pathlib import Path
 from typing import Any, Protocol
 
+from ml_collections import ConfigDict
 import numpy as np
 
+from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes, embedded, images
 from gigatok_jax.errors import UserError
 
@@ -88,6 +90,17 @@ class DataConfig:
         for name in required.get(self.source, ()):
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, but source is {self.source!r}")
+
+
+def data_config(config: ConfigDict) -> DataConfig:
+    """The `data` of any run's configuration.
+
+    Raises:
+        UserError: it has none, or a wrong one.
+    """
+    if "data" not in config:
+        raise UserError("config.data: missing, expected what a training run's configuration has")
+    return from_mapping(DataConfig, config.to_dict()["data"], "config.data")
 
 
 class Source(Protocol):
@@ -382,7 +395,7 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
 
 def _open_codes(config: DataConfig, train: bool, image_size: int) -> Source:
     del image_size
-    return codes.CodesSource(Path(config.path).expanduser(), codes.SPLITS[0 if train else 1])
+    return codes.CodesSource(config.path, codes.SPLITS[0 if train else 1])
 
 
 def _quoted(text: str | None) -> str:

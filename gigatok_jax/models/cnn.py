@@ -19,9 +19,18 @@ def group_count(channels: int) -> int:
     return math.gcd(32, max(channels // 4, 1))
 
 
-def group_norm(channels: int, *, dtype, name: str, affine: bool = True) -> nn.GroupNorm:
+class GroupNormSiLU(nn.GroupNorm):
+    """GroupNorm, then SiLU."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return nn.silu(super().__call__(x))
+
+
+def group_norm(
+    channels: int, *, dtype, name: str, affine: bool = True, module: type[nn.GroupNorm] = nn.GroupNorm
+) -> nn.GroupNorm:
     """GroupNorm over the last axis, eps 1e-6, statistics in float32."""
-    return nn.GroupNorm(
+    return module(
         group_count(channels),
         epsilon=1e-6,
         dtype=dtype,
@@ -31,6 +40,14 @@ def group_norm(channels: int, *, dtype, name: str, affine: bool = True) -> nn.Gr
         bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
         name=name,
     )
+
+
+def norm_silu(channels: int, *, dtype, name: str) -> GroupNormSiLU:
+    """GroupNorm and SiLU, computed again in the backward pass.
+
+    Next to convolutions they cost nothing, and kept activations are most of training's memory.
+    """
+    return group_norm(channels, dtype=dtype, name=name, module=nn.remat(GroupNormSiLU))
 
 
 def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, name: str):
@@ -58,9 +75,9 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm1")(x))
+        y = norm_silu(x.shape[-1], dtype=self.dtype, name="norm1")(x)
         y = conv(self.features, dtype=self.dtype, name="conv1")(y)
-        y = nn.silu(group_norm(self.features, dtype=self.dtype, name="norm2")(y))
+        y = norm_silu(self.features, dtype=self.dtype, name="norm2")(y)
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
         y = conv(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -117,7 +134,7 @@ class Encoder(nn.Module):
                 x = down(x)
         for i in range(2):
             x = block(self.channels[-1], f"mid_block{i}")(x)
-        x = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
+        x = norm_silu(x.shape[-1], dtype=self.dtype, name="norm_out")(x)
         return conv(self.z_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -150,5 +167,5 @@ class Decoder(nn.Module):
             if level > 0:
                 x = conv(4 * features, dtype=self.dtype, name=f"level{level}_up")(x)
                 x = layers.depth_to_space(x)
-        x = nn.silu(group_norm(x.shape[-1], dtype=self.dtype, name="norm_out")(x))
+        x = norm_silu(x.shape[-1], dtype=self.dtype, name="norm_out")(x)
         return conv(3, dtype=self.dtype, name="conv_out")(x)

@@ -294,7 +294,9 @@ class Decoder:
         self._config, self._classes, self._dtype = config, classes, dtype
         self._module = Generator(config, dtype=dtype)
         # Casting once halves what each step reads where the type is half as wide.
-        params = jax.tree.map(lambda array: array.astype(dtype), params)
+        params = jax.tree.map_with_path(
+            lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
+        )
         stacked = params["layers"]["block"]
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)

@@ -53,6 +53,11 @@ class Checkpoints:
         """Step of the newest complete checkpoint."""
         return self._manager.latest_step()
 
+    @property
+    def steps(self) -> list[int]:
+        """Steps of all complete checkpoints."""
+        return sorted(self._manager.all_steps())
+
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Copies `state` to the host and returns; files are written in the background.
 
@@ -78,10 +83,9 @@ class Checkpoints:
         Raises:
           UserError: it is damaged, or that of another state.
         """
-        steps = self._manager.all_steps()
-        if not steps or (step is not None and step not in steps):
-            return None
         step = self.latest if step is None else step
+        if step not in self.steps:
+            return None
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
         )
@@ -90,8 +94,8 @@ class Checkpoints:
         except Exception as error:  # Orbax raises half a dozen types, bare ones too
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{self._manager.directory / str(step)}: unreadable checkpoint ({reason}); without "
-                "it, the run goes on from the one before"
+                f"{self._manager.directory / str(step)}: unreadable checkpoint, or of another "
+                f"model ({reason})"
             ) from error
         return Restored(step, restored.state, restored.progress)
 
@@ -99,10 +103,3 @@ class Checkpoints:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
         self._manager.close()
-
-
-def checkpoint_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints under a directory."""
-    if not directory.is_dir():
-        return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit())

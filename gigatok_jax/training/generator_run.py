@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import logging
 import pathlib
 
 import jax
@@ -17,12 +16,9 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import generator as training
-from gigatok_jax.training.checkpoints import checkpoint_steps
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.run import RunConfig
-
-logger = logging.getLogger(__name__)
 
 COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples of each
 
@@ -78,6 +74,11 @@ class GeneratorRun(RunConfig):
                 "branch_from and branch_step belong together, got "
                 f"{self.branch_from!r} and {self.branch_step}"
             )
+        if self.branch_from and self.optimizer.schedule != "warmup_stable_decay":
+            raise ValueError(
+                "optimizer.schedule must be warmup_stable_decay in a run that branches off, got "
+                f"{self.optimizer.schedule!r}"
+            )
         if self.branch_from and self.total_steps <= self.branch_step:
             raise ValueError(
                 f"steps must be more than branch_step={self.branch_step}, got {self.total_steps}"
@@ -131,7 +132,7 @@ class GeneratorRun(RunConfig):
             )
         fingerprint = tokenizer.fingerprint if tokenizer else None
         if self.data.source == "codes":
-            info = codes.read_info(pathlib.Path(self.data.path))
+            info = codes.find_info(self.data.path)
             info.check(
                 codes=self.model.codes,
                 codebook_size=self.model.codebook_size,
@@ -142,19 +143,14 @@ class GeneratorRun(RunConfig):
         branch = None
         if self.branch_from:
             branch = (pathlib.Path(self.branch_from), self.branch_step)
-            steps = checkpoint_steps(branch[0] / "checkpoints")
-            if self.branch_step not in steps:
-                raise UserError(
-                    f"config.branch_step: {branch[0]} has checkpoints of steps "
-                    f"{', '.join(map(str, steps)) or '(none)'}, not of {self.branch_step}"
-                )
         return Job(
             training=functions,
-            frozen=tokenizer.weights["params"] if tokenizer else None,
+            frozen=None if self.data.source == "codes" else tokenizer.weights["params"],
             batches=batches,
-            evaluate=_Evaluation(self, functions, size, batches.class_names),
+            evaluate=_Evaluation(self, functions, tokenizer, batches.class_names),
             advise=lambda row: None,
             finish=functools.partial(_write_bundle, self, workdir, fingerprint),
+            identity={"tokenizer": fingerprint},
             branch=branch,
         )
 
@@ -204,15 +200,15 @@ class _Evaluation:
         self,
         run: GeneratorRun,
         functions: training.GeneratorTraining,
-        image_size: int,
+        tokenizer: bundles.Bundle | None,
         class_names: tuple[str, ...],
     ):
         self._run, self._dtype = run, functions.dtype
         self._loss, self._decode = jax.jit(functions.validation_loss), jax.jit(functions.decode)
         self._classes = np.arange(COLUMNS) * len(class_names) // COLUMNS
-        self._batches = pipeline.eval_batches(
-            run.data, image_size=image_size, batch_size=run.batch_size
-        )
+        self._tokenizer = tokenizer
+        size = tokenizer.config.image_size if tokenizer else 0
+        self._batches = pipeline.eval_batches(run.data, image_size=size, batch_size=run.batch_size)
 
     def __call__(self, state: training.GeneratorState, frozen):
         params = training.params_for_use(state)
@@ -223,15 +219,15 @@ class _Evaluation:
                 self._batches,
                 self._run.evaluation_images,
             )
-        samples = {} if frozen is None else {"samples": self._samples(params, frozen)}
+        samples = {"samples": self._samples(params)} if self._tokenizer else {}
         return {"held_out/loss": loss}, samples
 
-    def _samples(self, params, frozen) -> np.ndarray:
+    def _samples(self, params) -> np.ndarray:
         run = self._run
         classes = jnp.asarray(np.tile(self._classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         drawn = sampling.sample(run.model, params, classes, keys, run.sampling, self._dtype)
-        images = self._decode(frozen, drawn)
+        images = self._decode(self._tokenizer.weights["params"], np.asarray(drawn))
         return pictures.grid(np.split(np.asarray(images), ROWS))
 
 

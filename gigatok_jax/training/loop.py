@@ -30,14 +30,14 @@ STEPS_IN_FLIGHT = 2  # enough to keep a device busy while the host prepares the 
 
 @dataclasses.dataclass(frozen=True)
 class LoopConfig:
-    """How often things happen, in steps; 0 means never.
+    """How often things happen, in steps.
 
     Attributes:
       log_every: metrics, averaged since the last time.
-      evaluate_every: held-out metrics and pictures; they also come at the end.
-      checkpoint_every: asynchronous checkpoints; one also comes at the end.
+      evaluate_every: held-out metrics and pictures; they also come at the end. 0: only then.
+      checkpoint_every: asynchronous checkpoints; one also comes at the end. 0: only then.
       keep_last: newest checkpoints that are kept.
-      keep_every: checkpoints of its multiples are kept for good.
+      keep_every: checkpoints of its multiples are kept for good; 0: of none.
     """
 
     log_every: int = 50
@@ -78,6 +78,7 @@ class Job:
       evaluate: state and frozen arrays to held-out metrics and pictures.
       advise: one log row to a warning, or None.
       finish: called with the last state of a complete or cleanly stopped run.
+      identity: what a checkpoint must agree in with a run that goes on from it, by name.
       branch: another run's workdir and a step, from whose checkpoint a fresh run starts, or None.
     """
 
@@ -87,6 +88,7 @@ class Job:
     evaluate: Callable[[Any, Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
     advise: Callable[[Mapping[str, float]], str | None]
     finish: Callable[[Any], None]
+    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
     branch: tuple[pathlib.Path, int] | None = None
 
 
@@ -119,6 +121,7 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
     Raises:
       RunStopped: a loss became non-finite (nothing is saved), or the process was asked to stop
         (everything is saved).
+      UserError: a checkpoint is damaged, or there is none to branch off from.
     """
     with contextlib.ExitStack() as stack:
         # Once for the whole run, on every device; a step would move host arrays each time.
@@ -135,6 +138,9 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
             start, state, unlogged = 0, fresh_state(job.training, abstract, seed), []
         else:
             start, state, progress = restored
+            for name, value in job.identity.items():
+                if progress["identity"].get(name) != value:
+                    raise UserError(f"{workdir}: its checkpoint is of another {name}")
             job.batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("going on from step %d in %s", start, workdir)
@@ -152,9 +158,10 @@ def _branch(job: Job, abstract: Any) -> Restored | None:
     workdir, step = job.branch
     checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
     restored = checkpoints.restore(abstract, step)
+    steps = ", ".join(map(str, checkpoints.steps)) or "(none)"
     checkpoints.close()
     if restored is None:
-        raise UserError(f"{workdir}: no checkpoint of step {step} to branch off from")
+        raise UserError(f"{workdir}: has checkpoints of steps {steps}, not of {step}")
     progress = restored.progress | {"unlogged": []}
     logger.info("branching off from step %d of %s", step, workdir)
     return restored._replace(progress=progress)
@@ -182,7 +189,8 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
         meter.check(step, checkpoints.latest)
         # A copy: it is written in the background, while rows go on being added.
         unlogged = list(meter.rows)
-        checkpoints.save(step, state, {"batches": batches.get_state(), "unlogged": unlogged})
+        progress = {"batches": batches.get_state(), "unlogged": unlogged}
+        checkpoints.save(step, state, progress | {"identity": dict(job.identity)})
 
     def log(step):
         row = meter.row(step, checkpoints.latest)

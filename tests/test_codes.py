@@ -1,0 +1,491 @@
+"""Codes on disk: whose crops they are, that a kill changes nothing, and what reading them gives."""
+
+import collections
+import dataclasses
+import json
+import os
+from pathlib import Path
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import test_commands
+
+from gigatok_jax import api, bundles
+from gigatok_jax.commands import encode
+from gigatok_jax.data import codes, images
+from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
+from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.tokenizer import TransformerSize
+
+import image_folders
+import tiny
+import train_config
+
+gigatok, refused = test_commands.gigatok, test_commands.refused
+
+SIZE = 16
+FACTORS = (1.25, 1.0625)
+COUNTS = {"ant": 9, "bee": 7, "cat": 6}
+BAD = "ant/ant_006.png"
+# Every fifth is held out. Seventeen are left, in shards of two batches of four.
+OPTIONS = {"crop_factors": FACTORS, "batch_size": 4, "shard_images": 8}
+SHARDS = [f"train-0000{i}-of-00003.array_record" for i in range(3)]
+FILES = {"codes.json", "validation-00000-of-00001.array_record", *SHARDS}
+BLOCK = TransformerSize(1, 2, 16)
+CONFIG = tiny.config(
+    encoder=BLOCK,
+    decoder=BLOCK,
+    image_size=SIZE,
+    latents=4,
+    base_channels=8,
+    channel_multipliers=(1,),
+    z_channels=16,
+    codebook_size=512,  # enough for images to differ in their codes
+    semantic_dim=0,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilations():
+    """Optimizing takes longer than what is run here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("photos")
+    image_folders.make(root, COUNTS)
+    image_folders.spoil(root / BAD)
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(root) -> DataConfig:
+    return DataConfig(source="folder", path=str(root), holdout=5, max_bad_share=0.2)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> bundles.Bundle:
+    return bundles.Bundle(CONFIG, tiny.weights(CONFIG), {})
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory, bundle) -> Path:
+    """The bundle on disk."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    bundles.save(directory, "tokenizer", bundle.config, bundle.weights, {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bundle) -> api.PretrainedTokenizer:
+    return api.PretrainedTokenizer(bundle.config, bundle.weights)
+
+
+@pytest.fixture(autouse=True)
+def compiled_once(monkeypatch, tokenizer):
+    """Every `encode` of this module uses the one tokenizer, instead of compiling its own."""
+    monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, bundle, data, tokenizer) -> Path:
+    """The codes of an unbroken run."""
+    out = tmp_path_factory.mktemp("whole") / "codes"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+        encode.encode(bundle, data, out, **OPTIONS)
+    return out
+
+
+@pytest.fixture
+def copy(whole, tmp_path) -> Path:
+    return shutil.copytree(whole, tmp_path / "copy")
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def examples(folder: Path, split: str) -> list[dict]:
+    source = codes.CodesSource(folder, split)
+    return [source[i] for i in range(len(source))]
+
+
+# Crops.
+
+
+def ten_slices(large, size, end, middle):
+    """Crops of a square image, in torchvision's order."""
+    crops = [
+        large[:size, :size],
+        large[:size, end:],
+        large[end:, :size],
+        large[end:, end:],
+        large[middle : middle + size, middle : middle + size],
+    ]
+    return [*crops, *(crop[:, ::-1] for crop in crops)]
+
+
+@pytest.mark.parametrize(
+    "size, factor, large, end, middle",
+    [
+        (256, 1.1, 281, 25, 12),  # 281.6 rounds down, 12.5 to even
+        (256, 1.05, 268, 12, 6),
+        (16, 1.2, 19, 3, 2),  # 1.5 to even
+        (16, 1.0, 16, 0, 0),
+    ],
+)
+def test_ten_crops_are_corners_and_centre_and_their_flips(size, factor, large, end, middle):
+    image = np.random.default_rng(0).integers(0, 256, (large, large, 3), np.uint8)
+    crops = images.ten_crops(image, size, factor)
+    assert crops.shape == (10, size, size, 3) and crops.dtype == np.uint8
+    np.testing.assert_array_equal(crops, ten_slices(image, size, end, middle))
+
+
+def test_ten_crops_lie_in_the_centre_crop():
+    image = np.random.default_rng(0).integers(0, 256, (61, 45, 3), np.uint8)
+    crops = images.ten_crops(image, 16, 1.25)
+    np.testing.assert_array_equal(crops, ten_slices(images.center_crop(image, 20), 16, 4, 2))
+
+
+# What is stored.
+
+
+def test_stored_codes_are_those_of_the_crops(whole, root, tokenizer):
+    def check(split, crops_of, size):
+        found = examples(whole, split)
+        stored = np.concatenate([example["codes"] for example in found])
+        assert stored.dtype == np.int32
+        crops = [crops_of(images.load(root / example["key"])) for example in found]
+        crops = np.resize(crops, (-(-len(stored) // size) * size, SIZE, SIZE, 3))
+        # As many at once as the command takes, for which it is compiled.
+        parts = [tokenizer.encode(crops[i : i + size]) for i in range(0, len(crops), size)]
+        np.testing.assert_array_equal(stored, np.concatenate(parts)[: len(stored)])
+        return len(np.unique(stored, axis=0))
+
+    def twenty(image):
+        return np.concatenate([images.ten_crops(image, SIZE, factor) for factor in FACTORS])
+
+    assert check("train", twenty, 80) > 50
+    assert check("validation", lambda image: images.center_crop(image, SIZE), 4) > 2
+
+
+@pytest.mark.parametrize("split, crops", [("train", 20), ("validation", 1)])
+def test_each_readable_image_is_stored_once_with_its_label(whole, split, crops):
+    keys = [f"{name}/{name}_{i:03d}.png" for name in COUNTS for i in range(COUNTS[name])]
+    keys = [k for i, k in enumerate(keys) if (i % 5 == 0) == (split == "validation") and k != BAD]
+    found = examples(whole, split)
+    assert [example["key"] for example in found] == keys
+    names = codes.CodesSource(whole, split).class_names
+    assert [names[example["label"]] for example in found] == [key[:3] for key in keys]
+    assert {example["codes"].shape for example in found} == {(crops, 4)}
+
+
+def test_folder_holds_what_its_description_says(whole, bundle, data):
+    assert set(contents(whole)) == FILES
+    info = codes.read_info(whole)
+    assert (info.codes, info.codebook_size, info.crop_factors) == (4, 512, FACTORS)
+    assert info.tokenizer == bundle.fingerprint and info.class_names == tuple(COUNTS)
+    assert DataConfig(**info.data) == dataclasses.replace(data, max_bad_share=0.05)
+    assert info.shard_images == 8
+    # The first shard has lost the unreadable image.
+    assert info.images == {"train": (8 - 1, 8, 1), "validation": (5,)}
+
+
+def test_command_writes_the_same_and_counts_what_it_skips(
+    gigatok, whole, directory, data, tmp_path
+):
+    out = tmp_path / "codes"
+    fields = dataclasses.asdict(data)
+    code, text, lines = gigatok(
+        *("encode", f"--config={train_config.__file__}"),
+        *(f"--config.data.{name}={value}" for name, value in fields.items()),
+        *(f"--tokenizer={directory}", f"--out={out}"),
+        *("--crop_factors=1.25,1.0625", "--batch_size=4", "--shard_images=8"),
+    )
+    assert code == 0
+    assert text.splitlines() == [
+        "train: 16 images (1 skipped) in 3 shards",
+        "validation: 5 images (0 skipped) in 1 shards",
+        str(out),
+    ]
+    assert any(BAD in line for line in lines)
+    assert contents(out) == contents(whole)
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ("--crop_factors=many", "--crop_factors: expected numbers, got ['many']"),
+        ("--crop_factors=0.9", "--crop_factors: expected numbers in [1, 2], got (0.9,)"),
+        ("--crop_factors=1.1,2.5", "--crop_factors: expected numbers in [1, 2], got (1.1, 2.5)"),
+        ("--crop_factors=nan", "--crop_factors: expected numbers in [1, 2], got (nan,)"),
+        ("--shard_images=12", "--shard_images: expected a multiple of --batch_size=8, got 12"),
+        ("--config.data.source=codes", "config.data.source: expected images, got 'codes'"),
+        ("more", "'more': unexpected argument"),
+    ],
+)
+def test_command_refuses_in_one_line(gigatok, directory, tmp_path, argument, message):
+    out = tmp_path / "codes"
+    result = gigatok(
+        *("encode", f"--config={train_config.__file__}", "--config.data.path=X"),
+        *(f"--tokenizer={directory}", f"--out={out}", "--batch_size=8", argument),
+    )
+    assert refused(result) == message
+    assert not out.exists()
+
+
+# Going on.
+
+
+class Killed(Exception):
+    pass
+
+
+class Mortal:
+    """A tokenizer that dies as it is asked for so manieth batch's codes."""
+
+    def __init__(self, tokenizer: api.PretrainedTokenizer, last: int):
+        self.config, self._tokenizer, self._left = tokenizer.config, tokenizer, last
+
+    def encode(self, images):
+        self._left -= 1
+        if not self._left:
+            raise Killed
+        return self._tokenizer.encode(images)
+
+
+def test_killed_runs_end_in_the_files_of_an_unbroken_one(
+    whole, bundle, data, tokenizer, tmp_path, monkeypatch
+):
+    out = tmp_path / "codes"
+
+    def run(tokenizer):
+        monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+        encode.encode(bundle, data, out, **OPTIONS)
+
+    with pytest.raises(Killed):
+        run(Mortal(tokenizer, 4))  # half-way through the second shard
+    assert set(contents(out)) == {"codes.json", SHARDS[0]}
+    first = (out / SHARDS[0]).stat()
+    with pytest.raises(UserError, match="encoding has not ended"):
+        codes.CodesSource(out, "train")
+    # What a process leaves that has no time to tidy up.
+    stale = out / f".{SHARDS[1]}.4194305.partial"
+    stale.write_bytes((out / SHARDS[0]).read_bytes()[:1_000])
+    with pytest.raises(Killed):
+        run(Mortal(tokenizer, 4))  # as it starts on the validation images
+    assert set(contents(out)) == {"codes.json", *SHARDS}
+    run(tokenizer)
+    assert contents(out) == contents(whole)
+    last = (out / SHARDS[0]).stat()
+    assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
+
+
+def test_finished_codes_encoded_again_stay_as_they_are(
+    copy, whole, bundle, data, tokenizer, monkeypatch
+):
+    shards = sorted(copy.glob("*.array_record"))
+    before = [path.stat().st_mtime_ns for path in shards]
+    monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: Mortal(tokenizer, 1))
+    encode.encode(bundle, data, copy, **OPTIONS)
+    assert contents(copy) == contents(whole)
+    assert [path.stat().st_mtime_ns for path in shards] == before
+
+
+def test_what_changes_no_code_may_change(copy, whole, bundle, data):
+    other = dataclasses.replace(data, workers=1, prefetch=1, max_bad_share=0.5)
+    encode.encode(bundle, other, copy, **OPTIONS)
+    assert contents(copy) == contents(whole)
+
+
+def other_weights(bundle):
+    params = bundle.weights["params"] | {"codebook": bundle.weights["params"]["codebook"] + 1}
+    return bundle._replace(weights=bundle.weights | {"params": params})
+
+
+@pytest.mark.parametrize(
+    "field, changes",
+    [
+        ("tokenizer", {"bundle": other_weights}),
+        ("crop_factors", {"crop_factors": (1.25,)}),
+        ("crop_factors", {"crop_factors": ()}),
+        ("shard_images", {"shard_images": 12}),
+        ("data", {"data": lambda data: dataclasses.replace(data, length=8)}),
+    ],
+)
+def test_codes_of_something_else_are_refused_by_name(copy, whole, bundle, data, field, changes):
+    inputs = [
+        changes.get(name, lambda value: value)(value)
+        for name, value in (("bundle", bundle), ("data", data))
+    ]
+    options = {name: changes.get(name, value) for name, value in OPTIONS.items()}
+    message = rf"^{re.escape(str(copy))}: holds codes made with another {field}: "
+    with pytest.raises(UserError, match=message):
+        encode.encode(*inputs, copy, **options)
+    assert contents(copy) == contents(whole)
+
+
+def test_going_on_over_a_damaged_shard_is_refused(copy, bundle, data):
+    path = copy / SHARDS[1]
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: missing or damaged shard"):
+        encode.encode(bundle, data, copy, **OPTIONS)
+
+
+# Reading.
+
+
+def half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def unfinished(path):
+    codes.write_info(path.parent, dataclasses.replace(codes.read_info(path.parent), images={}))
+
+
+def without(field):
+    def write(path):
+        record = json.loads(path.read_text())
+        del record[field]
+        path.write_text(json.dumps(record))
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "name, damage, message",
+    [
+        (SHARDS[1], half, "{path}: missing or damaged shard of codes"),
+        (SHARDS[1], lambda path: path.write_bytes(b""), "{path}: missing or damaged shard"),
+        (SHARDS[1], Path.unlink, "{path}: missing or damaged shard of codes"),
+        (
+            SHARDS[0],
+            lambda path: shutil.copy(path.parent / SHARDS[2], path),
+            "{path}: holds 1 records, expected 7",
+        ),
+        ("codes.json", Path.unlink, "{folder}: no codes.json, expected what `gigatok encode`"),
+        ("codes.json", unfinished, "{folder}: encoding has not ended; the same `gigatok encode`"),
+        ("codes.json", half, "{path}: not a description of codes"),
+        ("codes.json", lambda path: path.write_text("[]"), "{path}: not a description of codes"),
+        ("codes.json", without("format"), "{path}: not a description of codes"),
+        ("codes.json", without("codes"), "{path}: not a description of codes"),
+        ("codes.json", without("images"), "{path}: not a description of codes"),
+    ],
+)
+def test_damaged_codes_are_refused_in_one_line_that_names_the_file(copy, name, damage, message):
+    damage(copy / name)
+    with pytest.raises(UserError) as caught:
+        open_source(DataConfig(source="codes", path=str(copy)), train=True, image_size=0)
+    expected = message.format(path=copy / name, folder=copy)
+    assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
+
+
+def test_split_that_was_not_encoded_is_refused(copy):
+    info = codes.read_info(copy)
+    only = dataclasses.replace(info, images={"train": info.images["train"]})
+    codes.write_info(copy, only)
+    with pytest.raises(UserError, match=r"^\S+: has no codes of split 'validation'$"):
+        codes.CodesSource(copy, "validation")
+
+
+IMAGES, CROPS = 60, 10
+
+
+@pytest.fixture(scope="module")
+def numbered(tmp_path_factory) -> DataConfig:
+    """Codes that say whose they are: crop c of image i has [i, c]. Some shards are empty."""
+    folder = tmp_path_factory.mktemp("numbered")
+    counts = {"train": (0, 20, 0, 40, 0), "validation": (3, 0)}
+    for split, shards in counts.items():
+        ends = np.cumsum(shards)
+        for shard, end in enumerate(ends):
+            path = codes.shard_path(folder, split, shard, len(ends))
+            records = [
+                {
+                    "codes": np.stack([np.full(CROPS, i), np.arange(CROPS)], 1).astype(np.uint16),
+                    "label": i % 3,
+                    "key": f"image {i}",
+                }
+                for i in range(end - shards[shard], end)
+            ]
+            codes.write_shard(path, records)
+    info = codes.CodesInfo("0123456789abcdef", 2, 64, ("a", "b", "c"), {}, (1.1,), 8, counts)
+    codes.write_info(folder, info)
+    return DataConfig(source="codes", path=str(folder))
+
+
+def batches(data, batch_size=IMAGES, seed=0, **fields) -> Batches:
+    data = dataclasses.replace(data, **fields)
+    return train_batches(data, image_size=0, batch_size=batch_size, seed=seed)
+
+
+def visits(data, epochs, batch_size=IMAGES, **options) -> list[tuple[int, int]]:
+    """Image and crop of each visit."""
+    with batches(data, batch_size, **options) as stream:
+        count = epochs * stream.examples // batch_size
+        found = np.concatenate([next(stream)["codes"] for _ in range(count)])
+    return [(int(image), int(crop)) for image, crop in found]
+
+
+def test_batches_hold_codes_and_their_labels(numbered):
+    with batches(numbered, 8) as stream:
+        batch = next(stream)
+    assert batch.keys() == {"codes", "label"}
+    assert batch["codes"].shape == (8, 2)
+    assert batch["codes"].dtype == batch["label"].dtype == np.int32
+    np.testing.assert_array_equal(batch["label"], batch["codes"][:, 0] % 3)
+
+
+def test_every_visit_draws_one_of_the_crops(numbered):
+    epochs = 20
+    found = np.array(visits(numbered, epochs)).reshape(epochs, IMAGES, 2)
+    np.testing.assert_array_equal(np.sort(found[..., 0]), [range(IMAGES)] * epochs)
+    crops = collections.Counter(found[..., 1].ravel().tolist())
+    # 120 visits each are expected; 5 standard deviations are 52.
+    assert sorted(crops) == list(range(CROPS))
+    assert all(abs(count - epochs * IMAGES / CROPS) < 52 for count in crops.values())
+    # And of each image, not of each epoch.
+    assert all(len({c for j, c in found.reshape(-1, 2) if j == i}) > 5 for i in range(IMAGES))
+    assert all(len(set(epoch[:, 1].tolist())) > 5 for epoch in found)
+
+
+def test_crops_depend_on_seed_epoch_and_image_alone(numbered):
+    def crops(**options):
+        found = visits(numbered, 4, **options)
+        length = len(found) // 4
+        return {(n // length, image): crop for n, (image, crop) in enumerate(found)}
+
+    reference = crops()
+    assert crops(batch_size=30) == crops(batch_size=120) == reference
+    # Among fewer images, the order is another one.
+    some = crops(length=30, batch_size=30)
+    assert len(some) == 4 * 30 and some.items() <= reference.items()
+    other = crops(seed=1)
+    assert sum(other[place] == crop for place, crop in reference.items()) < 4 * IMAGES / 3
+
+
+def test_worker_processes_change_nothing(numbered):
+    assert visits(numbered, 2, batch_size=20, workers=2) == visits(numbered, 2, batch_size=20)
+
+
+def test_evaluation_reads_the_first_crop_in_order(numbered):
+    with eval_batches(numbered, image_size=0, batch_size=2) as stream:
+        first, second = stream
+    assert first.keys() == {"codes", "label", "key", "valid", "index"}
+    np.testing.assert_array_equal(first["codes"], [[0, 0], [1, 0]])
+    np.testing.assert_array_equal(second["codes"], [[2, 0], [0, 0]])
+    assert second["codes"].dtype == np.int32
+    np.testing.assert_array_equal(second["valid"], [True, False])
+    np.testing.assert_array_equal(second["label"], [2, 0])
+    assert second["key"].tolist() == ["image 2", ""]
+    with eval_batches(numbered, image_size=0, batch_size=IMAGES, train=True) as stream:
+        (batch,) = stream
+    np.testing.assert_array_equal(batch["codes"], [[i, 0] for i in range(IMAGES)])

@@ -1,0 +1,411 @@
+"""A generator's training: its step, its data, what decays, and runs that branch off from others."""
+
+import dataclasses
+import functools
+from pathlib import Path
+import re
+import shutil
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from PIL import Image
+import pytest
+
+from gigatok_jax import bundles, config
+from gigatok_jax.commands import encode, train
+from gigatok_jax.data import codes, pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.tokenizer import TransformerSize
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training import optimizer
+from gigatok_jax.training.generator import GeneratorTraining
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.telemetry import read_metrics
+
+import image_folders
+import tiny
+
+BLOCK = TransformerSize(1, 2, 16)
+TOKENIZER = tiny.config(
+    encoder=BLOCK,
+    decoder=BLOCK,
+    image_size=16,
+    latents=4,
+    base_channels=8,
+    channel_multipliers=(1,),
+    z_channels=16,
+    codebook_size=512,  # enough for images to differ in their codes
+    semantic_dim=0,
+)
+MODEL = GeneratorConfig(1, 2, 16, codes=4, codebook_size=512, classes=3, dropout=0.0)
+OPTIMIZER = OptimizerConfig(
+    rate=1e-2, schedule="warmup_stable_decay", warmup_steps=2, decayed="matrices"
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilations():
+    """Optimizing takes longer than what is run here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    """A tokenizer's bundle."""
+    directory = tmp_path_factory.mktemp("tokenizer")
+    bundles.save(directory, "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> DataConfig:
+    root = tmp_path_factory.mktemp("photos")
+    image_folders.make(root, {"ant": 9, "bee": 7, "cat": 6})
+    return DataConfig(source="folder", path=str(root), holdout=5)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory, directory, photos) -> DataConfig:
+    """Codes of the centre crops of `photos`."""
+    out = tmp_path_factory.mktemp("codes")
+    bundle = bundles.load(directory, "tokenizer", type(TOKENIZER))
+    encode.encode(bundle, photos, out, crop_factors=(), batch_size=8, shard_images=8)
+    return DataConfig(source="codes", path=str(out))
+
+
+def run(data, **fields) -> GeneratorRun:
+    """Twenty steps, those from 17 on with a falling rate."""
+    defaults = {
+        "model": MODEL,
+        "optimizer": OPTIMIZER,
+        "loop": LoopConfig(log_every=1, evaluate_every=0, checkpoint_every=4, keep_last=9),
+        "steps": 20,
+        "batch_size": 8,
+        "class_dropout": 0.1,
+        "evaluation_images": 5,
+        "sampling": SamplingConfig(),
+    }
+    return GeneratorRun(data=data, **(defaults | fields))
+
+
+def start(workdir, data, **fields) -> list[dict[str, float]]:
+    """Trains, and returns the rows of `metrics.jsonl`."""
+    train.train(dataclasses.asdict(run(data, **fields)), workdir)
+    return read_metrics(workdir / "metrics.jsonl")
+
+
+# The step.
+
+
+def filled(model: GeneratorConfig) -> dict:
+    """Random parameters: fresh ones have a head of zeros, behind which nothing has a gradient."""
+    none = jnp.zeros((1, 0), jnp.int32)
+    init = functools.partial(Generator(model).init, jax.random.key(0), none)
+    shapes = jax.eval_shape(init, jnp.zeros(1, jnp.int32))
+    return tiny.fill(nn.meta.unbox(shapes)["params"])
+
+
+def noise(images: int) -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, MODEL.classes, images, np.int32)
+    return {"codes": rng.integers(0, 512, (images, 4), np.int32), "label": labels}
+
+
+def state_of(training: GeneratorTraining, params: dict):
+    """A fresh state of given parameters."""
+    shapes = nn.meta.unbox(jax.eval_shape(training.init, jax.random.key(0)))
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), shapes)
+    return zeros.replace(params=params, key=jax.random.key_data(jax.random.key(1)))
+
+
+def test_batch_in_parts_gives_the_gradient_of_the_whole():
+    whole = GeneratorTraining(MODEL, OPTIMIZER, steps=10, class_dropout=0.0)
+    parts = dataclasses.replace(whole, accumulate=2)
+    state, batch = state_of(whole, filled(MODEL)), noise(8)
+    data = batch["codes"], batch["label"], jax.random.key(0)
+    loss, gradient = jax.jit(jax.value_and_grad(whole._loss))(state.params, *data)
+    new, metrics = jax.device_get(jax.jit(parts.step)(state, batch, None, None))
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
+    close(metrics["total"], loss)
+    leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
+    close(metrics["gradient_norm"], sum(np.sum(leaf**2) for leaf in leaves) ** 0.5)
+    # Of the first update, Adam's mean is a tenth of the gradient.
+    for mean, leaf in zip(
+        jax.tree.leaves(optax.tree.get(new.optimizer, "mu")), leaves, strict=True
+    ):
+        close(10 * mean, leaf)
+        assert np.abs(leaf).max() > 1e-4
+
+
+def test_step_takes_images_in_place_of_their_codes(directory):
+    training = GeneratorTraining(MODEL, OPTIMIZER, steps=10, tokenizer=TOKENIZER)
+    state = state_of(training, filled(MODEL))
+    frozen = bundles.load(directory, "tokenizer").weights["params"]
+    image = {"image": np.zeros((8, 16, 16, 3), np.uint8), "label": noise(8)["label"]}
+    step = functools.partial(training.step, phase=None)
+    of_codes = jax.eval_shape(step, state, noise(8), None)
+    assert jax.eval_shape(step, state, image, frozen) == of_codes
+
+
+def test_right_share_of_the_classes_is_hidden():
+    images, share = 4_096, 0.3
+    training = GeneratorTraining(MODEL, OPTIMIZER, steps=10, class_dropout=share)
+    params = filled(MODEL)
+    # Every image has the same class and codes: the loss is a mixture of two values.
+    batch = jax.tree.map(lambda x: np.repeat(x[:1], images, 0), noise(1))
+    null = {"codes": batch["codes"][:1], "label": np.full(1, MODEL.null_class, np.int32)}
+    one = {name: array[:1] for name, array in batch.items()}
+    losses = jax.jit(training.validation_loss)
+    shown, hidden = (float(losses(params, b, None)[0]) for b in (one, null))
+    assert abs(hidden - shown) > 0.05
+    loss = jax.jit(training._loss)
+    found = []
+    for seed in range(3):
+        mixed = float(loss(params, batch["codes"], batch["label"], jax.random.key(seed)))
+        found.append((mixed - shown) / (hidden - shown))
+    # Four standard deviations.
+    np.testing.assert_allclose(found, share, atol=4 * (share * (1 - share) / images) ** 0.5)
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("adaln", ["block", "shared"])
+def test_gains_and_biases_are_told_from_matrices(adaln):
+    model = dataclasses.replace(MODEL, depth=2, qk_norm=True, adaln=adaln)
+    boxed = jax.eval_shape(GeneratorTraining(model, OPTIMIZER, steps=10).init, jax.random.key(0))
+    params = nn.meta.unbox(boxed.params)
+    mask = optimizer._matrices(params)
+    vectors = set()
+    for (path, leaf), decayed in zip(
+        jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(mask), strict=True
+    ):
+        stacked = any(entry.key == "layers" for entry in path)
+        assert decayed == (leaf.ndim - stacked >= 2), path
+        if not decayed:
+            vectors.add(path[-1].key)
+    assert vectors == {"scale", "bias"}
+    # Fresh parameters are in boxes, with the names of their axes; restored ones are not.
+    assert nn.meta.unbox(optimizer._matrices(boxed.params)) == mask
+
+
+@pytest.mark.parametrize("decayed, spared", [("matrices", {"scale", "bias"}), ("all", set())])
+def test_weight_decay_spares_gains_and_biases(decayed, spared):
+    block = {"norm": {"scale": 2.0}, "dense": {"kernel": 2.0, "bias": 2.0}}
+    params = {"layers": {"block": block}, "embedding": 2.0}
+    params = jax.tree.map(lambda value: np.full((2, 3), value, np.float32), params)
+    settings = OptimizerConfig(rate=0.1, schedule="constant", weight_decay=0.5, decayed=decayed)
+    transformation = optimizer.optimizer(settings, 10)
+    zeros = jax.tree.map(np.zeros_like, params)
+    updates, _ = transformation.update(zeros, transformation.init(params), params)
+    for path, update in jax.tree_util.tree_leaves_with_path(updates):
+        expected = 0 if path[-1].key in spared else -0.1 * 0.5 * 2
+        np.testing.assert_allclose(update, expected, rtol=1e-6, err_msg=str(path))
+
+
+# Runs.
+
+
+@pytest.fixture(scope="module")
+def stable(tmp_path_factory, directory, stored):
+    """A finished run, and its metrics."""
+    workdir = tmp_path_factory.mktemp("stable")
+    return workdir, start(workdir, stored, tokenizer=str(directory))
+
+
+def test_loss_falls_on_a_few_images(stable):
+    totals = [row["total"] for row in stable[1] if "total" in row]
+    assert len(totals) == 20
+    assert totals[0] == pytest.approx(np.log(512), abs=0.01)  # a head of zeros
+    assert np.mean(totals[-3:]) < totals[0] - 2
+    assert stable[1][-1]["held_out/loss"] < totals[0] - 1
+
+
+def test_run_leaves_a_bundle_that_names_its_tokenizer(stable, directory):
+    bundle = bundles.load(stable[0] / "bundle", "generator", GeneratorConfig)
+    assert bundle.config == MODEL
+    assert bundle.made_by["step"] == 20
+    assert bundle.made_by["tokenizer"] == bundles.load(directory, "tokenizer").fingerprint
+
+
+def test_run_shows_samples(stable):
+    (picture,) = (stable[0] / "pictures").glob("*.png")
+    assert picture.name == "samples_00000020.png"
+    # Four rows of eight images of 16 pixels, enlarged six times, 4 pixels between and around.
+    with Image.open(picture) as image:
+        assert image.size == (8 * 100 + 4, 4 * 100 + 4)
+
+
+def test_images_have_the_loss_of_their_stored_codes(stable, directory, photos, tmp_path):
+    job = run(photos, tokenizer=str(directory)).job(tmp_path)
+    params = bundles.load(stable[0] / "bundle", "generator").weights["params"]
+    metrics, _ = job.evaluate(state_of(job.training, params), job.frozen)
+    assert metrics == {"held_out/loss": pytest.approx(stable[1][-1]["held_out/loss"], rel=1e-6)}
+
+
+def test_codes_of_images_are_the_stored_ones(directory, photos, stored, tmp_path):
+    job = run(photos, tokenizer=str(directory)).job(tmp_path)
+    crops, kept = (
+        pipeline.eval_batches(data, image_size=16, batch_size=24, train=True)
+        for data in (photos, stored)
+    )
+    with crops, kept:
+        batch, expected = next(crops), next(kept)
+    assert batch["valid"].sum() == 17
+    found = jax.jit(job.training.codes)({"image": batch["image"]}, job.frozen)
+    np.testing.assert_array_equal(found[:17], expected["codes"][:17])
+    np.testing.assert_array_equal(batch["label"][:17], expected["label"][:17])
+    assert len(np.unique(found[:17], axis=0)) > 8
+
+
+def codes_of_another(stored: DataConfig, folder: Path) -> DataConfig:
+    """A copy of `stored` that another tokenizer is said to have made."""
+    shutil.copytree(stored.path, folder)
+    info = dataclasses.replace(codes.read_info(folder), tokenizer="0123456789abcdef")
+    codes.write_info(folder, info)
+    return DataConfig(source="codes", path=str(folder))
+
+
+def test_run_does_not_go_on_with_codes_of_another_tokenizer(stable, stored, tmp_path):
+    workdir = shutil.copytree(stable[0], tmp_path / "run")
+    with pytest.raises(UserError, match=r"^\S+: its checkpoint is of another tokenizer$"):
+        start(workdir, codes_of_another(stored, tmp_path / "codes"), steps=24)
+
+
+# Branches.
+
+
+def files(folder: Path) -> dict[str, tuple]:
+    """What a folder holds, and when each was last written."""
+    stats = {str(path.relative_to(folder)): path.stat() for path in folder.rglob("*")}
+    return {name: (stat.st_mtime_ns, stat.st_size) for name, stat in stats.items()}
+
+
+@pytest.fixture(scope="module")
+def branch(tmp_path_factory, stable, stored):
+    """A run that branches off at step 8, its metrics, and what was in the other's workdir."""
+    workdir, before = tmp_path_factory.mktemp("branch"), files(stable[0])
+    rows = start(workdir, stored, branch_from=str(stable[0]), branch_step=8, steps=12)
+    return workdir, rows, before
+
+
+def test_branch_goes_on_where_the_other_run_was(stable, branch):
+    # Same weights, same batch, same classes hidden, and not yet a lower rate.
+    first, expected = branch[1][0], stable[1][8]
+    assert first["step"] == expected["step"] == 9
+    for name in ("total", "gradient_norm", "parameter_norm", "learning_rate"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-5), name
+
+
+def test_branch_decays_to_zero_at_its_end(branch, stored):
+    found = [row["learning_rate"] for row in branch[1] if "learning_rate" in row]
+    expected = [1e-2 * (1 - (i / 4) ** 0.5) for i in range(4)]
+    np.testing.assert_allclose(found, expected, rtol=1e-3)
+    training = run(stored, branch_from="stable", branch_step=8, steps=12).training(None)
+    assert optimizer.schedule(training.optimizer, training.steps)(12) == 0
+
+
+def test_branch_leaves_the_other_run_as_it_was(stable, branch):
+    assert files(stable[0]) == branch[2]
+    assert bundles.load(branch[0] / "bundle", "generator").made_by["step"] == 12
+
+
+def test_branch_needs_the_other_run_only_at_its_start(branch, stored, tmp_path):
+    place = {"branch_from": str(tmp_path / "gone"), "branch_step": 8}
+    assert start(branch[0], stored, steps=12, **place) == branch[1]
+
+
+@pytest.mark.parametrize("step, total", [(8, 10), (2, 3), (1_000, 1_250)])
+def test_decay_of_a_branch_is_a_fifth_of_the_whole(stored, step, total):
+    branch = run(stored, branch_from="stable", branch_step=step, steps=0)
+    assert branch.total_steps == total
+
+
+def test_branch_from_a_step_without_a_checkpoint_is_refused(stable, stored, tmp_path):
+    place = {"branch_from": str(stable[0]), "branch_step": 9, "steps": 12}
+    known = re.escape(f"{stable[0]}: has checkpoints of steps 4, 8, 12, 16, 20, not of 9")
+    with pytest.raises(UserError, match=f"^{known}$"):
+        start(tmp_path / "branch", stored, **place)
+    place["branch_from"] = str(tmp_path / "nothing")
+    with pytest.raises(UserError, match=r"nothing: has checkpoints of steps \(none\), not of 9$"):
+        start(tmp_path / "branch", stored, **place)
+    assert not (tmp_path / "nothing").exists()
+
+
+def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_path):
+    place = {"branch_from": str(stable[0]), "branch_step": 8, "steps": 12}
+    with pytest.raises(UserError, match=r"^\S+: its checkpoint is of another tokenizer$"):
+        start(tmp_path / "branch", codes_of_another(stored, tmp_path / "codes"), **place)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"codes": 8}, r"config\.model\.codes: expected 4, as the stored codes have, got 8"),
+        (
+            {"codebook_size": 256},
+            r"config\.model\.codebook_size: expected 512, as the stored codes have, got 256",
+        ),
+        ({"classes": 2}, r"config\.model\.classes: expected at least 3, the data's, got 2"),
+    ],
+)
+def test_codes_that_do_not_fit_the_model_are_refused(stored, tmp_path, fields, message):
+    with pytest.raises(UserError, match=f"^{message}$"):
+        start(tmp_path / "run", stored, model=dataclasses.replace(MODEL, **fields))
+    assert not (tmp_path / "run").exists()
+
+
+def test_codes_of_another_tokenizer_are_refused(stored, directory, tmp_path):
+    others = codes_of_another(stored, tmp_path / "codes")
+    message = r"^config\.tokenizer: another tokenizer than that of the stored codes$"
+    with pytest.raises(UserError, match=message):
+        start(tmp_path / "run", others, tokenizer=str(directory))
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_a_tokenizer_are_refused(photos, tmp_path):
+    with pytest.raises(UserError, match=r"^config\.tokenizer: empty; expected the bundle"):
+        start(tmp_path / "run", photos)
+
+
+@pytest.mark.parametrize("field, theirs", [("codes", 4), ("codebook_size", 512)])
+def test_model_of_another_size_than_the_tokenizer_is_refused(
+    photos, directory, tmp_path, field, theirs
+):
+    model = dataclasses.replace(MODEL, **{field: 16})
+    message = rf"^config\.model\.{field}: expected {theirs}, as tokenizer \S+ has, got 16$"
+    with pytest.raises(UserError, match=message):
+        start(tmp_path / "run", photos, tokenizer=str(directory), model=model)
+
+
+@pytest.mark.parametrize(
+    "field, fields",
+    [
+        ("class_dropout", {"class_dropout": 1.0}),
+        ("accumulate", {"accumulate": 3}),
+        ("accumulate", {"accumulate": 0}),
+        ("branch_from and branch_step", {"branch_step": 8}),
+        ("branch_from and branch_step", {"branch_from": "stable"}),
+        ("steps", {"branch_from": "stable", "branch_step": 20}),
+        ("optimizer.warmup_steps", {"steps": 2}),
+        (
+            "optimizer.schedule",
+            {"branch_from": "stable", "branch_step": 8, "optimizer": {"schedule": "cosine"}},
+        ),
+        ("task", {"task": "tokenizer"}),
+    ],
+)
+def test_impossible_values_are_refused_by_name(stored, field, fields):
+    mapping = dataclasses.asdict(run(stored)) | fields
+    with pytest.raises(UserError, match=rf"^config\.{re.escape(field)} "):
+        config.from_mapping(GeneratorRun, mapping)

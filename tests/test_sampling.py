@@ -1,0 +1,395 @@
+"""Drawing codes: frequencies, truncation, guidance, keys, and what is compiled."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gigatok_jax import api, sampling
+from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.weights import convert
+
+import jaxprs
+import tiny
+
+
+def narrow(**changes) -> GeneratorConfig:
+    """Nine codes of 24, which the stages of the cache do not divide evenly."""
+    options = {"depth": 1, "heads": 2, "width": 8, "codes": 9, "codebook_size": 24, "classes": 5}
+    return GeneratorConfig(**(options | changes))
+
+
+def parameters(config: GeneratorConfig) -> dict:
+    """Random, and of an opinion: logits of a few units, which the class has a part in."""
+    params = tiny.fill(convert.generator_shapes(config))
+    params["head"]["kernel"] *= 2
+    params["class_embedding"] *= 2
+    return jax.tree.map(jnp.asarray, params)
+
+
+@functools.cache
+def program(config, settings):
+    """`sampling.sample` compiled without optimizations, which take longer than what is run."""
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    sample = functools.partial(sampling.sample, config, settings=settings)
+    return jax.jit(sample, compiler_options=options)
+
+
+def draw_codes(config, params, classes, keys, settings) -> np.ndarray:
+    codes = program(config, settings)(params, classes, keys)
+    assert (codes.shape, codes.dtype) == ((len(classes), config.codes), jnp.int32)
+    return np.asarray(codes)
+
+
+@pytest.fixture(scope="module")
+def config():
+    return narrow()
+
+
+@pytest.fixture(scope="module")
+def params(config):
+    return parameters(config)
+
+
+def softmax(logits):
+    x = np.exp(logits - logits.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def chance(counts, probabilities) -> float:
+    """Probability of counts at least as odd as these (Pearson's chi-square test)."""
+    counts, expected = np.asarray(counts, np.float64), probabilities * np.sum(counts)
+    assert np.all(counts[expected == 0] == 0)
+    counts, expected = counts[expected > 0], expected[expected > 0]
+    statistic = np.sum((counts - expected) ** 2 / expected)
+    return float(jax.scipy.stats.chi2.sf(statistic, len(counts) - 1))
+
+
+@pytest.mark.parametrize(
+    "settings, probabilities",
+    [
+        ({}, [0.3, 0.25, 0.2, 0.15, 0.07, 0.03]),
+        ({"temperature": 0.5}, np.array([900, 625, 400, 225, 49, 9]) / 2208),
+        ({"top_k": 3}, [0.4, 1 / 3, 4 / 15, 0, 0, 0]),
+        ({"top_p": 0.8}, np.array([6, 5, 4, 3, 0, 0]) / 18),
+        # The truncation sees what the temperature leaves: 0.69 and 0.87 after two and three.
+        ({"temperature": 0.5, "top_p": 0.8}, np.array([900, 625, 400, 0, 0, 0]) / 1925),
+    ],
+)
+def test_codes_come_as_often_as_their_probability_says(settings, probabilities):
+    draws, probabilities = 40_000, np.array(probabilities)
+    logits = jnp.tile(jnp.log(jnp.array([0.3, 0.25, 0.2, 0.15, 0.07, 0.03])) + 5, (draws, 1))
+    keys = jax.random.split(jax.random.key(0), draws)
+    codes = jax.jit(sampling.draw, static_argnames="settings")(
+        logits, keys, SamplingConfig(**settings)
+    )
+    assert (codes.shape, codes.dtype) == ((draws,), jnp.int32)
+    counts = np.bincount(codes, minlength=6)
+    assert chance(counts, probabilities) > 1e-3
+    # Two hundredths more of one code, and less of another, would have been noticed.
+    wrong = probabilities + np.array([0.02, -0.02, 0, 0, 0, 0])
+    assert chance(counts, wrong) < 1e-6
+
+
+def kept(logits, top_k, top_p) -> set[int]:
+    """The codes that may be drawn, by the definition, in float64."""
+    order = sorted(range(len(logits)), key=lambda code: -logits[code])
+    if top_k:
+        order = order[:top_k]
+    probabilities = softmax(np.asarray(logits, np.float64)[order])
+    if top_p < 1:
+        size = 1
+        while size < len(order) and probabilities[:size].sum() <= top_p:
+            size += 1
+        order = order[:size]
+    return set(order)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2, 7, 50, 51])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.999, 1.0])
+def test_exactly_the_likeliest_codes_are_left(top_k, top_p):
+    rng = np.random.default_rng(5)
+    spread = rng.uniform(0.1, 5, (300, 1))
+    logits = (spread * rng.standard_normal((300, 50))).astype(np.float32)
+    truncated = np.asarray(sampling.truncate(jnp.asarray(logits), top_k, top_p))
+    for row, out in zip(logits, truncated, strict=True):
+        codes = kept(row, top_k, top_p)
+        assert set(np.flatnonzero(out > -np.inf)) == codes
+        np.testing.assert_array_equal(out[list(codes)], row[list(codes)])
+
+
+def test_probability_must_exceed_p():
+    logits = jnp.log(jnp.array([0.5, 0.25, 0.125, 0.125]))
+    for top_p, count in ((0.25, 1), (0.49, 1), (0.5, 2), (0.51, 2), (0.75, 4), (0.9, 4)):
+        assert np.isfinite(sampling.truncate(logits, 0, top_p)).sum() == count
+
+
+def test_temperature_of_zero_takes_the_likeliest():
+    logits = np.random.default_rng(6).standard_normal((50, 30)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 50)
+    for settings in (
+        SamplingConfig(temperature=0),
+        SamplingConfig(temperature=0, top_k=3, top_p=0.5),
+    ):
+        codes = sampling.draw(jnp.asarray(logits), keys, settings)
+        assert codes.dtype == jnp.int32
+        np.testing.assert_array_equal(codes, logits.argmax(-1))
+
+
+ONE = 1.0001
+SCALES = [
+    ({}, [3, 3, 3, 3, 3]),
+    ({"schedule": "step"}, [3, 3, 3, 3, 3]),
+    ({"schedule": "step", "schedule_start": 0.3}, [3, ONE, 3, 3, 3]),
+    ({"schedule": "step", "schedule_start": 0.75}, [3, ONE, ONE, 3, 3]),
+    ({"schedule": "step", "schedule_end": 0.3}, [3, 3, 3, 3, 3]),
+    ({"schedule": "linear"}, [3, 1.5001, 2.0001, 2.5001, 3.0001]),
+    ({"schedule": "reversed_linear"}, [3, 2.5001, 2.0001, 1.5001, 1.0001]),
+    ({"schedule": "triangular"}, [3, 2.0001, 3.0001, 2.0001, 1.0001]),
+    (
+        {"schedule": "rectangular", "schedule_start": 0.5, "schedule_end": 0.75},
+        [3, ONE, 3, 3, ONE],
+    ),
+    (
+        {"schedule": "rectangular", "schedule_start": 0.0, "schedule_end": 0.3},
+        [3, 3, ONE, ONE, ONE],
+    ),
+    ({"schedule": "cosine"}, [3, 2.7071068, 2, 1.2928932, 1]),
+]
+
+
+@pytest.mark.parametrize("settings, expected", SCALES)
+def test_scales_follow_the_schedule(settings, expected):
+    scales = SamplingConfig(guidance=3.0, **settings).scales(5)
+    assert scales.dtype == np.float32
+    np.testing.assert_allclose(scales, expected, rtol=1e-6)
+
+
+def test_every_schedule_is_tried():
+    tried = {settings.get("schedule", "constant") for settings, _ in SCALES}
+    assert tried == set(sampling.SCHEDULES) and len(tried) == 7
+
+
+@pytest.mark.parametrize("schedule", sampling.SCHEDULES)
+def test_only_code_has_the_full_scale(schedule):
+    np.testing.assert_array_equal(SamplingConfig(2.0, schedule).scales(1), [2.0])
+
+
+@pytest.mark.parametrize("schedule", sampling.SCHEDULES)
+def test_guidance_of_one_is_none(schedule):
+    assert SamplingConfig(1.0, schedule).scales(5) is None
+
+
+def test_step_begins_at_the_papers_share_of_an_image():
+    scales = SamplingConfig(1.75, "step").scales(256)
+    np.testing.assert_allclose(scales[1:46], ONE)  # 45 / 255 = 0.176
+    np.testing.assert_array_equal(scales[46:], 1.75)
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"guidance": 0.9}, "guidance must be at least 1, which is none, got 0.9"),
+        ({"guidance": float("inf")}, "guidance must be at least 1"),
+        ({"guidance": float("nan")}, "guidance must be at least 1"),
+        ({"schedule": "quadratic"}, "schedule must be one of .*, got 'quadratic'"),
+        ({"schedule_start": -0.1}, "schedule_start and schedule_end must be in order"),
+        (
+            {"schedule_end": 1.1},
+            r"schedule_start and schedule_end .* in \[0, 1\], got 0.18 and 1.1",
+        ),
+        ({"schedule_start": 0.6, "schedule_end": 0.5}, ".* got 0.6 and 0.5"),
+        ({"schedule_start": float("nan")}, "schedule_start and schedule_end must be in order"),
+        ({"temperature": -0.1}, "temperature must not be negative, got -0.1"),
+        ({"temperature": float("nan")}, "temperature must not be negative"),
+        ({"top_k": -1}, "top_k must not be negative, got -1"),
+        ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
+        ({"top_p": 1.1}, r"top_p must be in \(0, 1\], got 1.1"),
+        ({"top_p": float("nan")}, r"top_p must be in \(0, 1\]"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, message):
+    with pytest.raises(ValueError, match=f"^{message}"):
+        SamplingConfig(**settings)
+
+
+@functools.cache
+def uncached(config):
+    return jax.jit(lambda params, codes, classes: Generator(config).apply(params, codes, classes))
+
+
+def greedy(config, params, classes, scales) -> np.ndarray:
+    """Arg-max decoding without a cache, the two halves of guidance written out."""
+    codes = np.zeros((len(classes), config.codes), np.int32)
+    null = np.full_like(classes, config.null_class)
+    for j in range(config.codes):
+        # Causal: what stands from code j on has no say in its logits.
+        args = {"params": params}, codes[:, :-1]
+        cond, uncond = (np.asarray(uncached(config)(*args, c))[:, j] for c in (classes, null))
+        scale = 1 if scales is None else scales[j]
+        codes[:, j] = (uncond + scale * (cond - uncond)).argmax(-1)
+    return codes
+
+
+@pytest.mark.parametrize(
+    "settings, changes",
+    [
+        ({"guidance": 1.0}, {"depth": 2}),
+        ({"guidance": 4.0, "schedule": "linear"}, {}),
+        ({"guidance": 4.0}, {"positions": "rotary_2d", "adaln": "block"}),
+        ({"guidance": 4.0, "schedule": "step", "schedule_start": 0.5}, {"adaln": "shared"}),
+    ],
+)
+def test_greedy_codes_are_those_of_a_plain_loop_without_a_cache(settings, changes):
+    config = narrow(**changes)
+    params, classes = parameters(config), np.arange(6, dtype=np.int32)
+    keys = jax.random.split(jax.random.key(0), 6)
+    settings = SamplingConfig(temperature=0, **settings)
+    codes = draw_codes(config, params, classes, keys, settings)
+    np.testing.assert_array_equal(
+        codes, greedy(config, params, classes, settings.scales(config.codes))
+    )
+    assert len(np.unique(codes)) > 3
+    if settings.guidance > 1:
+        assert np.any(codes != greedy(config, params, classes, None))
+        # Of the null class, both halves are the same.
+        plain = greedy(config, params, classes, None)
+        np.testing.assert_array_equal(codes[-1], plain[-1])
+
+
+def test_images_come_as_often_as_the_guided_probabilities_say():
+    config = narrow(codes=2, codebook_size=4)
+    params, draws, scale = parameters(config), 20_000, 2.0
+    firsts = np.arange(4, dtype=np.int32)[:, None]
+    cond, uncond = (
+        np.asarray(uncached(config)({"params": params}, firsts, np.full(4, c, np.int32)))
+        for c in (3, config.null_class)
+    )
+    one = softmax((uncond + scale * (cond - uncond))[0, 0])
+    two = softmax((uncond + scale * (cond - uncond))[:, 1])
+    keys = jax.random.split(jax.random.key(1), draws)
+    classes = jnp.full(draws, 3, jnp.int32)
+    codes = draw_codes(config, params, classes, keys, SamplingConfig(scale))
+    counts = np.bincount(4 * codes[:, 0] + codes[:, 1], minlength=16)
+    assert chance(counts, (one[:, None] * two).ravel()) > 1e-3
+    unguided = softmax(cond[0, 0])[:, None] * softmax(cond[:, 1])
+    assert chance(counts, unguided.ravel()) < 1e-6
+
+
+def rows(config, params, settings) -> set[int]:
+    """Numbers of rows that the program's matrix products have, for five images."""
+    classes, keys = jnp.zeros(5, jnp.int32), jax.random.split(jax.random.key(0), 5)
+    program = jax.make_jaxpr(sampling.sample, static_argnums=(0, 4))(
+        config, params, classes, keys, settings
+    )
+    products = [e for e in jaxprs.equations(program) if e.primitive.name == "dot_general"]
+    assert len(products) > 4
+    return {equation.outvars[0].aval.shape[0] for equation in products}
+
+
+def test_unconditional_half_is_computed_for_guidance_only(config, params):
+    assert rows(config, params, SamplingConfig()) == {5}
+    assert rows(config, params, SamplingConfig(schedule="linear")) == {5}
+    assert rows(config, params, SamplingConfig(guidance=2.0)) == {10}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_codes_depend_on_an_images_own_key_and_class_only(config, params, guidance):
+    settings = SamplingConfig(guidance=guidance)
+    classes = np.array([0, 1, 2, 3, 1, 1], np.int32)
+    keys = jax.random.split(jax.random.key(2), 6)
+
+    def sample(classes, keys):
+        return draw_codes(config, params, classes, keys, settings)
+
+    codes = sample(classes, keys)
+    order = np.array([3, 5, 0, 1, 4, 2])
+    np.testing.assert_array_equal(sample(classes[order], keys[order]), codes[order])
+    np.testing.assert_array_equal(sample(classes[4:5], keys[4:5]), codes[4:5])
+    other = sample(classes, keys.at[2].set(jax.random.key(9)))
+    changed = np.any(other != codes, axis=1)
+    np.testing.assert_array_equal(changed, np.arange(6) == 2)
+    # Three images of one class have three keys, and a key serves each place anew.
+    assert len(np.unique(codes[classes == 1], axis=0)) == 3
+    assert np.all(np.any(codes != codes[:, :1], axis=1))
+
+
+def test_another_guidance_or_schedule_needs_no_compilation(config, params):
+    classes, keys = np.zeros(6, np.int32), jax.random.split(jax.random.key(0), 6)
+
+    def compiled(**settings):
+        sampling.sample(config, params, classes, keys, SamplingConfig(**settings))
+        return sampling._sample._cache_size()
+
+    count = compiled(guidance=2.0)
+    for schedule, guidance in itertools.product(sampling.SCHEDULES, (1.5, 7.0)):
+        assert compiled(guidance=guidance, schedule=schedule, schedule_start=0.4) == count
+    assert compiled(guidance=2.0, top_k=2) == count + 1
+
+
+@pytest.fixture(scope="module")
+def generator(config, params):
+    return api.PretrainedGenerator(config, {"params": params}, dtype="float32")
+
+
+@pytest.mark.parametrize(
+    "classes, message",
+    [
+        ([0, 6], r"classes must be \[B\], each in 0\.\.5, got 6"),
+        ([-1], r"classes must be \[B\], each in 0\.\.5, got -1"),
+        ([[0, 1]], r"classes must be \[B\], each in 0\.\.5, got shape \[1, 2\]"),
+        (3, r"classes must be \[B\], each in 0\.\.5, got shape \[\]"),
+    ],
+)
+def test_classes_out_of_range_are_refused(generator, classes, message):
+    with pytest.raises(ValueError, match=message):
+        generator.sample(classes, jax.random.key(0))
+
+
+@pytest.mark.parametrize("settings", [{"top_p": 0.0}, {"schedule": "none"}, {"guidance": 0.0}])
+def test_wrong_settings_are_refused_by_field(generator, settings):
+    with pytest.raises(ValueError, match=f"^{next(iter(settings))} must"):
+        generator.sample([0], jax.random.key(0), **settings)
+
+
+def test_sample_passes_its_settings_on(config, params, generator):
+    settings = {
+        "guidance": 3.0,
+        "schedule": "rectangular",
+        "schedule_start": 0.2,
+        "schedule_end": 0.7,
+        "temperature": 0.8,
+        "top_k": 9,
+        "top_p": 0.95,
+    }
+    keys = jax.random.split(jax.random.key(4), 6)
+    classes = np.arange(6, dtype=np.int32)
+    expected = draw_codes(config, params, classes, keys, SamplingConfig(**settings))
+    np.testing.assert_array_equal(generator.sample(classes, keys, **settings), expected)
+
+
+def test_one_key_is_divided_among_the_images(generator):
+    classes = [1] * 6
+    codes = np.asarray(generator.sample(classes, jax.random.key(5)))
+    assert (codes.shape, codes.dtype) == ((6, 9), np.int32)
+    assert codes.min() >= 0 and codes.max() < 24
+    assert len(np.unique(codes, axis=0)) == 6
+    keys = jax.random.split(jax.random.key(5), 6)
+    np.testing.assert_array_equal(codes, generator.sample(classes, keys))
+    assert np.any(codes != generator.sample(classes, jax.random.key(6)))
+
+
+def test_raw_keys_are_keys(generator):
+    classes, raw = [1] * 6, jax.random.PRNGKey(5)
+    codes = np.asarray(generator.sample(classes, jax.random.key(5)))
+    np.testing.assert_array_equal(generator.sample(classes, raw), codes)
+    np.testing.assert_array_equal(generator.sample(classes, jax.random.split(raw, 6)), codes)
+
+
+def test_keys_must_be_as_many_as_the_images(generator):
+    with pytest.raises(ValueError, match=r"key must be one key, or 2, got \[3\]"):
+        generator.sample([0, 1], jax.random.split(jax.random.key(0), 3))
