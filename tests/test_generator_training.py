@@ -243,26 +243,48 @@ def test_run_shows_samples(stable):
         assert image.size == (8 * 100 + 4, 4 * 100 + 4)
 
 
-def test_images_have_the_loss_of_their_stored_codes(stable, directory, photos, tmp_path):
-    job = run(photos, tokenizer=str(directory)).job(tmp_path)
+@pytest.fixture(scope="module")
+def encoded(stable, directory, photos):
+    """Function of a split to its crops' codes, labels and losses, as training on images has them.
+
+    The losses are those of the finished run's weights.
+    """
+    job = run(photos, tokenizer=str(directory)).job(Path("nowhere"))
     params = bundles.load(stable[0] / "bundle", "generator").weights["params"]
-    metrics, _ = job.evaluate(state_of(job.training, params), job.frozen)
-    assert metrics == {"held_out/loss": pytest.approx(stable[1][-1]["held_out/loss"], rel=1e-6)}
-
-
-def test_codes_of_images_are_the_stored_ones(directory, photos, stored, tmp_path):
-    job = run(photos, tokenizer=str(directory)).job(tmp_path)
-    crops, kept = (
-        pipeline.eval_batches(data, image_size=16, batch_size=24, train=True)
-        for data in (photos, stored)
+    functions = jax.jit(
+        lambda batch: (
+            job.training.codes(batch, job.frozen),
+            job.training.validation_loss(params, batch, job.frozen),
+        )
     )
-    with crops, kept:
-        batch, expected = next(crops), next(kept)
-    assert batch["valid"].sum() == 17
-    found = jax.jit(job.training.codes)({"image": batch["image"]}, job.frozen)
-    np.testing.assert_array_equal(found[:17], expected["codes"][:17])
-    np.testing.assert_array_equal(batch["label"][:17], expected["label"][:17])
-    assert len(np.unique(found[:17], axis=0)) > 8
+
+    def encoded(split):
+        with pipeline.eval_batches(
+            photos, image_size=16, batch_size=8, train=split == "train"
+        ) as batches:
+            parts = []
+            for batch in batches:
+                outputs = functions({name: batch[name] for name in ("image", "label")})
+                parts.append([part[batch["valid"]] for part in (*outputs, batch["label"])])
+        return [np.concatenate(part) for part in zip(*parts, strict=True)]
+
+    return encoded
+
+
+@pytest.mark.parametrize("split, count", [("train", 17), ("validation", 5)])
+def test_codes_of_images_are_the_stored_ones(encoded, stored, split, count):
+    found, _, labels = encoded(split)
+    source = codes.CodesSource(stored.path, split)
+    examples = [source[i] for i in range(len(source))]
+    assert len(found) == len(examples) == count
+    np.testing.assert_array_equal(found, [example["codes"][0] for example in examples])
+    np.testing.assert_array_equal(labels, [example["label"] for example in examples])
+    assert len(np.unique(found, axis=0)) > 2
+
+
+def test_images_have_the_loss_of_their_stored_codes(encoded, stable):
+    _, losses, _ = encoded("validation")
+    assert stable[1][-1]["held_out/loss"] == pytest.approx(losses.mean(), rel=1e-6)
 
 
 def codes_of_another(stored: DataConfig, folder: Path) -> DataConfig:

@@ -26,10 +26,8 @@ class GroupNormSiLU(nn.GroupNorm):
         return nn.silu(super().__call__(x))
 
 
-def group_norm(
-    channels: int, *, dtype, name: str, affine: bool = True, module: type[nn.GroupNorm] = nn.GroupNorm
-) -> nn.GroupNorm:
-    """GroupNorm over the last axis, eps 1e-6, statistics in float32."""
+def group_norm(channels: int, *, dtype, name: str, affine: bool = True, module=nn.GroupNorm):
+    """GroupNorm over the last axis, eps 1e-6, statistics in float32; `module` is its class."""
     return module(
         group_count(channels),
         epsilon=1e-6,
