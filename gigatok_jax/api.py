@@ -203,16 +203,20 @@ class PretrainedGenerator(_Pretrained):
             raise ValueError(f"codes must be [B, {config.codes}], got {list(codes.shape)}")
         if classes is None:
             classes = np.full(len(codes), config.null_class)
-        return np.asarray(codes, np.int32)[:, :-1], self._classes(classes)
+        classes = self._classes(classes)
+        if len(classes) != len(codes):
+            raise ValueError(f"classes must be as many as codes, {len(codes)}, got {len(classes)}")
+        return np.asarray(codes, np.int32)[:, :-1], classes
 
     def _classes(self, classes) -> np.ndarray:
         classes = np.asarray(classes)
-        bad = classes[(classes < 0) | (classes > self.config.null_class)]
-        if classes.ndim != 1 or bad.size:
-            what = bad[0] if bad.size else f"shape {list(classes.shape)}"
+        if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
             raise ValueError(
-                f"classes must be [B], each in 0..{self.config.null_class}, got {what}"
+                f"classes must be integers [B], got {list(classes.shape)} {classes.dtype}"
             )
+        bad = classes[(classes < 0) | (classes > self.config.null_class)]
+        if bad.size:
+            raise ValueError(f"classes must be in 0..{self.config.null_class}, got {bad[0]}")
         return classes.astype(np.int32)
 
 

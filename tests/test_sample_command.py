@@ -328,7 +328,6 @@ def test_missing_flag(gigatok, saved, tmp_path, flag):
     assert f"--{flag}" in refused(gigatok(*given))
 
 
-@pytest.mark.xfail(reason="ends in a JSONDecodeError", raises=ValueError, strict=True)
 def test_damaged_record_of_settings_is_refused(copy, draw):
     path = copy / "sampling.json"
     os.truncate(path, 20)

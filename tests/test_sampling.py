@@ -339,10 +339,12 @@ def generator(config, params):
 @pytest.mark.parametrize(
     "classes, message",
     [
-        ([0, 6], r"classes must be \[B\], each in 0\.\.5, got 6"),
-        ([-1], r"classes must be \[B\], each in 0\.\.5, got -1"),
-        ([[0, 1]], r"classes must be \[B\], each in 0\.\.5, got shape \[1, 2\]"),
-        (3, r"classes must be \[B\], each in 0\.\.5, got shape \[\]"),
+        ([0, 6], r"classes must be in 0\.\.5, got 6"),
+        ([-1], r"classes must be in 0\.\.5, got -1"),
+        ([[0, 1]], r"classes must be integers \[B\], got \[1, 2\] int64"),
+        (3, r"classes must be integers \[B\], got \[\] int64"),
+        ([0.5], r"classes must be integers \[B\], got \[1\] float64"),
+        ([], r"classes must be integers \[B\], got \[0\] float64"),
     ],
 )
 def test_classes_out_of_range_are_refused(generator, classes, message):

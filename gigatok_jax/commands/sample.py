@@ -153,7 +153,10 @@ def _settle(out: pathlib.Path, record: dict) -> None:
     """Refuses a folder with images of other settings; their classes are in their names."""
     path = out / "sampling.json"
     if path.exists() and (out / "images").exists():
-        old = json.loads(path.read_text())
+        try:
+            old = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); it describes the images there") from None
         for name, value in json.loads(json.dumps(record)).items():
             if old.get(name) != value:
                 raise UserError(
@@ -168,11 +171,12 @@ def _classes(items: list[str], count: int) -> np.ndarray:
         return np.arange(count)
     classes = []
     for item in items:
-        first, _, last = item.partition("-")
-        digits = first.isdigit() and (not last or last.isdigit())
-        if not digits or int(last or first) < int(first):
+        first, dash, last = item.partition("-")
+        last = last if dash else first
+        digits = first.isdecimal() and last.isdecimal()
+        if not digits or int(last) < int(first):
             raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
-        classes += range(int(first), int(last or first) + 1)
+        classes += range(int(first), int(last) + 1)
     bad = [c for c in classes if c >= count]
     if bad or not classes:
         raise UserError(f"--classes: expected numbers in 0..{count - 1}, got {bad or items}")

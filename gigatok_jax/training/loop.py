@@ -138,9 +138,10 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
             start, state, unlogged = 0, fresh_state(job.training, abstract, seed), []
         else:
             start, state, progress = restored
+            origin = workdir if checkpoints.latest is not None else job.branch[0]
             for name, value in job.identity.items():
                 if progress["identity"].get(name) != value:
-                    raise UserError(f"{workdir}: its checkpoint is of another {name}")
+                    raise UserError(f"{origin}: its checkpoint is of another {name}")
             job.batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("going on from step %d in %s", start, workdir)

@@ -46,6 +46,8 @@ class TokenizerRun(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.data.source == "codes":
+            raise ValueError("data.source must be one of images, got 'codes'")
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         channels = self.objective.discriminator_channels
