@@ -8,6 +8,7 @@ on two cores. DIR gets tokenizer/ and generator/ (the runs), reconstructions/, c
 
 import dataclasses
 import pathlib
+import shutil
 
 from absl import flags
 import jax
@@ -19,6 +20,7 @@ from PIL import Image
 from gigatok_jax import api, bundles, pictures, teachers
 from gigatok_jax.commands import encode, reconstruct, sample, train
 from gigatok_jax.config import from_mapping
+from gigatok_jax.data import codes
 from gigatok_jax.data.sources import DataConfig, EmbeddedSource
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing
@@ -46,7 +48,7 @@ def run(positional: list[str]) -> None:
 
 
 def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: ConfigDict) -> None:
-    """Runs all steps; each goes on from what is there.
+    """Runs all steps; each goes on from what is there, and the generator gets the tokenizer's codes.
 
     Raises:
       UserError: see `train.train`.
@@ -58,6 +60,9 @@ def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: 
     drawings = _draw(workdir / "drawings", bundle.config.image_size)
     reconstruct.reconstruct(tokenizer, drawings, workdir / "reconstructions", batch_size=32)
 
+    info = codes.read_info(workdir / "codes")
+    if info is not None and info.tokenizer != bundle.fingerprint:  # it was trained on since
+        shutil.rmtree(workdir / "codes")
     data = from_mapping(DataConfig, tokenizer_config.data.to_dict())
     encode.encode(
         bundle,
@@ -80,6 +85,7 @@ def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: 
     classes = np.tile(np.arange(generator.config.classes), SAMPLES)
     settings = from_mapping(SamplingConfig, config["sampling"])
     out = workdir / "samples"
+    shutil.rmtree(out, ignore_errors=True)
     sample.sample(generator, tokenizer, classes, settings, out, seed=0, batch_size=100)
     images = np.load(out / "samples.npz")["arr_0"]
     share = np.mean(_classify(images) == classes)
