@@ -48,7 +48,7 @@ def run(positional: list[str]) -> None:
 
 
 def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: ConfigDict) -> None:
-    """Runs all steps; each goes on from what is there, and the generator gets the tokenizer's codes.
+    """Runs all steps, each from what is there; the generator's model and data fit the tokenizer.
 
     Raises:
       UserError: see `train.train`.
