@@ -1,5 +1,7 @@
 """Initial kernels: the reference's spread, or one that keeps a narrow network's signal alive."""
 
+import functools
+
 import jax
 import numpy as np
 
@@ -10,7 +12,10 @@ import tiny
 
 def _spreads(init):
     config = tiny.config(init=init)
-    params = tokenizer.init_params(tokenizer.Tokenizer(config), jax.random.key(0))
+    init_params = functools.partial(tokenizer.init_params, tokenizer.Tokenizer(config))
+    # It runs once: optimizing would take most of the time.
+    options = {"xla_backend_optimization_level": 0}
+    params = jax.jit(init_params, compiler_options=options)(jax.random.key(0))
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     spreads = {}
     for path, value in leaves:

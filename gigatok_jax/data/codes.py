@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from array_record.python import array_record_module
-from flax import serialization
+import msgpack
 import numpy as np
 
 from gigatok_jax.errors import UserError
@@ -111,7 +111,9 @@ def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
         writer = array_record_module.ArrayRecordWriter(str(aside), "group_size:1")
         with contextlib.closing(writer):
             for record in records:
-                writer.write(serialization.msgpack_serialize(dict(record)))
+                codes = record["codes"]
+                packed = {"codes": codes.tobytes(), "type": codes.dtype.str, "shape": codes.shape}
+                writer.write(msgpack.packb(dict(record) | packed))
 
 
 def count(path: Path) -> int:
@@ -170,8 +172,10 @@ class CodesSource:
             path = os.fspath(self._paths[shard])
             self._readers[shard] = array_record_module.ArrayRecordReader(path)
         (record,) = self._readers[shard].read([int(place)])
-        record = serialization.msgpack_restore(record)
-        return record | {"codes": record["codes"].astype(np.int32)}
+        record = msgpack.unpackb(record)
+        codes = np.frombuffer(record["codes"], record["type"]).reshape(record["shape"])
+        example = {name: record[name] for name in ("label", "key")}
+        return example | {"codes": codes.astype(np.int32)}
 
 
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:
