@@ -138,7 +138,7 @@ class Blocks(nn.Module):
 
     @nn.compact
     def __call__(self, images):
-        x = layers.remat(cnn.ResidualBlock, self.remat)(4, name="cnn")(images)
+        x = cnn.remat_blocks(self.remat)(4, remat=self.remat, name="cnn")(images)
         x = x.reshape(len(x), -1, 4)
         block = functools.partial(layers.Block, heads=2)
         return layers.Transformer(2, block, self.remat, name="transformer")(x)[0]
@@ -171,8 +171,10 @@ def test_remat_reaches_every_block_of_both_halves(remat):
         return sum(e.primitive.name.startswith("remat") for e in jaxprs.equations(program))
 
     # CNN blocks: a level each and two in the middle to encode, two a level and two in the middle
-    # to decode; and one scanned layer a transformer.
-    assert recomputed(remat) - recomputed("none") == (3 + 2) + (2 * 3 + 2) + 2
+    # to decode, of two norms each, and a norm behind them; and one scanned layer a transformer.
+    blocks = (3 + 2) + (2 * 3 + 2)
+    expected = {"full": blocks + 2, "dots": 2 * blocks + 2 + 2}
+    assert recomputed(remat) - recomputed("none") == expected[remat]
 
 
 def test_bfloat16_computes_in_it_between_float32_parameters_and_outputs():

@@ -40,12 +40,15 @@ def group_norm(channels: int, *, dtype, name: str, affine: bool = True, module=n
     )
 
 
-def norm_silu(channels: int, *, dtype, name: str) -> GroupNormSiLU:
-    """GroupNorm and SiLU, computed again in the backward pass.
+def norm_silu(channels: int, *, remat: str, dtype, name: str) -> GroupNormSiLU:
+    """GroupNorm and SiLU; "dots" keeps convolutions' outputs and computes what is between again."""
+    module = layers.remat(GroupNormSiLU, "full" if remat == "dots" else "none")
+    return group_norm(channels, dtype=dtype, name=name, module=module)
 
-    Next to convolutions they cost nothing, and kept activations are most of training's memory.
-    """
-    return group_norm(channels, dtype=dtype, name=name, module=nn.remat(GroupNormSiLU))
+
+def remat_blocks(remat: str) -> type[nn.Module]:
+    """The residual block's class; "full" keeps nothing but its input."""
+    return layers.remat(ResidualBlock, "full" if remat == "full" else "none")
 
 
 def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, name: str):
@@ -69,13 +72,14 @@ class ResidualBlock(nn.Module):
 
     features: int
     dropout: float = 0.0
+    remat: str = "none"
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = norm_silu(x.shape[-1], dtype=self.dtype, name="norm1")(x)
+        y = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm1")(x)
         y = conv(self.features, dtype=self.dtype, name="conv1")(y)
-        y = norm_silu(self.features, dtype=self.dtype, name="norm2")(y)
+        y = norm_silu(self.features, remat=self.remat, dtype=self.dtype, name="norm2")(y)
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
         y = conv(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -112,10 +116,10 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        residual = layers.remat(ResidualBlock, self.remat)
+        residual = remat_blocks(self.remat)
 
         def block(features, name):
-            return residual(features, self.dropout, self.dtype, name=name)
+            return residual(features, self.dropout, self.remat, self.dtype, name=name)
 
         x = conv(self.channels[0], dtype=self.dtype, name="conv_in")(images)
         for level, features in enumerate(self.channels):
@@ -132,7 +136,7 @@ class Encoder(nn.Module):
                 x = down(x)
         for i in range(2):
             x = block(self.channels[-1], f"mid_block{i}")(x)
-        x = norm_silu(x.shape[-1], dtype=self.dtype, name="norm_out")(x)
+        x = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm_out")(x)
         return conv(self.z_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -150,10 +154,10 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, style: jax.Array) -> jax.Array:
-        residual = layers.remat(ResidualBlock, self.remat)
+        residual = remat_blocks(self.remat)
 
         def block(features, name):
-            return residual(features, self.dropout, self.dtype, name=name)
+            return residual(features, self.dropout, self.remat, self.dtype, name=name)
 
         x = conv(self.channels[-1], dtype=self.dtype, name="conv_in")(style)
         for i in range(2):
@@ -165,5 +169,5 @@ class Decoder(nn.Module):
             if level > 0:
                 x = conv(4 * features, dtype=self.dtype, name=f"level{level}_up")(x)
                 x = layers.depth_to_space(x)
-        x = norm_silu(x.shape[-1], dtype=self.dtype, name="norm_out")(x)
+        x = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm_out")(x)
         return conv(3, dtype=self.dtype, name="conv_out")(x)

@@ -37,8 +37,8 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
 
     Args:
       module: a Linen module class.
-      policy: "none" keeps all activations, "dots" keeps products with weights (convolutions are
-        none), "full" keeps only inputs.
+      policy: "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
+        inputs.
       scanned: the module is the body of a scan, where XLA cannot merge the recomputation away.
     """
     if policy == "none":

@@ -24,7 +24,8 @@ class RunConfig:
       average_decay: of the moving average of the weights, which evaluation and the bundle use; 0:
         none.
       dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
-      remat: "none", "dots" or "full".
+      remat: which activations are computed again in the backward pass: "none"; "dots", what lies
+        between products with weights, which takes little time; "full", all within a block.
       evaluation_images: held-out images that evaluations read.
     """
 
