@@ -82,7 +82,7 @@ def generator() -> GeneratorRun:
         optimizer=dataclasses.replace(OPTIMIZER, rate=2e-3, warmup_steps=50),
         loop=LoopConfig(log_every=100, evaluate_every=400, checkpoint_every=400),
         sampling=SamplingConfig(guidance=2.0),
-        steps=1_200,
+        steps=600,
         batch_size=32,
         evaluation_images=256,
     )
