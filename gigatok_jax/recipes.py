@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+from typing import Any, TypeVar
 
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+
+T = TypeVar("T")
 
 SIZES = {
     "tiny": TransformerSize(depth=4, heads=4, width=256),  # not in the paper
@@ -86,9 +88,13 @@ def generator_model(argument: str) -> GeneratorConfig:
       UserError: the name or a variant is unknown.
     """
     name, *variants = argument.split(",")
-    model = generator_recipe(name).model
+    return _vary(generator_recipe(name).model, variants, GENERATOR_VARIANTS)
+
+
+def _vary(model: T, variants: list[str], table: Mapping[str, Any]) -> T:
+    """The model with the changes that the table has for each variant."""
     for variant in variants:
-        model = dataclasses.replace(model, **_known(variant, GENERATOR_VARIANTS, "variant"))
+        model = dataclasses.replace(model, **_known(variant, table, "variant"))
     return model
 
 
@@ -121,7 +127,4 @@ def tokenizer_model(argument: str) -> TokenizerConfig:
       UserError: the name or a variant is unknown.
     """
     name, *variants = argument.split(",")
-    model = tokenizer_recipe(name).model
-    for variant in variants:
-        model = dataclasses.replace(model, **_known(variant, MODEL_VARIANTS, "variant"))
-    return model
+    return _vary(tokenizer_recipe(name).model, variants, MODEL_VARIANTS)
