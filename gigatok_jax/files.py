@@ -8,6 +8,8 @@ import pathlib
 import shutil
 from typing import Any
 
+from gigatok_jax.errors import UserError
+
 
 def cache_dir() -> pathlib.Path:
     """`$GIGATOK_CACHE`, or `gigatok_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
@@ -40,6 +42,18 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             shutil.rmtree(aside)
         else:
             aside.unlink(missing_ok=True)
+
+
+def read_json(path: pathlib.Path, describes: str) -> Any:
+    """What `write_json` wrote.
+
+    Raises:
+      UserError: it is damaged; the message says what the file `describes`.
+    """
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); it describes {describes}") from None
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from gigatok_jax import api, bundles, pictures
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import read_json, replacing, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SCHEDULES, SamplingConfig
 
@@ -153,10 +153,7 @@ def _settle(out: pathlib.Path, record: dict) -> None:
     """Refuses a folder with images of other settings; their classes are in their names."""
     path = out / "sampling.json"
     if path.exists() and (out / "images").exists():
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); it describes the images there") from None
+        old = read_json(path, "the images there")
         for name, value in json.loads(json.dumps(record)).items():
             if old.get(name) != value:
                 raise UserError(

@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import write_json
+from gigatok_jax.files import read_json, write_json
 from gigatok_jax.training import loop, partitioning
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.tokenizer_run import TokenizerRun
@@ -71,10 +71,7 @@ def _settle(workdir: pathlib.Path, config) -> None:
     path = workdir / "config.json"
     new = json.loads(json.dumps(dataclasses.asdict(config)))
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        try:
-            old = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); it describes the run there") from None
+        old = read_json(path, "the run there")
         changed = list(_differences(old, new, "config"))
         for name, before, now in changed:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
