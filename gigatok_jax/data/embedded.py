@@ -59,11 +59,14 @@ class Part(NamedTuple):
 
 
 class Kind(NamedTuple):
-    """What a class draws its variety from: its parts, largest turn (degrees) and main hues."""
+    """What a class draws its variety from: its parts, largest turn (degrees) and main hues.
+
+    Like things in photos, kinds have colours that are usual for them, and share some with others.
+    """
 
     parts: Callable[[Rng], list[Part]]
     turn: float
-    hues: tuple[float, float] = (0.0, 1.0)
+    hues: tuple[float, float]
 
 
 def _box(x: float, y: float, rx: float, ry: float) -> Array:
@@ -231,15 +234,15 @@ def _tree(rng: Rng) -> list[Part]:
 
 
 KINDS: dict[str, Kind] = {
-    "ball": Kind(_ball, 180),
-    "boat": Kind(_boat, 20),
-    "cube": Kind(_cube, 20),
-    "donut": Kind(_donut, 180),
-    "fish": Kind(_fish, 25),
-    "flower": Kind(_flower, 180),
-    "house": Kind(_house, 20),
-    "mushroom": Kind(_mushroom, 25),
-    "star": Kind(_star, 180),
+    "ball": Kind(_ball, 180, hues=(0.85, 1.25)),
+    "boat": Kind(_boat, 20, hues=(0.5, 0.9)),
+    "cube": Kind(_cube, 20, hues=(0.05, 0.45)),
+    "donut": Kind(_donut, 180, hues=(0.7, 1.1)),
+    "fish": Kind(_fish, 25, hues=(0.4, 0.8)),
+    "flower": Kind(_flower, 180, hues=(0.65, 1.05)),
+    "house": Kind(_house, 20, hues=(-0.05, 0.35)),
+    "mushroom": Kind(_mushroom, 25, hues=(-0.15, 0.2)),
+    "star": Kind(_star, 180, hues=(0.1, 0.5)),
     "tree": Kind(_tree, 20, hues=(0.3, 0.56)),
 }
 CLASS_NAMES: tuple[str, ...] = tuple(KINDS)  # label = position
@@ -384,9 +387,9 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     kind = KINDS[CLASS_NAMES[label]]
     parts, colours, texture = kind.parts(rng), _palette(rng, kind.hues), _texture(rng)
 
-    scale, stretch = rng.uniform(0.27, 0.38), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
+    scale, stretch = rng.uniform(0.34, 0.42), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
     pose = _rotation(math.radians(rng.uniform(-kind.turn, kind.turn))) * (stretch, 1)
-    centre = 0.5 + (0.48 - scale) * rng.uniform(-1, 1, 2)
+    centre = 0.5 + 0.6 * (0.48 - scale) * rng.uniform(-1, 1, 2)
     # From above; whole steps, so that the cache of `_gaussian` serves the shadows too.
     light = math.radians(5 * int(rng.integers(-26, -9)))
 
