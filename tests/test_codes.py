@@ -8,7 +8,9 @@ from pathlib import Path
 import re
 import shutil
 
+from flax import linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import test_commands
@@ -19,6 +21,7 @@ from gigatok_jax.data import codes, images
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 
 import image_folders
@@ -88,10 +91,15 @@ def tokenizer(bundle) -> api.PretrainedTokenizer:
     return api.PretrainedTokenizer(bundle.config, bundle.weights)
 
 
+def always(tokenizer) -> type:
+    """A class whose every instance is the tokenizer."""
+    return type("Always", (), {"__new__": lambda cls, config, weights: tokenizer})
+
+
 @pytest.fixture(autouse=True)
 def compiled_once(monkeypatch, tokenizer):
-    """Every `encode` of this module uses the one tokenizer, instead of compiling its own."""
-    monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+    """Every command of this module uses the one tokenizer, instead of compiling its own."""
+    monkeypatch.setattr(api, "PretrainedTokenizer", always(tokenizer))
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +107,7 @@ def whole(tmp_path_factory, bundle, data, tokenizer) -> Path:
     """The codes of an unbroken run."""
     out = tmp_path_factory.mktemp("whole") / "codes"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+        patch.setattr(api, "PretrainedTokenizer", always(tokenizer))
         encode.encode(bundle, data, out, **OPTIONS)
     return out
 
@@ -220,6 +228,35 @@ def test_command_writes_the_same_and_counts_what_it_skips(
     assert contents(out) == contents(whole)
 
 
+def test_loss_of_stored_codes_is_that_of_encoding_the_images(
+    gigatok, whole, bundle, directory, data, tmp_path
+):
+    model = GeneratorConfig(1, 2, 16, codes=4, codebook_size=512, classes=3)
+    inputs = jnp.zeros((1, 0), jnp.int32), jnp.zeros(1, jnp.int32)
+    shapes = nn.meta.unbox(jax.eval_shape(Generator(model).init, jax.random.key(0), *inputs))
+    made_by = {"tokenizer": bundle.fingerprint}
+    bundles.save(tmp_path / "generator", "generator", model, tiny.fill(shapes), made_by)
+
+    def measure(*arguments):
+        code, _, lines = gigatok(
+            *("evaluate", "loss", f"--config={train_config.__file__}", *arguments),
+            *(f"--generator={tmp_path / 'generator'}", "--batch_size=4", f"--out={tmp_path}"),
+        )
+        assert code == 0, lines
+        return json.loads((tmp_path / "metrics.json").read_text())
+
+    stored = measure(
+        *("--config.data.source=codes", f"--config.data.path={whole}"),
+        *("--config.data.length=0", "--config.data.eval_length=0"),
+    )
+    fields = dataclasses.asdict(data)
+    overrides = (f"--config.data.{name}={value}" for name, value in fields.items())
+    encoded = measure(*overrides, f"--tokenizer={directory}")
+    assert stored["images"] == encoded["images"] == 5
+    assert encoded["loss"] == pytest.approx(stored["loss"], rel=1e-6)
+    assert abs(stored["loss"] - np.log(512)) > 1e-3  # the weights matter
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -268,7 +305,7 @@ def test_killed_runs_end_in_the_files_of_an_unbroken_one(
     out = tmp_path / "codes"
 
     def run(tokenizer):
-        monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: tokenizer)
+        monkeypatch.setattr(api, "PretrainedTokenizer", always(tokenizer))
         encode.encode(bundle, data, out, **OPTIONS)
 
     with pytest.raises(Killed):

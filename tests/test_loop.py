@@ -361,7 +361,7 @@ def test_run_leaves_metrics_events_pictures_and_a_bundle(uninterrupted):
     assert {"held_out/psnr", "held_out/ssim"} <= found[-1].keys()
     assert list((uninterrupted / "tensorboard").glob("events.out.tfevents.*"))
     (picture,) = (uninterrupted / "pictures").glob("*.png")
-    # Two rows of eight images of 16 pixels, 4 pixels between and around.
+    # Two rows of eight images of 8 pixels, 4 pixels between and around.
     assert Image.open(picture).size == (8 * 100 + 4, 2 * 100 + 4)
     assert saved_steps(uninterrupted) == [21, 23]
     assert bundles.load(uninterrupted / "bundle", "tokenizer").made_by["step"] == 23
@@ -391,28 +391,6 @@ def test_kill_then_sigterm_and_going_on_equals_an_uninterrupted_run(
     assert rows(tmp_path) == rows(uninterrupted)
     runs = [bundles.load(w / "bundle", "tokenizer").weights for w in (tmp_path, uninterrupted)]
     jax.tree.map(np.testing.assert_array_equal, *runs)
-
-
-def test_exploding_run_ends_with_one_line_and_keeps_what_was_good(gigatok, uninterrupted):
-    # Goes on from the finished run, whose weights the first update at this rate destroys.
-    config = (uninterrupted / "config.json").read_text()
-    before = bundles.load(uninterrupted / "bundle", "tokenizer").weights
-    errors = finish(
-        gigatok(
-            uninterrupted,
-            *("--config.steps=40", "--config.optimizer.rate=1e30"),
-            "--config.loop.checkpoint_every=1",
-        ),
-        code=1,
-    )
-    assert "Traceback" not in errors
-    last = errors.splitlines()[-1]
-    assert last.startswith("gigatok: error: ")
-    assert "at step 24; last good checkpoint: step 23" in last
-    assert saved_steps(uninterrupted) == [21, 23]
-    after = bundles.load(uninterrupted / "bundle", "tokenizer").weights
-    jax.tree.map(np.testing.assert_array_equal, before, after)
-    (uninterrupted / "config.json").write_text(config)
 
 
 @pytest.mark.parametrize(

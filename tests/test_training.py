@@ -22,10 +22,10 @@ TRAINING = TokenizerTraining(
     TokenizerConfig(
         SIZE,
         SIZE,
-        image_size=16,
+        image_size=8,
         latents=16,
         base_channels=4,
-        channel_multipliers=(1, 1),
+        channel_multipliers=(1,),
         residual_blocks=1,
         z_channels=8,
         codebook_size=32,
@@ -85,7 +85,7 @@ def frozen():
 
 @pytest.fixture(scope="module")
 def batch():
-    return {"image": np.random.default_rng(2).integers(0, 256, (4, 16, 16, 3), np.uint8)}
+    return {"image": np.random.default_rng(2).integers(0, 256, (4, 8, 8, 3), np.uint8)}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def equal(first, second):
     return all(jax.tree.leaves(jax.tree.map(np.array_equal, first, second)))
 
 
-def names(training, frozen, phase, size=16):
+def names(training, frozen, phase, size=8):
     abstract = nn.meta.unbox(jax.eval_shape(training.init, jax.random.key(0)))
     batch = {"image": jax.ShapeDtypeStruct((4, size, size, 3), np.uint8)}
 

@@ -1,4 +1,4 @@
-"""A run of seconds: drawings of 16 pixels, a tiny tokenizer, a discriminator from step 11."""
+"""A run of seconds: drawings of 8 pixels, a tiny tokenizer, a discriminator from step 11."""
 
 from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
@@ -17,10 +17,10 @@ def get_config(argument=""):
             model=TokenizerConfig(
                 size,
                 size,
-                image_size=16,
+                image_size=8,
                 latents=4,
                 base_channels=4,
-                channel_multipliers=(1, 1),
+                channel_multipliers=(1,),
                 residual_blocks=1,
                 z_channels=8,
                 codebook_size=64,

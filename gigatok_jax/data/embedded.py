@@ -262,7 +262,7 @@ def _palette(rng: Rng, hues: tuple[float, float]) -> dict[str, Array]:
     muted, bright = rng.uniform(0.15, 0.42), rng.uniform(0.5, 0.98)
     return {
         "body": _hsv(hue, saturation, value),
-        "pattern": _hsv(hue + rng.uniform(-0.07, 0.07), 0.5 * saturation, min(1, 1.12 * value)),
+        "pattern": _hsv(hue + rng.uniform(-0.07, 0.07), 0.65 * saturation, min(1, 1.08 * value)),
         "accent": _hsv(beside, rng.uniform(0.5, 0.75), rng.uniform(0.7, 0.95)),
         "pale": _hsv(rng.uniform(0.15, 0.3), rng.uniform(0.05, 0.18), 0.96),
         "gold": _hsv(rng.uniform(0.2, 0.28), rng.uniform(0.5, 0.75), 0.96),
@@ -297,12 +297,13 @@ TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
     lambda u, v: 0.08 * u,  # gradient
     lambda u, v: np.full_like(u, -9),  # plain
 )
+TEXTURE_SHARES = (0.12, 0.12, 0.12, 0.3, 0.34)  # busy ones are rarer, as they cost more codes
 
 
 def _texture(rng: Rng) -> Callable[[Array], Array]:
     """Function from coordinates in frame units [2, S, S] to the pattern colour's share [S, S]."""
-    wave, turn = TEXTURES[rng.integers(5)], _rotation(rng.integers(4) * math.pi / 4)
-    k = 2 * math.pi / rng.uniform(0.15, 0.24)  # finer periods cost a tokenizer too much
+    wave, turn = TEXTURES[rng.choice(5, p=TEXTURE_SHARES)], _rotation(rng.integers(4) * math.pi / 4)
+    k = 2 * math.pi / rng.uniform(0.18, 0.28)  # finer periods cost a tokenizer too much
     axes = (k * turn).astype(np.float32)
     return lambda at: 0.5 + 0.5 * np.tanh(2 * wave(*np.tensordot(axes, at, 1)))
 
@@ -387,9 +388,9 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     kind = KINDS[CLASS_NAMES[label]]
     parts, colours, texture = kind.parts(rng), _palette(rng, kind.hues), _texture(rng)
 
-    scale, stretch = rng.uniform(0.34, 0.42), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
+    scale, stretch = rng.uniform(0.31, 0.38), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
     pose = _rotation(math.radians(rng.uniform(-kind.turn, kind.turn))) * (stretch, 1)
-    centre = 0.5 + 0.6 * (0.48 - scale) * rng.uniform(-1, 1, 2)
+    centre = 0.5 + 0.5 * (0.48 - scale) * rng.uniform(-1, 1, 2)
     # From above; whole steps, so that the cache of `_gaussian` serves the shadows too.
     light = math.radians(5 * int(rng.integers(-26, -9)))
 
