@@ -388,7 +388,7 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     kind = KINDS[CLASS_NAMES[label]]
     parts, colours, texture = kind.parts(rng), _palette(rng, kind.hues), _texture(rng)
 
-    scale, stretch = rng.uniform(0.31, 0.38), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
+    scale, stretch = rng.uniform(0.27, 0.33), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
     pose = _rotation(math.radians(rng.uniform(-kind.turn, kind.turn))) * (stretch, 1)
     centre = 0.5 + 0.5 * (0.48 - scale) * rng.uniform(-1, 1, 2)
     # From above; whole steps, so that the cache of `_gaussian` serves the shadows too.
