@@ -80,9 +80,9 @@ def generator() -> GeneratorRun:
         data=DataConfig(source="codes", path="runs/demo/codes"),
         tokenizer="runs/demo/tokenizer",
         optimizer=dataclasses.replace(OPTIMIZER, rate=2e-3, warmup_steps=50),
-        loop=LoopConfig(log_every=100, evaluate_every=300, checkpoint_every=300),
-        sampling=SamplingConfig(guidance=4.0, temperature=0.8),
-        steps=600,
-        batch_size=32,
+        loop=LoopConfig(log_every=100, evaluate_every=400, checkpoint_every=400),
+        sampling=SamplingConfig(guidance=5.0, temperature=0.8),
+        steps=1_250,
+        batch_size=16,
         evaluation_images=256,
     )
