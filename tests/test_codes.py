@@ -92,7 +92,7 @@ def tokenizer(bundle) -> api.PretrainedTokenizer:
 
 
 def always(tokenizer) -> type:
-    """A class whose every instance is the tokenizer."""
+    """A class whose every instance is the tokenizer; annotations need a class."""
     return type("Always", (), {"__new__": lambda cls, config, weights: tokenizer})
 
 

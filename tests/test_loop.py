@@ -361,7 +361,7 @@ def test_run_leaves_metrics_events_pictures_and_a_bundle(uninterrupted):
     assert {"held_out/psnr", "held_out/ssim"} <= found[-1].keys()
     assert list((uninterrupted / "tensorboard").glob("events.out.tfevents.*"))
     (picture,) = (uninterrupted / "pictures").glob("*.png")
-    # Two rows of eight images of 8 pixels, 4 pixels between and around.
+    # Two rows of eight images of 8 pixels, enlarged to 96, 4 pixels between and around.
     assert Image.open(picture).size == (8 * 100 + 4, 2 * 100 + 4)
     assert saved_steps(uninterrupted) == [21, 23]
     assert bundles.load(uninterrupted / "bundle", "tokenizer").made_by["step"] == 23

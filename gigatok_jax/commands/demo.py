@@ -1,9 +1,10 @@
 """gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--generator.FIELD=VALUE ...]
 
 The main job on drawings that the program makes itself, with the teacher that comes with it: trains
-a tiny tokenizer with every loss, reconstructs held-out drawings, stores the codes of all drawings,
-trains a small generator on them, and draws samples by class (configs/demo.py). Minutes on two
-cores. DIR gets tokenizer/ and generator/ (the runs), reconstructions/, codes/ and samples/.
+a tiny tokenizer with every loss, reconstructs held-out drawings, stores the codes of 6,000 of the
+drawings, trains a small generator on them, and draws samples by class (configs/demo.py). Minutes on
+two cores. DIR gets tokenizer/ and generator/ (the runs), drawings/ (held out), reconstructions/,
+codes/ and samples/.
 """
 
 import dataclasses

@@ -62,6 +62,7 @@ class Kind(NamedTuple):
     """What a class draws its variety from: its parts, largest turn (degrees) and main hues.
 
     Like things in photos, kinds have colours that are usual for them, and share some with others.
+    The main hue is that of the "body" paint; the others keep their distances from it.
     """
 
     parts: Callable[[Rng], list[Part]]
@@ -290,19 +291,21 @@ def _background(rng: Rng, x: Array) -> Array:
     return np.clip(share, 0, 1)
 
 
-TEXTURES: tuple[Callable[[Array, Array], Array], ...] = (
-    lambda u, v: np.sin(u),  # stripes
-    lambda u, v: np.cos(u) + np.cos(v) - 0.7,  # dots
-    lambda u, v: 1.5 * np.sin(0.7 * u) * np.sin(0.7 * v),  # checks
-    lambda u, v: 0.08 * u,  # gradient
-    lambda u, v: np.full_like(u, -9),  # plain
+# Shares of the drawings, and waves; busy ones are rarer, as a small codebook blurs them.
+TEXTURES: tuple[tuple[float, Callable[[Array, Array], Array]], ...] = (
+    (0.12, lambda u, v: np.sin(u)),  # stripes
+    (0.12, lambda u, v: np.cos(u) + np.cos(v) - 0.7),  # dots
+    (0.12, lambda u, v: 1.5 * np.sin(0.7 * u) * np.sin(0.7 * v)),  # checks
+    (0.3, lambda u, v: 0.08 * u),  # gradient
+    (0.34, lambda u, v: np.full_like(u, -9)),  # plain
 )
-TEXTURE_SHARES = (0.12, 0.12, 0.12, 0.3, 0.34)  # busy ones are rarer, as they cost more codes
 
 
 def _texture(rng: Rng) -> Callable[[Array], Array]:
     """Function from coordinates in frame units [2, S, S] to the pattern colour's share [S, S]."""
-    wave, turn = TEXTURES[rng.choice(5, p=TEXTURE_SHARES)], _rotation(rng.integers(4) * math.pi / 4)
+    shares, waves = zip(*TEXTURES, strict=True)
+    wave = waves[rng.choice(len(waves), p=shares)]
+    turn = _rotation(rng.integers(4) * math.pi / 4)
     k = 2 * math.pi / rng.uniform(0.18, 0.28)  # finer periods cost a tokenizer too much
     axes = (k * turn).astype(np.float32)
     return lambda at: 0.5 + 0.5 * np.tanh(2 * wave(*np.tensordot(axes, at, 1)))

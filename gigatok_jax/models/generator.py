@@ -284,7 +284,8 @@ def _move_inputs(params: Any, *, last: bool) -> Any:
     def move(path, array):
         if path[-1].key != "kernel":
             return array
-        count = 2 if path[-2].key == "out" else 1  # an attention's output reads [heads, head_dim]
+        # Only `layers.Attention`'s "out" contracts two axes, [heads, head_dim].
+        count = 2 if path[-2].key == "out" else 1
         first, end = range(count), range(-count, 0)
         return jnp.moveaxis(array, first, end) if last else jnp.moveaxis(array, end, first)
 
@@ -295,7 +296,7 @@ class Decoder:
     """One code at a time: the same computation as `Generator`, with keys and values kept.
 
     Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
-    Kernels lie with their inputs last: as few rows as a batch are multiplied faster so on CPUs.
+    Kernels are kept with their inputs last: CPUs multiply the few rows of a batch faster so.
 
     Args:
       config: the architecture.

@@ -235,9 +235,9 @@ def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[teachers
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains the embedded teacher.")
     parser.add_argument("--out", required=True, help="directory for the weights and config.json")
-    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--images", type=int, default=10_000, help="drawings to learn from")
+    parser.add_argument("--images", type=int, default=12_000, help="drawings to learn from")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     teacher, record = train(flags.steps, flags.batch_size, flags.images, flags.seed)
