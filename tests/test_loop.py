@@ -204,6 +204,20 @@ def test_value_that_is_not_finite_is_seen_before_anything_is_saved(tmp_path):
     assert saved_steps(tmp_path) == []
 
 
+def test_finished_run_that_goes_on_and_explodes_keeps_what_was_good(tmp_path):
+    run_toy(tmp_path)
+    batches = ToyBatches(lambda n: float("nan") if n > 20 else float(n))
+    with pytest.raises(RunStopped, match="at step 21; last good checkpoint: step 20"):
+        run_toy(
+            tmp_path,
+            batches,
+            toy=Toy(40),
+            checkpoint_every=1,
+            finish=lambda state: pytest.fail("the bundle stays that of step 20"),
+        )
+    assert saved_steps(tmp_path) == [14, 20]
+
+
 @pytest.mark.parametrize(
     "keep_last, keep_every, expected",
     [(1, 0, [20]), (2, 6, [6, 12, 18, 20])],
@@ -313,11 +327,11 @@ def gigatok(tmp_path_factory):
         "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
     }
 
-    def start(workdir, *arguments):
+    def start(workdir):
         config = pathlib.Path(train_config.__file__)
         command = [sys.executable, "-m", "gigatok_jax", "train", f"--config={config}"]
         return subprocess.Popen(
-            [*command, f"--workdir={workdir}", *arguments],
+            [*command, f"--workdir={workdir}"],
             cwd=ROOT,
             env=environment,
             stderr=subprocess.PIPE,

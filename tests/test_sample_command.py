@@ -6,7 +6,6 @@ import os
 from pathlib import Path
 import shutil
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,9 +16,10 @@ import test_commands
 from gigatok_jax import api, bundles, pictures
 from gigatok_jax.commands import sample
 from gigatok_jax.errors import UserError
-from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.weights import convert
 
 import tiny
 
@@ -56,9 +56,8 @@ def tokenizer() -> api.PretrainedTokenizer:
 
 @pytest.fixture(scope="module")
 def generator() -> api.PretrainedGenerator:
-    none = jnp.zeros((1, 0), jnp.int32)
-    shapes = jax.eval_shape(Generator(MODEL).init, jax.random.key(0), none, jnp.zeros(1, jnp.int32))
-    return api.PretrainedGenerator(MODEL, tiny.fill(nn.meta.unbox(shapes)))
+    params = tiny.fill(convert.generator_shapes(MODEL))
+    return api.PretrainedGenerator(MODEL, {"params": params})
 
 
 @pytest.fixture(scope="module")
