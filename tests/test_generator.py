@@ -25,7 +25,7 @@ from gigatok_jax.models.generator import (
     rotation,
 )
 from gigatok_jax.training.partitioning import RULES
-from gigatok_jax.weights import convert, names
+from gigatok_jax.weights import convert, layout, names
 
 import tiny
 
@@ -102,7 +102,7 @@ def test_parameters_of_unknown_models_are_not_counted(name):
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_generator_has_exactly_the_references_tensors(name):
     config = recipes.generator_model(name)
-    shapes = names.torch_shapes(names.generator(config), convert.generator_shapes(config))
+    shapes = layout.torch_shapes(names.generator(config), convert.generator_shapes(config))
     assert len(shapes) == MANIFESTS[name]["tensors"]
     listing = "".join(sorted(f"{n} {list(shape)}\n" for n, shape in shapes.items()))
     assert hashlib.sha256(listing.encode()).hexdigest() == MANIFESTS[name]["sha256"]
@@ -110,7 +110,7 @@ def test_every_generator_has_exactly_the_references_tensors(name):
 
 def tensors(config: GeneratorConfig) -> dict[str, np.ndarray]:
     """A checkpoint in which no two elements of a tensor are alike."""
-    shapes = names.torch_shapes(names.generator(config), convert.generator_shapes(config))
+    shapes = layout.torch_shapes(names.generator(config), convert.generator_shapes(config))
     return {
         name: np.arange(i, i + math.prod(shape), dtype=np.float32).reshape(shape)
         for i, (name, shape) in enumerate(shapes.items())

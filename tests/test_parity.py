@@ -17,7 +17,7 @@ from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, Transformer
 from gigatok_jax.training import optimizer
 from gigatok_jax.training.generator import GeneratorState, GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.weights import convert
+from gigatok_jax.weights import convert, layout, names
 
 import synth
 
@@ -94,7 +94,7 @@ def test_training_losses_and_every_gradient_match_reference():
     (total, terms), gradients = loss(params)
     for name, value in (terms | {"total": total}).items():
         assert value == pytest.approx(expected["losses"][name], rel=1e-4, abs=1e-8), name
-    gradients = convert.names.to_torch(gradients, convert.names.tokenizer(config))
+    gradients = layout.to_torch(gradients, names.tokenizer(config))
     assert gradients.keys() == expected["gradient_norms"].keys()
     for name, norm in expected["gradient_norms"].items():
         assert np.linalg.norm(gradients[name]) == pytest.approx(norm, rel=1e-3, abs=1e-7), name

@@ -16,7 +16,7 @@ import safetensors.numpy
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
-from gigatok_jax.weights import convert, names, torch_files
+from gigatok_jax.weights import convert, layout, names, torch_files
 
 import synth
 
@@ -66,7 +66,7 @@ def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
 
 @functools.cache
 def tokenizer_tensors(config: TokenizerConfig) -> dict[str, np.ndarray]:
-    return filled(names.torch_shapes(names.tokenizer(config), convert.tokenizer_shapes(config)))
+    return filled(layout.torch_shapes(names.tokenizer(config), convert.tokenizer_shapes(config)))
 
 
 def assert_identical(actual, expected):
@@ -81,7 +81,7 @@ def assert_identical(actual, expected):
 def test_every_tokenizer_has_exactly_the_references_tensors(name):
     config = tokenizer_config(name)
     template = convert.tokenizer_shapes(config)
-    shapes = names.torch_shapes(names.tokenizer(config), template)
+    shapes = layout.torch_shapes(names.tokenizer(config), template)
     parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template))
     assert parameters == sum(map(math.prod, shapes.values())) == MANIFESTS[name]["parameters"]
     if name != "tokenizer_tiny_tiny":  # which does not measure usage
@@ -191,7 +191,7 @@ def test_patchgan_comes_back_bit_for_bit():
 def test_dinov2_comes_back_bit_for_bit_but_for_the_mask_token():
     config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3)
     template = convert.shapes(vit.ViT(config), (1, 12, 12, 3))["params"]
-    tensors = filled(names.torch_shapes(names.dinov2(config), template))
+    tensors = filled(layout.torch_shapes(names.dinov2(config), template))
     params = convert.dinov2_from_torch(tensors | {"mask_token": np.zeros((1, 16))}, config)
     assert_identical(convert.dinov2_to_torch(params, config), tensors)
 
@@ -199,7 +199,7 @@ def test_dinov2_comes_back_bit_for_bit_but_for_the_mask_token():
 def test_dinov2_has_exactly_the_published_tensors():
     config = vit.DINOV2["dinov2_vitb14"]
     template = convert.shapes(vit.ViT(config), (1, 518, 518, 3))["params"]
-    shapes = names.torch_shapes(names.dinov2(config), template)
+    shapes = layout.torch_shapes(names.dinov2(config), template)
     assert shapes | {"mask_token": (1, 768)} == synth.manifest("dinov2_vitb14")
 
 

@@ -30,9 +30,31 @@ def bicubic(images: jax.Array, size: int) -> jax.Array:
     Equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`;
     `jax.image.resize` has another kernel (a = -0.5).
     """
+    return _separable(images, size, _bicubic_matrix)
+
+
+def _separable(images, size, matrix):
+    """Both axes of `[B, H, W, C]` by `matrix(length, size)`."""
     height, width = images.shape[1:3]
     if (height, width) == (size, size):
         return images
-    rows, columns = _bicubic_matrix(height, size), _bicubic_matrix(width, size)
+    rows, columns = matrix(height, size), matrix(width, size)
     images = einsum(jnp.asarray(rows, images.dtype), images, "t h, b h w c -> b t w c")
     return einsum(jnp.asarray(columns, images.dtype), images, "t w, b h w c -> b h t c")
+
+
+@functools.lru_cache
+def _tf1_bilinear_matrix(length: int, target: int) -> np.ndarray:
+    """`[target, length]` weights of TensorFlow 1's bilinear: no half-pixel centres, no corners."""
+    place = np.arange(target) * (length / target)
+    lower = place.astype(int)
+    upper = np.minimum(lower + 1, length - 1)
+    weights = np.zeros((target, length))
+    np.add.at(weights, (np.arange(target), lower), 1 - (place - lower))
+    np.add.at(weights, (np.arange(target), upper), place - lower)
+    return weights.astype(np.float32)
+
+
+def tf1_bilinear(images: jax.Array, size: int) -> jax.Array:
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]` as FID's graph does (`resize_bilinear`)."""
+    return _separable(images, size, _tf1_bilinear_matrix)

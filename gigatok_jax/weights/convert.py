@@ -15,7 +15,7 @@ import numpy as np
 from gigatok_jax.models import discriminators, lpips, quantizer, vit
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from gigatok_jax.weights import names
+from gigatok_jax.weights import layout, names
 
 USAGE_NAME = "quantize.codebook_used"
 
@@ -35,7 +35,7 @@ def tokenizer_shapes(config: TokenizerConfig) -> dict:
 
 
 def _refuse_unknown(
-    tensors: Mapping[str, np.ndarray], entries: Iterable[names.Entry], *ignored: str
+    tensors: Mapping[str, np.ndarray], entries: Iterable[layout.Entry], *ignored: str
 ) -> None:
     """Raises for a tensor that is neither an entry's nor matches one of the `ignored` globs."""
     known = {entry.name for entry in entries}
@@ -59,7 +59,7 @@ def tokenizer_from_torch(tensors: Mapping[str, np.ndarray], config: TokenizerCon
     """
     entries = names.tokenizer(config)
     _refuse_unknown(tensors, entries, USAGE_NAME)
-    params = names.from_torch(tensors, entries, tokenizer_shapes(config))
+    params = layout.from_torch(tensors, entries, tokenizer_shapes(config))
     return {"params": params, "history": _history(tensors.get(USAGE_NAME))}
 
 
@@ -83,7 +83,7 @@ def tokenizer_to_torch(variables: Mapping, config: TokenizerConfig) -> dict[str,
     Without a history in `variables`, or with one that has seen nothing (-1 throughout), the usage
     buffer is left out, as in a reference model that does not measure usage.
     """
-    tensors = names.to_torch(variables["params"], names.tokenizer(config))
+    tensors = layout.to_torch(variables["params"], names.tokenizer(config))
     history = np.asarray(variables.get("history", -1))
     if np.any(history != -1):
         tensors[USAGE_NAME] = history.astype(np.float32)
@@ -106,12 +106,12 @@ def generator_from_torch(tensors: Mapping[str, np.ndarray], config: GeneratorCon
     """
     entries = names.generator(config)
     _refuse_unknown(tensors, entries, "freqs_cis", "causal_mask", "*.kv_cache.*")
-    return {"params": names.from_torch(tensors, entries, generator_shapes(config))}
+    return {"params": layout.from_torch(tensors, entries, generator_shapes(config))}
 
 
 def generator_to_torch(variables: Mapping, config: GeneratorConfig) -> dict[str, np.ndarray]:
     """The inverse of `generator_from_torch`."""
-    return names.to_torch(variables["params"], names.generator(config))
+    return layout.to_torch(variables["params"], names.generator(config))
 
 
 def patchgan_from_torch(tensors: Mapping[str, np.ndarray], channels=(64, 128, 256, 512)) -> dict:
@@ -127,7 +127,7 @@ def patchgan_from_torch(tensors: Mapping[str, np.ndarray], channels=(64, 128, 25
         norm: np.asarray(tensors.get(name, 0), np.int64)
         for name, norm in names.patchgan_batches(channels).items()
     }
-    return names.from_torch(tensors, entries, template) | {"batches": batches}
+    return layout.from_torch(tensors, entries, template) | {"batches": batches}
 
 
 def patchgan_to_torch(variables: Mapping, channels=(64, 128, 256, 512)) -> dict[str, np.ndarray]:
@@ -137,7 +137,7 @@ def patchgan_to_torch(variables: Mapping, channels=(64, 128, 256, 512)) -> dict[
         name: np.asarray(batches.get(norm, 0), np.int64)
         for name, norm in names.patchgan_batches(channels).items()
     }
-    return names.to_torch(variables, names.patchgan(channels)) | counts
+    return layout.to_torch(variables, names.patchgan(channels)) | counts
 
 
 def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
@@ -148,12 +148,14 @@ def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) 
     entries = names.dinov2(config)
     _refuse_unknown(tensors, entries, "mask_token")
     side = config.grid * config.patch_size
-    return names.from_torch(tensors, entries, shapes(vit.ViT(config), (1, side, side, 3))["params"])
+    return layout.from_torch(
+        tensors, entries, shapes(vit.ViT(config), (1, side, side, 3))["params"]
+    )
 
 
 def dinov2_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
     """The inverse of `dinov2_from_torch`, without a `mask_token`."""
-    return names.to_torch(params, names.dinov2(config))
+    return layout.to_torch(params, names.dinov2(config))
 
 
 def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
@@ -166,9 +168,9 @@ def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
     entries = names.lpips_whole() if whole else names.vgg16() + names.lpips_linear()
     _refuse_unknown(tensors, entries, "classifier.*", "scaling_layer.*", "lins.*")
     template = shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
-    return names.from_torch(tensors, entries, template)
+    return layout.from_torch(tensors, entries, template)
 
 
 def lpips_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `lpips_from_torch`, under a whole module's names."""
-    return names.to_torch(params, names.lpips_whole())
+    return layout.to_torch(params, names.lpips_whole())
