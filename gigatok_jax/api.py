@@ -230,13 +230,13 @@ def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> Pretra
     Raises:
       UserError: there is no such bundle.
     """
-    bundle = bundles.load(bundles.find(directory), "tokenizer", TokenizerConfig)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
 
 
 def load_generator(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedGenerator:
     """Loads a generator's bundle, or that of a workdir; see `load_tokenizer`."""
-    bundle = bundles.load(bundles.find(directory), "generator", GeneratorConfig)
+    bundle = bundles.load(directory, "generator", GeneratorConfig)
     return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
 
 

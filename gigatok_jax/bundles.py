@@ -68,24 +68,18 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def find(directory: str | pathlib.Path) -> pathlib.Path:
-    """The bundle that `directory` is, or holds, as a run's workdir does."""
-    directory = pathlib.Path(directory)
-    return directory / "bundle" if (directory / "bundle").is_dir() else directory
-
-
 def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:
     """Reads a bundle, its arrays whole on the default device.
 
     Args:
-      directory: of the bundle.
+      directory: of the bundle, or the workdir of the run that wrote it.
       kind: what it must hold.
       config_type: the architecture's dataclass; None leaves the mapping of the file.
 
     Raises:
       UserError: there is no bundle, or one of another kind.
     """
-    directory = pathlib.Path(directory)
+    directory = _find(pathlib.Path(directory))
     record = read_config(directory)
     if record["kind"] != kind:
         raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
@@ -106,6 +100,18 @@ def load(directory: str | pathlib.Path, kind: str, config_type: type | None = No
     if config_type is not None:
         config = from_mapping(config_type, config, f"{directory}/config.json: config")
     return Bundle(config, weights, record["made_by"])
+
+
+def _find(directory: pathlib.Path) -> pathlib.Path:
+    """The bundle that `directory` is, or holds, as a run's workdir does."""
+    if (directory / "bundle").is_dir():
+        return directory / "bundle"
+    if (directory / "checkpoints").is_dir():
+        raise UserError(
+            f"{directory}: this run has written no bundle yet; it does at its end, and when it is "
+            "stopped by SIGTERM"
+        )
+    return directory
 
 
 def read_config(directory: pathlib.Path) -> dict[str, Any]:

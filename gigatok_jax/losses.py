@@ -5,11 +5,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-
-def _unit(x: jax.Array) -> jax.Array:
-    """Vectors along the last axis scaled to length 1."""
-    squared = jnp.sum(x * x, axis=-1, keepdims=True)
-    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))
+from gigatok_jax.models.quantizer import normalize
 
 
 def hinge_discriminator(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
@@ -26,7 +22,7 @@ def semantic(features: jax.Array, target: jax.Array) -> jax.Array:
 
     The paper's formula has the sign the other way; it is minimised.
     """
-    return -jnp.sum(_unit(features) * _unit(target), axis=-1).mean()
+    return -jnp.sum(normalize(features) * normalize(target), axis=-1).mean()
 
 
 def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
@@ -45,7 +41,7 @@ def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) ->
     """
 
     def layer(x, y):
-        x, y = (_unit(a.astype(jnp.float32)) for a in (x, y))
+        x, y = (normalize(a.astype(jnp.float32)) for a in (x, y))
         return jnp.square(x - y).sum(axis=-1).mean(axis=-1)
 
     return jnp.stack([layer(x, y) for x, y in zip(first, second, strict=True)]).mean(axis=0)

@@ -285,7 +285,7 @@ class Killed(Exception):
 
 
 class Mortal:
-    """A tokenizer that dies as it is asked for so manieth batch's codes."""
+    """A tokenizer that dies when it is asked for codes the `last` time."""
 
     def __init__(self, tokenizer: api.PretrainedTokenizer, last: int):
         self.config, self._tokenizer, self._left = tokenizer.config, tokenizer, last
@@ -301,13 +301,14 @@ def test_killed_runs_end_in_the_files_of_an_unbroken_one(
     whole, bundle, data, tokenizer, tmp_path, monkeypatch
 ):
     out = tmp_path / "codes"
+    after = 3 * 10 * len(FACTORS) + 1  # as a fourth batch of training images begins
 
     def run(tokenizer):
         monkeypatch.setattr(api, "PretrainedTokenizer", always(tokenizer))
         encode.encode(bundle, data, out, **OPTIONS)
 
     with pytest.raises(Killed):
-        run(Mortal(tokenizer, 4))  # half-way through the second shard
+        run(Mortal(tokenizer, after))  # half-way through the second shard
     assert set(contents(out)) == {"codes.json", SHARDS[0]}
     first = (out / SHARDS[0]).stat()
     with pytest.raises(UserError, match="encoding has not ended"):
@@ -316,7 +317,7 @@ def test_killed_runs_end_in_the_files_of_an_unbroken_one(
     stale = out / f".{SHARDS[1]}.4194305.partial"
     stale.write_bytes((out / SHARDS[0]).read_bytes()[:1_000])
     with pytest.raises(Killed):
-        run(Mortal(tokenizer, 4))  # as it starts on the validation images
+        run(Mortal(tokenizer, after))  # as it starts on the validation images
     assert set(contents(out)) == {"codes.json", *SHARDS}
     run(tokenizer)
     assert contents(out) == contents(whole)

@@ -339,6 +339,20 @@ def test_branch_leaves_the_other_run_as_it_was(stable, branch):
     assert bundles.load(branch[0] / "bundle", "generator").made_by["step"] == 12
 
 
+@pytest.mark.parametrize("step", [1, 17])
+def test_branch_starts_from_the_constant_phase(stable, stored, tmp_path, step):
+    place = {"branch_from": str(stable[0]), "branch_step": step}
+    with pytest.raises(UserError, match=r"^config.branch_step: expected .*, 2 to 16, got"):
+        start(tmp_path, stored, steps=24, **place)
+
+
+def test_branch_is_of_the_same_model(stable, stored, tmp_path):
+    place = {"branch_from": str(stable[0]), "branch_step": 8}
+    with pytest.raises(UserError, match=r"^config.model: .*rotary"):
+        model = dataclasses.replace(MODEL, positions="rotary")
+        start(tmp_path, stored, model=model, steps=12, **place)
+
+
 def test_branch_needs_the_other_run_only_at_its_start(branch, stored, tmp_path):
     place = {"branch_from": str(tmp_path / "gone"), "branch_step": 8}
     assert start(branch[0], stored, steps=12, **place) == branch[1]
@@ -373,10 +387,10 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"codes": 8}, r"config\.model\.codes: expected 4, as the stored codes have, got 8"),
+        ({"codes": 8}, "codes is 8 in the generator's model, but 4 in the stored codes"),
         (
             {"codebook_size": 256},
-            r"config\.model\.codebook_size: expected 512, as the stored codes have, got 256",
+            "codebook_size is 256 in the generator's model, but 512 in the stored codes",
         ),
         ({"classes": 2}, r"config\.model\.classes: expected at least 3, the data's, got 2"),
     ],
@@ -389,7 +403,7 @@ def test_codes_that_do_not_fit_the_model_are_refused(stored, tmp_path, fields, m
 
 def test_codes_of_another_tokenizer_are_refused(stored, directory, tmp_path):
     others = codes_of_another(stored, tmp_path / "codes")
-    message = r"^config\.tokenizer: another tokenizer than that of the stored codes$"
+    message = "^the stored codes are those of another tokenizer than the generator's$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", others, tokenizer=str(directory))
     assert not (tmp_path / "run").exists()

@@ -147,6 +147,8 @@ def test_train_and_val_folders_are_the_splits_and_share_labels(tmp_path, validat
     assert _keys(train) == [f"train/{key}" for key in keys]
     assert held.class_names == train.class_names
     assert [held[i]["label"] for i in range(3)] == [1, 2, 2]
+    (tmp_path / "train" / "aardvark").mkdir()  # A class without images has no label.
+    assert _open(config).class_names == _open(config, train=False).class_names == train.class_names
     image_folders.make(tmp_path / validation, {"dog": 1})
     with pytest.raises(UserError, match=rf"{validation}/dog.*no such class"):
         _open(config, train=False)

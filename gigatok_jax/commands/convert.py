@@ -33,6 +33,7 @@ def run(positional: list[str]) -> None:
         kinds.to_torch(kind, sources[0], out)
     else:
         if kinds.find(kind).architecture and not FLAGS.model:
-            raise UserError(f"--model: expected the architecture of this {kind}, such as b_l")
+            example = {"generator": "b", "dinov2": "dinov2_vitb14"}.get(kind, "b_l")
+            raise UserError(f"--model: expected the architecture of this {kind}, such as {example}")
         kinds.to_bundle(kind, sources, out, architecture=FLAGS.model, weights=FLAGS.weights)
     print(out)

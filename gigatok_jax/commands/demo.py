@@ -56,7 +56,7 @@ def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: 
     """
     directory = workdir / "tokenizer"
     train.train(tokenizer_config.to_dict(), directory)
-    bundle = bundles.load(bundles.find(directory), "tokenizer", TokenizerConfig)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
     drawings = _draw(workdir / "drawings", bundle.config.image_size)
     reconstruct.reconstruct(tokenizer, drawings, workdir / "reconstructions", batch_size=32)
@@ -64,6 +64,7 @@ def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: 
     info = codes.read_info(workdir / "codes")
     if info is not None and info.tokenizer != bundle.fingerprint:  # it was trained on since
         shutil.rmtree(workdir / "codes")
+        shutil.rmtree(workdir / "generator", ignore_errors=True)
     data = from_mapping(DataConfig, tokenizer_config.data.to_dict())
     encode.encode(
         bundle,

@@ -53,7 +53,7 @@ def run(positional: list[str]) -> None:
         raise UserError(f"--crop_factors: expected numbers, got {FLAGS.crop_factors}") from None
     data = data_config(FLAGS.config)
     encode(
-        bundles.load(bundles.find(FLAGS.tokenizer), "tokenizer", TokenizerConfig),
+        bundles.load(FLAGS.tokenizer, "tokenizer", TokenizerConfig),
         data,
         pathlib.Path(FLAGS.out),
         crop_factors=crop_factors,
@@ -105,7 +105,7 @@ def encode(
         shard_images=shard_images,
     )
     _settle(out, info)
-    encode_batch = _encoder(api.PretrainedTokenizer(bundle.config, bundle.weights))
+    encode_batch = _encoder(api.PretrainedTokenizer(bundle.config, bundle.weights), batch_size)
     counts = {}
     for split, batches in splits.items():
         shards = -(-batches.examples // shard_images)
@@ -137,16 +137,19 @@ def _records(batches: pipeline.Batches, steps: int, encode_batch) -> Iterator[di
         yield from stored.records(batch, encode_batch(batch["image"]))
 
 
-def _encoder(tokenizer: api.PretrainedTokenizer) -> Callable[[np.ndarray], np.ndarray]:
+def _encoder(
+    tokenizer: api.PretrainedTokenizer, batch_size: int
+) -> Callable[[np.ndarray], np.ndarray]:
     """Function of uint8 crops `[B, (crops,) S, S, 3]` to codes `[B, crops, N]`.
 
-    Codes are of the smallest type that holds them.
+    So many crops are encoded at once; codes are of the smallest type that holds them.
     """
     dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
 
     def encode_batch(images):
         flat = images.reshape(-1, *images.shape[-3:])
-        codes = np.asarray(tokenizer.encode(flat)).astype(dtype)
+        parts = (flat[i : i + batch_size] for i in range(0, len(flat), batch_size))
+        codes = np.concatenate([np.asarray(tokenizer.encode(part), dtype) for part in parts])
         return rearrange(codes, "(b c) n -> b c n", b=len(images))
 
     return encode_batch

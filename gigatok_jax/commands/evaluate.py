@@ -5,6 +5,7 @@ images, or the stored codes, that the config's `data` names (paper, 3.1). Images
 OUT gets metrics.json.
 """
 
+import functools
 import pathlib
 
 from absl import flags
@@ -18,9 +19,8 @@ from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
-from gigatok_jax.precision import compute_dtype
-from gigatok_jax.training.generator import GeneratorTraining
-from gigatok_jax.training.generator_run import OPTIMIZER, held_out_loss
+from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.generator_run import held_out_loss
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "its `data` is evaluated on", flag_values=FLAGS)
@@ -72,17 +72,14 @@ def evaluate_loss(
             codebook_size=config.codebook_size,
             tokenizer=generator.made_by.get("tokenizer"),
         )
-    functions = GeneratorTraining(
-        config,
-        OPTIMIZER,
-        steps=1,
-        dtype=compute_dtype("auto"),
-        tokenizer=tokenizer and tokenizer.config,
-    )
-    loss = jax.jit(functions.validation_loss)
-    params = generator.variables["params"]
-    frozen = tokenizer and tokenizer.variables["params"]
+    params, dtype = generator.variables["params"], generator.module.dtype
+    compiled = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
+
+    def loss(batch):
+        encoded = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
+        return compiled(params, encoded, batch["label"])
+
     with batches:
         progress = tqdm(batches, total=-(-batches.examples // batch_size), disable=None)
-        mean = held_out_loss(lambda b: loss(params, b, frozen), progress, batches.examples)
+        mean = held_out_loss(loss, progress, batches.examples)
     return {"images": batches.examples - batches.bad_count, "loss": mean}

@@ -90,7 +90,7 @@ def load_matching_tokenizer(
     Raises:
       UserError: there is none, or it is another one.
     """
-    bundle = bundles.load(bundles.find(directory), "tokenizer", TokenizerConfig)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     config = bundle.config
     ours = (generator.config.codes, generator.config.codebook_size)
     if ours != (config.latents, config.codebook_size):
@@ -133,6 +133,7 @@ def sample(
     key = jax.random.key(seed)
     paths = [out / "images" / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
+    batch_size = min(batch_size, max(len(missing), 1))
     for start in tqdm(range(0, len(missing), batch_size), unit="batch", disable=None):
         numbers = np.array(missing[start : start + batch_size])
         # Short batches are filled up, so that only one size is compiled.

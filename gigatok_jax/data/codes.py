@@ -53,11 +53,11 @@ class CodesInfo:
         for name, wanted in (("codes", codes), ("codebook_size", codebook_size)):
             if getattr(self, name) != wanted:
                 raise UserError(
-                    f"config.model.{name}: expected {getattr(self, name)}, as the stored codes "
-                    f"have, got {wanted}"
+                    f"{name} is {wanted} in the generator's model, but {getattr(self, name)} in "
+                    "the stored codes"
                 )
         if tokenizer not in (None, self.tokenizer):
-            raise UserError("config.tokenizer: another tokenizer than that of the stored codes")
+            raise UserError("the stored codes are those of another tokenizer than the generator's")
 
 
 def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:

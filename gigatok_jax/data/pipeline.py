@@ -240,7 +240,7 @@ class Batches(Iterator[Batch]):
         for message in messages:
             if message not in self._bad:
                 self._bad.add(message)
-                logger.warning("unreadable image, skipped: %s", message)
+                logger.warning("unreadable image, the %d., skipped: %s", len(self._bad), message)
         self._read = min(self._read + self._reader.local_size, self.examples)
         limit = self._config.max_bad_share
         enough = self._read >= min(JUDGED_AFTER, self.examples)

@@ -42,7 +42,7 @@ class DataConfig:
         name: tfds: `builder[/config][:version]`.
         split: tfds: training split, slices such as "train[:90%]" included.
         eval_split: tfds: evaluation split.
-        holdout: folder without `train/` and `val/`: every so manieth image, in sorted order, is
+        holdout: folder without `train/` and `val/`: one image in so many, in sorted order, is
             kept for evaluation and left out of training; 0 evaluates on the training images.
         length: use only the first so many training examples, 0 means all; embedded: how many
             are drawn, at least 1.
@@ -296,10 +296,11 @@ def _open_split(root: Path, train: bool, validation: str) -> Source:
     if train:
         classes = _classes(root, "train")
         return FolderSource(root, list(classes.values()), list(classes))
-    names = sorted(e.name for e in os.scandir(root / "train") if e.is_dir() and e.name[0] != ".")
     classes = _classes(root, validation)
-    if not names:  # Both without classes.
+    folders = [e for e in os.scandir(root / "train") if e.is_dir() and e.name[0] != "."]
+    if not folders:  # Both without classes.
         return FolderSource(root, list(classes.values()), list(classes))
+    names = list(_classes(root, "train"))  # Labels are the training images'.
     unknown = sorted(set(classes) - set(names))
     if unknown:
         raise UserError(f"{root / validation / unknown[0]}: no such class in {root / 'train'}")

@@ -102,7 +102,7 @@ class GeneratorTraining:
         if self.accumulate == 1:
             value, gradients = loss(state.params, *data, key)
         else:
-            # Every so manieth image, so that each part is spread over all devices.
+            # Image i goes to part i mod accumulate, so that each part is spread over all devices.
             parts = jax.tree.map(
                 lambda x: rearrange(x, "(b a) ... -> a b ...", a=self.accumulate), data
             )
@@ -134,11 +134,9 @@ class GeneratorTraining:
     def validation_loss(
         self, params: Any, batch: Mapping[str, jax.Array], frozen: Any
     ) -> jax.Array:
-        """Mean cross entropy of each image's codes, the class given, float32 `[B]`."""
+        """See the function of this name."""
         codes = self.codes(batch, frozen)
-        module = Generator(self.model, dtype=self.dtype)
-        logits = module.apply({"params": params}, codes[:, :-1], batch["label"])
-        return losses.cross_entropy(logits, codes).mean(-1)
+        return validation_loss(self.model, params, codes, batch["label"], self.dtype)
 
     def codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> jax.Array:
         """The batch's codes, int32 `[B, N]`, by the frozen tokenizer where it holds images."""
@@ -161,6 +159,26 @@ class GeneratorTraining:
         rngs = {"dropout": dropout_key}
         logits = module.apply({"params": params}, codes[:, :-1], classes, rngs=rngs)
         return losses.cross_entropy(logits, codes).mean()
+
+
+def validation_loss(
+    model: GeneratorConfig,
+    params: Any,
+    codes: jax.Array,
+    labels: jax.Array,
+    dtype: layers.Dtype = jnp.float32,
+) -> jax.Array:
+    """Mean cross entropy of each image's codes, the class given, float32 `[B]` (paper, 3.1).
+
+    Args:
+      model: the generator's architecture.
+      params: its parameters.
+      codes: int32 `[B, N]`.
+      labels: int32 `[B]`.
+      dtype: type of the computation.
+    """
+    logits = Generator(model, dtype=dtype).apply({"params": params}, codes[:, :-1], labels)
+    return losses.cross_entropy(logits, codes).mean(-1)
 
 
 def params_for_use(state: GeneratorState) -> Any:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
+import math
 import pathlib
 
 import jax
@@ -10,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import bundles, pictures, precision, sampling
+from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import read_json
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
@@ -143,6 +146,7 @@ class GeneratorRun(RunConfig):
         branch = None
         if self.branch_from:
             branch = (pathlib.Path(self.branch_from), self.branch_step)
+            _check_branch(self)
         return Job(
             training=functions,
             frozen=None if self.data.source == "codes" else tokenizer.weights["params"],
@@ -155,8 +159,30 @@ class GeneratorRun(RunConfig):
         )
 
 
+def _check_branch(run: GeneratorRun) -> None:
+    """Refuses another model's run, and a step outside its constant phase.
+
+    A run that has branched off no longer needs the other one, so that its files may be gone.
+    """
+    path = pathlib.Path(run.branch_from) / "config.json"
+    if not path.exists():
+        return
+    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
+    if other.model != run.model:
+        raise UserError(
+            f"config.model: {run.model}, but the run in {run.branch_from} has {other.model}"
+        )
+    first = other.optimizer.warmup_steps
+    last = math.floor((1 - other.optimizer.decay_share) * other.total_steps)
+    if not first <= run.branch_step <= last:
+        raise UserError(
+            f"config.branch_step: expected a step of the constant phase of {run.branch_from}, "
+            f"{first} to {last}, got {run.branch_step}"
+        )
+
+
 def _tokenizer(run: GeneratorRun) -> bundles.Bundle:
-    bundle = bundles.load(bundles.find(run.tokenizer), "tokenizer", TokenizerConfig)
+    bundle = bundles.load(run.tokenizer, "tokenizer", TokenizerConfig)
     for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
         expected, got = getattr(bundle.config, theirs), getattr(run.model, name)
         if got != expected:

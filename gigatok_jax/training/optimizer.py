@@ -114,7 +114,8 @@ def _matrices(params):
 def moving_average(average, params, decay: float, step):
     """Exponential moving average of the weights after step number `step`, from 0.
 
-    The decay grows towards its full value, so that short runs leave their first weights behind.
+    The reference's decay is constant.  Here it grows towards that value, (1 + step) / (10 + step)
+    at most, so that short runs leave their first weights behind.
     """
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

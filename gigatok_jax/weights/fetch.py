@@ -106,6 +106,13 @@ PUBLISHED = {
 }
 
 
+def find(name: str) -> Published:
+    """Raises UserError for a name that there is not."""
+    if name not in PUBLISHED:
+        raise UserError(f"weights {name!r}: expected one of {', '.join(PUBLISHED)}")
+    return PUBLISHED[name]
+
+
 def fetch(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, downloading those that the cache lacks.
 
@@ -123,12 +130,11 @@ def fetch(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib
       UserError: an unknown name, no connection (the message says which file to put where), or a
         file with another hash than the published one's.
     """
-    if name not in PUBLISHED:
-        raise UserError(f"weights {name!r}: expected one of {', '.join(PUBLISHED)}")
+    files = find(name).files
     directory = cache_dir() if cache is None else pathlib.Path(cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        return [_fetch_file(file, directory) for file in PUBLISHED[name].files]
+        return [_fetch_file(file, directory) for file in files]
     except OSError as error:  # the disk's; the connection's are dealt with where they arise
         raise UserError(f"weights {name!r}: cannot be stored in {directory} ({error})") from error
 

@@ -136,11 +136,13 @@ def fetch_bundle(name: str) -> pathlib.Path:
     """Downloads published weights, unless they are there, and converts them.
 
     Raises:
-      UserError: see `fetch.fetch`.
+      UserError: see `fetch.fetch`; or PyTorch, which reads the files, is missing.
     """
-    files = fetch.fetch(name)
-    published = fetch.PUBLISHED[name]
+    published = fetch.find(name)
     directory = fetched(name)
     if not directory.exists():
+        for file in published.files:
+            torch_files.check_readable(file.name)
+        files = fetch.fetch(name)
         to_bundle(published.kind, files, directory, architecture=published.architecture)
     return directory

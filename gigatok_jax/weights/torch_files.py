@@ -106,13 +106,19 @@ def _load_torch(path: pathlib.Path):
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
 
 
+def check_readable(name: str) -> None:
+    """Raises UserError where a file called `name` needs PyTorch, which is not there."""
+    if not name.endswith(".safetensors"):
+        _torch(pathlib.Path(name))
+
+
 def _torch(path: pathlib.Path):
     try:
         import torch
     except ImportError as error:
         raise UserError(
             f"{path}: reading and writing {path.suffix} files needs PyTorch; "
-            "pip install 'gigatok_jax[torch]', or use a .safetensors file"
+            "pip install torch, or use a .safetensors file"
         ) from error
     return torch
 
