@@ -19,8 +19,8 @@ from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
+from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import validation_loss
-from gigatok_jax.training.generator_run import held_out_loss
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "its `data` is evaluated on", flag_values=FLAGS)
@@ -77,9 +77,9 @@ def evaluate_loss(
 
     def loss(batch):
         encoded = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
-        return compiled(params, encoded, batch["label"])
+        return {"loss": compiled(params, encoded, batch["label"])}
 
     with batches:
         progress = tqdm(batches, total=-(-batches.examples // batch_size), disable=None)
-        mean = held_out_loss(loss, progress, batches.examples)
-    return {"images": batches.examples - batches.bad_count, "loss": mean}
+        means = held_out_means(loss, progress, batches.examples)
+    return {"images": batches.examples - batches.bad_count, **means}

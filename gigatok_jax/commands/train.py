@@ -17,6 +17,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json, write_json
 from gigatok_jax.training import loop, partitioning
 from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.linear_probe_run import LinearProbeRun
 from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 logger = logging.getLogger(__name__)
@@ -26,7 +27,7 @@ config_flags.DEFINE_config_file("config", None, "what to train", flag_values=FLA
 flags.DEFINE_string("workdir", None, "where the run lives", flag_values=FLAGS)
 flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
 
-TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun, "linear_probe": LinearProbeRun}
 
 # Fields that what is in a checkpoint depends on; of the average, only whether there is one.
 STRUCTURE = ("config.task", "config.model", "config.objective.discriminator_channels")

@@ -10,12 +10,18 @@ from gigatok_jax.models.convolution import conv_general_dilated
 
 
 class BatchNorm(nn.Module):
-    """BatchNorm with PyTorch's running statistics: momentum 0.1, unbiased variance, eps 1e-5.
+    """BatchNorm with PyTorch's running statistics: momentum 0.1, unbiased variance.
 
     Under `jit` the statistics are those of the global batch on any mesh; the reference, under
     data parallelism, normalised each device's share on its own.
+
+    Attributes:
+      epsilon: added to the variance.
+      affine: whether there are a gain and a bias.
     """
 
+    epsilon: float = 1e-5
+    affine: bool = True
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
@@ -25,8 +31,10 @@ class BatchNorm(nn.Module):
         def scale_init(key, shape):
             return 1 + 0.02 * jax.random.normal(key, shape)
 
-        scale = self.param("scale", layers.partitioned(scale_init, "norm"), (width,))
-        bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
+        scale, bias = 1.0, 0.0
+        if self.affine:
+            scale = self.param("scale", layers.partitioned(scale_init, "norm"), (width,))
+            bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
         if train:
@@ -40,7 +48,7 @@ class BatchNorm(nn.Module):
                 running_var.value += 0.1 * (unbiased - running_var.value)
         else:
             mean, var = running_mean.value, running_var.value
-        gain = scale * lax.rsqrt(var + 1e-5)
+        gain = scale * lax.rsqrt(var + self.epsilon)
         return (x * gain + (bias - mean * gain)).astype(self.dtype)
 
 
@@ -77,6 +85,6 @@ class PatchGAN(nn.Module):
             stride = 1 if i == len(self.channels) - 1 else 2
             x = conv(features, stride, i == 0, f"conv{i}")(x)
             if i > 0:
-                x = BatchNorm(self.dtype, name=f"norm{i}")(x, train=train)
+                x = BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train=train)
             x = nn.leaky_relu(x, 0.2)
         return conv(1, 1, True, "conv_out")(x).astype(jnp.float32)

@@ -1,6 +1,5 @@
 """A generator's run: its configuration, and the job that the loop runs for it."""
 
-from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 import math
@@ -19,6 +18,7 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import generator as training
+from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.run import RunConfig
@@ -193,32 +193,6 @@ def _tokenizer(run: GeneratorRun) -> bundles.Bundle:
     return bundle
 
 
-def held_out_loss(
-    loss: Callable[[Mapping[str, np.ndarray]], jax.Array], batches: pipeline.Batches, images: int
-) -> float:
-    """Mean loss of the first so many readable images of an evaluation pass.
-
-    Args:
-      loss: batch to the loss of each image, see `GeneratorTraining.validation_loss`.
-      batches: see `pipeline.eval_batches`.
-      images: how many at most.
-
-    Raises:
-      UserError: none can be read.
-    """
-    total, count = 0.0, 0
-    for batch in batches:
-        keep = np.flatnonzero(batch["valid"])[: images - count]
-        arrays = {name: batch[name] for name in ("image", "codes", "label") if name in batch}
-        total += float(np.asarray(loss(arrays))[keep].sum())
-        count += len(keep)
-        if count >= images:
-            break
-    if not count:
-        raise UserError("none of the held-out images can be read")
-    return total / count
-
-
 class _Evaluation:
     """Held-out loss, and a picture of samples, a class a column."""
 
@@ -240,13 +214,12 @@ class _Evaluation:
         params = training.params_for_use(state)
         self._batches.set_state({"next_batch": 0})
         with self._batches:
-            loss = held_out_loss(
-                lambda batch: self._loss(params, batch, frozen),
+            means = held_out_means(
+                lambda batch: {"held_out/loss": self._loss(params, batch, frozen)},
                 self._batches,
                 self._run.evaluation_images,
             )
-        samples = {"samples": self._samples(params)} if self._tokenizer else {}
-        return {"held_out/loss": loss}, samples
+        return means, {"samples": self._samples(params)} if self._tokenizer else {}
 
     def _samples(self, params) -> np.ndarray:
         run = self._run

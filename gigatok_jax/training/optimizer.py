@@ -1,4 +1,4 @@
-"""AdamW, gradient clipping, learning-rate schedules and weight averaging."""
+"""AdamW and LARS, gradient clipping, learning-rate schedules and weight averaging."""
 
 import dataclasses
 import math
@@ -8,25 +8,30 @@ import jax.numpy as jnp
 import optax
 
 SCHEDULES = ("cosine", "warmup_stable_decay", "constant")
+ALGORITHMS = ("adamw", "lars")
 DECAYED = ("all", "matrices")
+TRUST = 1e-3  # of LARS: length of an update, as a share of its parameter's, at rate 1
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; the defaults are the tokenizer's.
+    """An optimizer and its schedule; the defaults are the tokenizer's.
 
     Attributes:
+      algorithm: "adamw", or "lars" (You et al. 2017), which scales each matrix's update to a share
+        of the matrix's norm.
       rate: base learning rate.
       final_rate: where the cosine ends.
       schedule: "cosine" over all steps, "warmup_stable_decay" (constant, then to 0), "constant".
       warmup_steps: linear from 1 % of the base rate.
       decay_share: share of all steps over which "warmup_stable_decay" decays.
-      b1, b2: Adam's momenta.
-      weight_decay: decoupled, times the rate.
+      b1, b2: Adam's momenta; b1 is LARS's too.
+      weight_decay: of AdamW decoupled, times the rate; of LARS a part of the gradient.
       decayed: parameters that it applies to: "all", or "matrices", not norms' gains and biases.
-      clip: largest global norm of the gradient.
+      clip: largest global norm of the gradient; 0: any.
     """
 
+    algorithm: str = "adamw"
     rate: float = 1e-4
     final_rate: float = 1e-5
     schedule: str = "cosine"
@@ -39,14 +44,15 @@ class OptimizerConfig:
     clip: float = 10.0
 
     def __post_init__(self):
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {self.algorithm!r}")
         if self.schedule not in SCHEDULES:
             raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
         if self.decayed not in DECAYED:
             raise ValueError(f"decayed must be one of {DECAYED}, got {self.decayed!r}")
-        for name in ("rate", "clip"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("final_rate", "warmup_steps", "weight_decay"):
+        if not self.rate > 0:
+            raise ValueError(f"rate must be positive, got {self.rate}")
+        for name in ("final_rate", "warmup_steps", "weight_decay", "clip"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("b1", "b2", "decay_share"):
@@ -81,7 +87,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
 
 
 def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.GradientTransformation:
-    """Clipped AdamW.
+    """The clipped gradient, and the algorithm's update of it.
 
     Args:
       config: its settings.
@@ -89,16 +95,29 @@ def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.Grad
       start: the run's step that its first update belongs to.
     """
     rate = schedule(config, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            lambda count: rate(start + count),
+
+    def shifted(count):
+        return rate(start + count)
+
+    decayed = _matrices if config.decayed == "matrices" else None
+    if config.algorithm == "adamw":
+        algorithm = optax.adamw(
+            shifted,
             b1=config.b1,
             b2=config.b2,
             weight_decay=config.weight_decay,
-            mask=_matrices if config.decayed == "matrices" else None,
-        ),
-    )
+            mask=decayed,
+        )
+    else:
+        # As MAE's linear probing has it: the rate multiplies the momentum, not what goes into it.
+        algorithm = optax.chain(
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), _matrices),
+            optax.trace(config.b1),
+            optax.scale_by_learning_rate(shifted),
+        )
+    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    return optax.chain(*clip, algorithm)
 
 
 def _matrices(params):

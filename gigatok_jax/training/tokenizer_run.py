@@ -1,6 +1,5 @@
 """A tokenizer's run: its configuration, and the job that the loop runs for it."""
 
-import collections
 from collections.abc import Mapping
 import dataclasses
 import functools
@@ -17,6 +16,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import tokenizer as training
+from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.run import RunConfig
 from gigatok_jax.training.tokenizer import ObjectiveConfig
@@ -128,23 +128,17 @@ class _Evaluation:
         )
 
     def __call__(self, state: training.TokenizerState, frozen: training.Frozen):
-        run, shown = self._run, None
-        sums, count = collections.Counter(), 0
+        shown = []
+
+        def measure(batch):
+            images, values = self._reconstruct(state, batch["image"], frozen)
+            if not shown:
+                shown.extend([batch["image"][:PICTURES], np.asarray(images)[:PICTURES]])
+            return {f"held_out/{name}": value for name, value in values.items()}
+
         self._batches.set_state({"next_batch": 0})
         with self._batches:
-            for batch in self._batches:
-                keep = np.flatnonzero(batch["valid"])[: run.evaluation_images - count]
-                images, values = self._reconstruct(state, batch["image"], frozen)
-                if shown is None:
-                    shown = [batch["image"][:PICTURES], np.asarray(images)[:PICTURES]]
-                for name, value in values.items():
-                    sums[f"held_out/{name}"] += float(np.asarray(value)[keep].sum())
-                count += len(keep)
-                if count >= run.evaluation_images:
-                    break
-        if not count:
-            raise UserError("none of the held-out images can be read")
-        means = {name: total / count for name, total in sums.items()}
+            means = held_out_means(measure, self._batches, self._run.evaluation_images)
         return means, {"reconstruction": pictures.grid(shown)}
 
 
