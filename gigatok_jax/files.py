@@ -1,6 +1,6 @@
 """Files that are complete or not there: written aside, then renamed. And where the cache is."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import json
 import os
@@ -54,6 +54,29 @@ def read_json(path: pathlib.Path, describes: str) -> Any:
         return json.loads(path.read_text())
     except ValueError as error:
         raise UserError(f"{path}: not JSON ({error}); it describes {describes}") from None
+
+
+def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
+    """Writes `record`, or refuses a place where another one is.
+
+    Args:
+      path: a JSON file that says what lies beside it.
+      record: what will lie there.
+      describes: what that is, for messages.
+
+    Raises:
+      UserError: it says something else; the message names the first field that differs.
+    """
+    record = json.loads(json.dumps(record))
+    if path.exists():
+        old = read_json(path, describes)
+        for name, value in record.items():
+            if old.get(name) != value:
+                raise UserError(
+                    f"{path.parent}: holds {describes} made with another {name}: "
+                    f"{old.get(name)}, not {value}"
+                )
+    write_json(path, record)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

@@ -72,26 +72,30 @@ def load_teacher(name: str) -> Teacher:
 
     Args:
       name: "embedded", the small ViT that `training.embedded_teacher` trains on the drawings; a
-        DINOv2 model, once `gigatok weights fetch` has brought it; or the directory of either.
+        published one of `models.vit.PUBLISHED`, once `gigatok weights fetch` has brought it; or
+        the directory of either.
 
     Raises:
       UserError: the name is unknown, or the files are missing or not a teacher's.
     """
     if name == "embedded":
         return _read(EMBEDDED)
-    if name in vit.DINOV2:
+    if name in vit.PUBLISHED:
         return _bundled(kinds.fetched_or_refuse(name))
     directory = Path(name)
     if (directory / "weights.safetensors").exists():
         return _read(directory)
     if (directory / "config.json").exists():
         return _bundled(directory)
-    known = ", ".join(["embedded", *vit.DINOV2])
+    known = ", ".join(["embedded", *vit.PUBLISHED])
     raise UserError(f"teacher is {name!r}, expected one of {known}, or a teacher's directory")
 
 
 def _bundled(directory: Path) -> Teacher:
-    bundle = bundles.load(directory, "dinov2", vit.ViTConfig)
+    kind = bundles.read_config(directory)["kind"]
+    if kind not in vit.FAMILIES:
+        raise UserError(f"{directory}: holds a {kind}, expected one of {', '.join(vit.FAMILIES)}")
+    bundle = bundles.load(directory, kind, vit.ViTConfig)
     return Teacher(bundle.config, bundle.weights)
 
 

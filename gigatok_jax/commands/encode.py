@@ -41,9 +41,6 @@ flags.DEFINE_integer("shard_images", 4096, "images a shard", lower_bound=1, flag
 flags.mark_flags_as_required(["config", "tokenizer", "out"], flag_values=FLAGS)
 
 
-IMMATERIAL = ("workers", "prefetch", "max_bad_share")  # fields of the data that change no code
-
-
 def run(positional: list[str]) -> None:
     if positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
@@ -100,7 +97,7 @@ def encode(
         codes=bundle.config.latents,
         codebook_size=bundle.config.codebook_size,
         class_names=splits["train"].class_names,
-        data={k: v for k, v in dataclasses.asdict(data).items() if k not in IMMATERIAL},
+        data=data.content(),
         crop_factors=crop_factors,
         shard_images=shard_images,
     )

@@ -1,8 +1,17 @@
-"""gigatok evaluate loss --generator=DIR --config=FILE --out=DIR [--tokenizer=DIR]
+"""gigatok evaluate MEASURE --out=DIR ...
 
-The mean cross entropy of the codes of held-out images, their classes given: centre crops of the
-images, or the stored codes, that the config's `data` names (paper, 3.1). Images need the tokenizer.
-OUT gets metrics.json.
+reconstruction --tokenizer=DIR --config=FILE: passes the evaluation images that the config's `data`
+  names through a tokenizer: PSNR, SSIM, LPIPS (where its weights are there), codebook usage, rFID.
+generation --generator=DIR --tokenizer=DIR (--reference=FILE.npz or --config=FILE): draws images of
+  uniformly drawn classes: gFID, sFID, Inception Score, precision and recall, as ADM's evaluator
+  defines them. --search walks in steps of 0.25 from --guidance to the scale of the least gFID. What
+  a kill left is taken up.
+loss --generator=DIR --config=FILE [--tokenizer=DIR]: the mean cross entropy of the codes of the
+  evaluation images, or of stored codes, their classes given. Images need the tokenizer.
+
+--features=inception is FID's network; a teacher's name (dinov2_vitb14, embedded) compares its
+features instead, and the distance is then called fd_dinov2 or fd_teacher. OUT gets metrics.json and
+pictures.
 """
 
 import functools
@@ -18,34 +27,113 @@ from gigatok_jax.commands.sample import load_matching_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import features, generation, reconstruction, sets
 from gigatok_jax.files import write_json
+from gigatok_jax.sampling import SCHEDULES, SamplingConfig
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import validation_loss
 
 FLAGS = flags.FlagValues()
+DEFAULTS = SamplingConfig()
 config_flags.DEFINE_config_file("config", None, "its `data` is evaluated on", flag_values=FLAGS)
-flags.DEFINE_string("generator", None, "bundle or workdir", flag_values=FLAGS)
+flags.DEFINE_string("generator", "", "bundle or workdir", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", "", "bundle or workdir", flag_values=FLAGS)
-flags.DEFINE_string("out", None, "folder for the result", flag_values=FLAGS)
+flags.DEFINE_string("out", None, "folder for the results", flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 32, "images at once", lower_bound=1, flag_values=FLAGS)
-flags.mark_flags_as_required(["config", "generator", "out"], flag_values=FLAGS)
-
-MEASURES = ("loss",)
+flags.DEFINE_string("features", features.INCEPTION, "network that is asked", flag_values=FLAGS)
+flags.DEFINE_string("reference", "", ".npz of statistics or images", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "split", "eval", ["train", "eval"], "of the data, as a reference", flag_values=FLAGS
+)
+flags.DEFINE_integer("count", 50_000, "images drawn", lower_bound=2, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "of codes and classes", lower_bound=0, flag_values=FLAGS)
+flags.DEFINE_float("guidance", DEFAULTS.guidance, "1: none", flag_values=FLAGS)
+flags.DEFINE_boolean("search", False, "for the best guidance", flag_values=FLAGS)
+flags.DEFINE_enum(
+    "schedule", DEFAULTS.schedule, SCHEDULES, "of the guidance over codes", flag_values=FLAGS
+)
+flags.DEFINE_float("temperature", DEFAULTS.temperature, "0: the likeliest code", flag_values=FLAGS)
+flags.DEFINE_integer(
+    "ssim_range", 1, "data_range of SSIM; the reference passes 2", lower_bound=1, flag_values=FLAGS
+)
+flags.mark_flags_as_required(["out"], flag_values=FLAGS)
 
 
 def run(positional: list[str]) -> None:
-    if len(positional) != 1 or positional[0] not in MEASURES:
-        raise UserError(f"expected one of {', '.join(MEASURES)}, got {positional}")
-    data = data_config(FLAGS.config)
-    generator, tokenizer = api.load_generator(FLAGS.generator), None
+    measures = {"reconstruction": _reconstruction, "generation": _generation, "loss": _loss}
+    if len(positional) != 1 or positional[0] not in measures:
+        raise UserError(f"expected one of {', '.join(measures)}, got {positional}")
+    out = pathlib.Path(FLAGS.out)
+    result = measures[positional[0]](out)
+    print_metrics(result)
+    write_json(out / "metrics.json", result)
+    print(out)
+
+
+def print_metrics(metrics: dict) -> None:
+    """A table of all that are numbers."""
+    for name, value in metrics.items():
+        if isinstance(value, int):
+            print(f"  {name:<18}{value:>12,}")
+        elif isinstance(value, float):
+            print(f"  {name:<18}{value:12.4f}")
+
+
+def _data() -> DataConfig:
+    if FLAGS.config is None:
+        raise UserError("--config: missing, expected a configuration whose `data` is evaluated on")
+    return data_config(FLAGS.config)
+
+
+def _required(name: str) -> str:
+    if not FLAGS[name].value:
+        raise UserError(f"--{name}: missing, expected a bundle or workdir")
+    return FLAGS[name].value
+
+
+def _reconstruction(out: pathlib.Path) -> dict[str, float]:
+    return reconstruction.evaluate(
+        api.load_tokenizer(_required("tokenizer")),
+        features.load(FLAGS.features),
+        _data(),
+        out,
+        batch_size=FLAGS.batch_size,
+        ssim_range=FLAGS.ssim_range,
+    )
+
+
+def _generation(out: pathlib.Path) -> dict:
+    try:
+        settings = SamplingConfig(
+            guidance=FLAGS.guidance, schedule=FLAGS.schedule, temperature=FLAGS.temperature
+        )
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    generator = api.load_generator(_required("generator"))
+    tokenizer = load_matching_tokenizer(_required("tokenizer"), generator)
+    extractor = features.load(FLAGS.features)
+    size = {"batch_size": FLAGS.batch_size}
+    if FLAGS.reference:
+        reference = sets.reference_of_npz(pathlib.Path(FLAGS.reference), extractor, **size)
+    else:
+        size |= {"image_size": tokenizer.config.image_size, "train": FLAGS.split == "train"}
+        reference = sets.reference_of_data(_data(), extractor, **size)
+    draw = generation.Draw(generator, tokenizer, FLAGS.count, FLAGS.seed, FLAGS.batch_size)
+    if not FLAGS.search:
+        return generation.evaluate(draw, extractor, reference, settings, out / "drawn")
+    best, tried = generation.evaluate_best(draw, extractor, reference, settings, out)
+    return best | {"search": tried}
+
+
+def _loss(out: pathlib.Path) -> dict[str, float]:
+    del out
+    data = _data()
+    generator, tokenizer = api.load_generator(_required("generator")), None
     if FLAGS.tokenizer:
         tokenizer = load_matching_tokenizer(FLAGS.tokenizer, generator)
     elif data.source != "codes":
         raise UserError("--tokenizer: expected a bundle or workdir, which encodes the images")
-    result = evaluate_loss(generator, tokenizer, data, FLAGS.batch_size)
-    print(f"{result['images']} images, loss {result['loss']:.4f}")
-    write_json(pathlib.Path(FLAGS.out) / "metrics.json", result)
-    print(FLAGS.out)
+    return evaluate_loss(generator, tokenizer, data, FLAGS.batch_size)
 
 
 def evaluate_loss(

@@ -10,17 +10,16 @@ import pathlib
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from gigatok_jax import api, metrics, pictures, teachers
+from gigatok_jax import api, pictures
 from gigatok_jax.data import images as image_files
 from gigatok_jax.data.sources import image_paths
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.files import replacing, write_json
-from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ def reconstruct(
 ) -> None:
     """Writes the files that the module's docstring names, and prints the metrics."""
     paths = image_paths(source)
-    compare = _comparison(ssim_range)
+    compare = reconstruction.comparison(ssim_range)
     count = min(len(paths) // COLUMNS * COLUMNS or len(paths), SHOWN)
     wanted = {i * len(paths) // count for i in range(count)}  # spread over all classes
     rows, shown, codes_seen, skipped = [], [], set(), 0
@@ -93,7 +92,7 @@ def reconstruct(
                 shown.append((inputs[i], outputs[i]))
     if not rows:
         raise UserError(f"{source}: none of its {len(paths)} images can be read")
-    _write_grid(out / "grid.png", shown)
+    reconstruction.write_grid(out / "grid.png", shown)
     means = {
         name: float(np.mean([row[name] for row in rows])) for name in rows[0] if name != "image"
     }
@@ -110,37 +109,3 @@ def reconstruct(
 def _png(name: pathlib.Path) -> pathlib.Path:
     """`a.png` for itself, `a.jpg.png` for `a.jpg`: neither hides the other."""
     return name if name.suffix == ".png" else name.with_name(f"{name.name}.png")
-
-
-def _comparison(ssim_range: int):
-    """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
-    lpips = teachers.load_lpips(missing_ok=True)
-    if lpips is None:
-        logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
-
-    @jax.jit
-    def compare(inputs, floats):
-        outputs = pictures.to_uint8(floats)
-        values = {
-            "psnr": metrics.psnr(inputs, outputs),
-            "ssim": metrics.ssim(inputs, outputs, ssim_range),
-        }
-        if lpips is not None:
-            clipped = jnp.clip(floats, -1, 1)
-            values["lpips"] = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
-        return values
-
-    return compare
-
-
-def _write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Pairs of rows, input over output; a last incomplete pair is filled with white."""
-    columns = min(COLUMNS, len(shown))
-    white = np.full_like(shown[0][0], 255)
-    shown = shown + [(white, white)] * (-len(shown) % columns)
-    rows = []
-    for start in range(0, len(shown), columns):
-        inputs, outputs = zip(*shown[start : start + columns], strict=True)
-        rows += [np.stack(inputs), np.stack(outputs)]
-    with replacing(path) as aside:
-        Image.fromarray(pictures.grid(rows)).save(aside, format="png")

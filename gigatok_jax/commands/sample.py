@@ -6,7 +6,6 @@ after a kill goes on; image n is the same whatever was drawn before it.
 """
 
 import dataclasses
-import json
 import pathlib
 import zipfile
 
@@ -19,7 +18,7 @@ from tqdm import tqdm
 
 from gigatok_jax import api, bundles, pictures
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json, replacing, write_json
+from gigatok_jax.files import claim, replacing
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SCHEDULES, SamplingConfig
 
@@ -129,7 +128,9 @@ def sample(
         "generator": bundles.fingerprint(generator.variables["params"]),
         "tokenizer": bundles.fingerprint(tokenizer.variables["params"]),
     }
-    _settle(out, record)
+    if not (out / "images").exists():
+        (out / "sampling.json").unlink(missing_ok=True)
+    claim(out / "sampling.json", record, "images")  # their classes are in their names
     key = jax.random.key(seed)
     paths = [out / "images" / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
     missing = [i for i, path in enumerate(paths) if not path.exists()]
@@ -148,19 +149,6 @@ def sample(
     _write_grid(out / "grid.png", paths, classes)
     print(f"{len(paths)} images ({len(paths) - len(missing)} were there)")
     print(out)
-
-
-def _settle(out: pathlib.Path, record: dict) -> None:
-    """Refuses a folder with images of other settings; their classes are in their names."""
-    path = out / "sampling.json"
-    if path.exists() and (out / "images").exists():
-        old = read_json(path, "the images there")
-        for name, value in json.loads(json.dumps(record)).items():
-            if old.get(name) != value:
-                raise UserError(
-                    f"{out}: holds images drawn with another {name}: {old.get(name)}, not {value}"
-                )
-    write_json(path, record)
 
 
 def _classes(items: list[str], count: int) -> np.ndarray:

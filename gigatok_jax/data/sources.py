@@ -91,6 +91,13 @@ class DataConfig:
             if not getattr(self, name):
                 raise ValueError(f"{name} is empty, but source is {self.source!r}")
 
+    def content(self) -> dict[str, Any]:
+        """The fields that decide what is read, not those that decide how."""
+        fields = dataclasses.asdict(self)
+        return {
+            k: v for k, v in fields.items() if k not in ("workers", "prefetch", "max_bad_share")
+        }
+
 
 def data_config(config: ConfigDict) -> DataConfig:
     """The `data` of any run's configuration.

@@ -193,17 +193,19 @@ def _share_inside(features: jax.Array, others: jax.Array, radii: jax.Array) -> f
     return float(np.concatenate(inside).mean())
 
 
-def write_statistics(path: pathlib.Path, gaussians: Mapping[str, Gaussian]) -> None:
-    """ADM's `.npz`: `mu`, `sigma` of "pool", `mu_s`, `sigma_s` of "spatial"."""
-    arrays = {}
+SUFFIXES = {"pool": "", "spatial": "_s"}
+
+
+def write_statistics(
+    path: pathlib.Path, gaussians: Mapping[str, Gaussian], others: Mapping[str, np.ndarray]
+) -> None:
+    """ADM's `.npz`: `mu`, `sigma` of "pool", `mu_s`, `sigma_s` of "spatial"; and other arrays."""
+    arrays = dict(others)
     for name, gaussian in gaussians.items():
         arrays[f"mu{SUFFIXES[name]}"] = gaussian.mean
         arrays[f"sigma{SUFFIXES[name]}"] = gaussian.covariance
     with replacing(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
-
-
-SUFFIXES = {"pool": "", "spatial": "_s"}
 
 
 def read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:

@@ -63,7 +63,7 @@ def load(name: str) -> Extractor:
     if name == INCEPTION:
         return _inception()
     config, params = teachers.load_teacher(name)
-    dinov2 = config.patch_size == vit.DINOV2["dinov2_vitb14"].patch_size
+    dinov2 = config in vit.DINOV2.values()
     grid = DINOV2_GRID if dinov2 else config.grid
     params["positions"] = vit.resize_positions(params["positions"], grid)
 

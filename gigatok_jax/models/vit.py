@@ -1,7 +1,12 @@
-"""The vision transformer of the frozen networks, in DINO's and DINOv2's architecture."""
+"""The vision transformer of the frozen teachers: DINOv2's, CLIP's and SigLIP's architecture.
+
+The reference takes the same of each as semantic targets: the patch tokens after the final norm (the
+class token is left out), before any pooling or projection.
+"""
 
 import dataclasses
 import functools
+import math
 
 from einops import rearrange, repeat
 import flax.linen as nn
@@ -13,16 +18,31 @@ from gigatok_jax.models import layers, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def quick_gelu(x: jax.Array) -> jax.Array:
+    """OpenAI's approximation of GELU in the first CLIP, which DFN keeps."""
+    return x * nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS = {"gelu": layers.gelu, "gelu_tanh": nn.gelu, "quick_gelu": quick_gelu}
 
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """A frozen network's architecture and its input's normalization.
+    """A teacher's architecture and its input's normalization; the defaults are DINOv2's.
 
     Attributes:
       grid: side of the patch grid that the stored position table belongs to.
-      layer_scale, activation: see `layers.Block`.
       mean, std: of the input in [0, 1], a channel.
+      mlp_width: hidden width of the MLPs; None: four times `width`.
+      activation: of the MLPs: "gelu" (exact), "gelu_tanh" or "quick_gelu".
+      epsilon: of all norms.
+      class_token: whether one stands before the patches.
+      norm_in: a norm before the first block, as in CLIP; the patch embedding then has no bias.
+      layer_scale: see `layers.Block`.
     """
 
     depth: int
@@ -30,14 +50,21 @@ class ViTConfig:
     width: int
     patch_size: int
     grid: int
-    layer_scale: bool = True
-    activation: str = "gelu"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
+    mlp_width: int | None = None
+    activation: str = "gelu"
+    epsilon: float = 1e-6
+    class_token: bool = True
+    norm_in: bool = False
+    layer_scale: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ValueError(f"activation must be one of {known}, got {self.activation!r}")
 
 
 DINOV2 = {
@@ -45,23 +72,56 @@ DINOV2 = {
     "dinov2_vitb14": ViTConfig(12, 12, 768, patch_size=14, grid=37),
     "dinov2_vitl14": ViTConfig(24, 16, 1024, patch_size=14, grid=37),
 }
-
-# The activation is the tanh approximation of GELU as the reference's discriminator has it; DINO
-# itself was trained with the exact one.
-DINO = {
-    "dino_vits16": ViTConfig(
-        12, 6, 384, patch_size=16, grid=14, layer_scale=False, activation="gelu_tanh"
-    ),
+# The CLIP (DFN) and SigLIP-400M of the paper's Table 6; the reference loads Hugging Face's
+# apple/DFN2B-CLIP-ViT-L-14 and google/siglip-so400m-patch14-224.
+CLIP = {
+    "clip_dfn_vitl14": ViTConfig(
+        24,
+        16,
+        1024,
+        patch_size=14,
+        grid=16,
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        activation="quick_gelu",
+        epsilon=1e-5,
+        norm_in=True,
+        layer_scale=False,
+    )
 }
+SIGLIP = {
+    "siglip_so400m14": ViTConfig(
+        27,
+        16,
+        1152,
+        patch_size=14,
+        grid=16,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+        mlp_width=4304,
+        activation="gelu_tanh",
+        class_token=False,
+        layer_scale=False,
+    )
+}
+FAMILIES = {"dinov2": DINOV2, "clip": CLIP, "siglip": SIGLIP}
+PUBLISHED = DINOV2 | CLIP | SIGLIP
 
 
 class ViT(nn.Module):
-    """Class token, learned positions, pre-norm blocks; see `ViTConfig` for what differs."""
+    """A teacher: patches, learned positions, pre-norm blocks, a final norm.
+
+    Attributes:
+      config: the architecture.
+      remat: see `layers.remat`.
+      dtype: of the computation.
+    """
 
     config: ViTConfig
     remat: str = "none"
     dtype: layers.Dtype = jnp.float32
 
+    @nn.compact
     def __call__(
         self, images: jax.Array, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
@@ -74,23 +134,9 @@ class ViT(nn.Module):
 
         Returns:
           Class token `[B, W]` and patch tokens `[B, g*g, W]` after the final norm, and the tapped
-          blocks' patch tokens before it, each `[B, g*g, W]`.
+          blocks' patch tokens before it, each `[B, g*g, W]`.  Where there is no class token, the
+          mean of the patch tokens stands for it.
         """
-        x, tapped = self._tokens(images, taps)
-        return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
-
-    def readouts(self, images: jax.Array, taps: tuple[int, ...]) -> tuple[jax.Array, ...]:
-        """The tapped blocks' patch tokens plus their class token, each `[B, g*g, W]` float32.
-
-        The arguments are those of a call.
-        """
-        _, tapped = self._tokens(images, taps)
-        tapped = [y.astype(jnp.float32) for y in tapped]
-        return tuple(y[:, 1:] + y[:, :1] for y in tapped)
-
-    @nn.compact
-    def _tokens(self, images, taps):
-        """All tokens `[B, 1 + g*g, W]` after the final norm, and after the tapped blocks."""
         config = self.config
         patch = (config.patch_size,) * 2
         axes = (None, None, "conv_in", "embed")
@@ -99,54 +145,57 @@ class ViT(nn.Module):
             patch,
             strides=patch,
             padding="VALID",
+            use_bias=not config.norm_in,
             dtype=self.dtype,
             kernel_init=layers.partitioned(layers.default_init, *axes),
             name="patch_embed",
         )(images.astype(self.dtype))
         x = rearrange(x, "b h w c -> b (h w) c")
         init = layers.partitioned(layers.default_init, None, "embed")
-        class_token = self.param("class_token", init, (1, config.width))
-        x = jnp.concatenate([repeat(class_token, "1 w -> b 1 w", b=len(x)).astype(x.dtype), x], 1)
+        if config.class_token:
+            token = self.param("class_token", init, (1, config.width)).astype(x.dtype)
+            x = jnp.concatenate([repeat(token, "1 w -> b 1 w", b=len(x)), x], 1)
         x += self.param("positions", init, (x.shape[1], config.width)).astype(x.dtype)
+        norm = functools.partial(layers.layer_norm, epsilon=config.epsilon, dtype=self.dtype)
+        if config.norm_in:
+            x = norm(name="norm_in")(x)
         block = functools.partial(
             layers.Block,
             heads=config.heads,
-            epsilon=1e-6,
+            epsilon=config.epsilon,
             layer_scale=config.layer_scale,
-            activation=config.activation,
+            mlp_width=config.mlp_width,
+            activation=ACTIVATIONS[config.activation],
             dtype=self.dtype,
         )
         stack = layers.Transformer(config.depth, block, self.remat, name="layers")
         x, tapped = stack(x, taps=taps)
-        return layers.layer_norm(epsilon=1e-6, dtype=self.dtype, name="norm")(x), tapped
-
-
-def quarters(config: ViTConfig) -> tuple[int, ...]:
-    """The five depths, as `taps`, that end the quarters of the stack; the first is the input."""
-    return tuple(round(config.depth * quarter / 4) for quarter in range(5))
-
-
-def normalize(images: jax.Array, config: ViTConfig) -> jax.Array:
-    """Images in [-1, 1] with the mean and deviation that the network was trained with."""
-    return ((images + 1) / 2 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
+        x = norm(name="norm")(x)
+        if not config.class_token:
+            return x.mean(1), x, tapped
+        return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
 
 
 def preprocess(images: jax.Array, config: ViTConfig, grid: int) -> jax.Array:
     """Images `[B, H, W, 3]` in [-1, 1] as the teacher's input for a grid x grid token grid."""
-    return resize.bicubic(normalize(images, config), grid * config.patch_size)
+    images = (images + 1) / 2
+    images = (images - jnp.asarray(config.mean)) / jnp.asarray(config.std)
+    return resize.bicubic(images, grid * config.patch_size)
 
 
 def resize_positions(positions: jax.Array, grid: int) -> jax.Array:
-    """Resamples a position table `[1 + g*g, W]` to `[1 + grid*grid, W]`, the first row kept.
+    """Resamples a position table `[g*g, W]` to `[grid*grid, W]`.
 
-    Bicubic with antialiasing, once, in float32.
+    A class token's row before the grid's, `[1 + g*g, W]`, is kept.  Bicubic with antialiasing,
+    once, in float32.
     """
-    side = round((len(positions) - 1) ** 0.5)
+    side = math.isqrt(len(positions))
     if side == grid:
         return positions
+    first = len(positions) - side**2
     # PyTorch's antialiased kernel has a = -0.5, which is jax.image.resize's.
-    table = rearrange(jnp.asarray(positions[1:]), "(h w) c -> h w c", h=side)
+    table = rearrange(jnp.asarray(positions[first:]), "(h w) c -> h w c", h=side)
     table = jax.image.resize(
         table, (grid, grid, table.shape[-1]), "bicubic", precision=jax.lax.Precision.HIGHEST
     )
-    return np.concatenate([positions[:1], rearrange(table, "h w c -> (h w) c")])
+    return np.concatenate([positions[:first], rearrange(table, "h w c -> (h w) c")])

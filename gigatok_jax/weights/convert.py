@@ -140,6 +140,12 @@ def patchgan_to_torch(variables: Mapping, channels=(64, 128, 256, 512)) -> dict[
     return layout.to_torch(variables, names.patchgan(channels)) | counts
 
 
+def vit_shapes(config: vit.ViTConfig) -> dict:
+    """Shapes of a teacher's parameters, with the position table of its file."""
+    side = config.grid * config.patch_size
+    return shapes(vit.ViT(config), (1, side, side, 3))["params"]
+
+
 def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
     """A DINOv2 backbone's parameters, with the position table of the file.
 
@@ -147,15 +153,47 @@ def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) 
     """
     entries = names.dinov2(config)
     _refuse_unknown(tensors, entries, "mask_token")
-    side = config.grid * config.patch_size
-    return layout.from_torch(
-        tensors, entries, shapes(vit.ViT(config), (1, side, side, 3))["params"]
-    )
+    return layout.from_torch(tensors, entries, vit_shapes(config))
 
 
 def dinov2_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
     """The inverse of `dinov2_from_torch`, without a `mask_token`."""
     return layout.to_torch(params, names.dinov2(config))
+
+
+def _tower(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """One of the two networks that a file of images' and texts' encoders holds."""
+    return {name: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def clip_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
+    """The parameters of the vision tower of an open_clip model.
+
+    The text tower and the projection into the space it shares with images are dropped.
+    """
+    tensors, entries = _tower(tensors, "visual."), names.clip(config)
+    _refuse_unknown(tensors, entries, "visual.proj")
+    return layout.from_torch(tensors, entries, vit_shapes(config))
+
+
+def clip_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
+    """The inverse of `clip_from_torch`: the vision tower without its projection."""
+    return layout.to_torch(params, names.clip(config))
+
+
+def siglip_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
+    """The parameters of the vision tower of a SigLIP as `transformers` saves it.
+
+    The text tower and the attention pooling (`head`) are dropped.
+    """
+    tensors, entries = _tower(tensors, "vision_model."), names.siglip(config)
+    _refuse_unknown(tensors, entries, "vision_model.head.*", "vision_model.embeddings.position_ids")
+    return layout.from_torch(tensors, entries, vit_shapes(config))
+
+
+def siglip_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
+    """The inverse of `siglip_from_torch`: the vision tower without its pooling."""
+    return layout.to_torch(params, names.siglip(config))
 
 
 def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:

@@ -80,6 +80,29 @@ PUBLISHED = {
     "dinov2_vitl14": _dinov2(
         "dinov2_vitl14", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
     ),
+    "clip_dfn_vitl14": Published(
+        "clip",
+        "clip_dfn_vitl14",
+        (
+            File(
+                "https://huggingface.co/apple/DFN2B-CLIP-ViT-L-14/resolve/main/"
+                "open_clip_pytorch_model.bin",
+                "DFN2B-CLIP-ViT-L-14.bin",
+                "c02c84198ede77ad80df0803224022f1e9e95ce42551baa91a1b5d87e229e2bb",
+            ),
+        ),
+    ),
+    "siglip_so400m14": Published(
+        "siglip",
+        "siglip_so400m14",
+        (
+            File(
+                "https://huggingface.co/google/siglip-so400m-patch14-224/resolve/main/"
+                "model.safetensors",
+                "siglip-so400m-patch14-224.safetensors",
+            ),
+        ),
+    ),
     "lpips_vgg16": Published(
         "lpips",
         "",

@@ -31,10 +31,14 @@ class Kind(NamedTuple):
     to_torch: Callable[[Any, Any], dict[str, np.ndarray]]
 
 
-def _dinov2(name: str) -> vit.ViTConfig:
-    if name not in vit.DINOV2:
-        raise UserError(f"{name!r}: no such DINOv2 model; known: {', '.join(vit.DINOV2)}")
-    return vit.DINOV2[name]
+def _teacher(family: str, from_torch: Callable, to_torch: Callable) -> Kind:
+    def architecture(name: str) -> vit.ViTConfig:
+        known = vit.FAMILIES[family]
+        if name not in known:
+            raise UserError(f"{name!r}: no such {family} model; known: {', '.join(known)}")
+        return known[name]
+
+    return Kind(architecture, vit.ViTConfig, from_torch, to_torch)
 
 
 KINDS = {
@@ -50,7 +54,9 @@ KINDS = {
         convert.generator_from_torch,
         convert.generator_to_torch,
     ),
-    "dinov2": Kind(_dinov2, vit.ViTConfig, convert.dinov2_from_torch, convert.dinov2_to_torch),
+    "dinov2": _teacher("dinov2", convert.dinov2_from_torch, convert.dinov2_to_torch),
+    "clip": _teacher("clip", convert.clip_from_torch, convert.clip_to_torch),
+    "siglip": _teacher("siglip", convert.siglip_from_torch, convert.siglip_to_torch),
     "lpips": Kind(
         None,
         None,

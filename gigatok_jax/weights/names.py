@@ -12,6 +12,8 @@ CONV = "o i h w -> h w i o"
 CONV_1X1 = "o i 1 1 -> i o"
 PACKED_WEIGHT = "(p n h) i -> p i n h"
 PACKED_BIAS = "(p n h) -> p n h"
+IN_WEIGHT = "(n h) i -> i n h"
+IN_BIAS = "(n h) -> n h"
 OUT_WEIGHT = "o (n h) -> n h o"
 
 
@@ -234,6 +236,64 @@ def dinov2(config: vit.ViTConfig) -> list[Entry]:
             ),
             Entry(f"{name}.ls1.gamma", (f"{block}/scale_self",), layer=layer),
             Entry(f"{name}.ls2.gamma", (f"{block}/scale_mlp",), layer=layer),
+            *_pair(f"{name}.mlp.fc1", f"{block}/mlp_in", LINEAR, layer=layer),
+            *_pair(f"{name}.mlp.fc2", f"{block}/mlp_out", LINEAR, layer=layer),
+        ]
+    return entries
+
+
+def clip(config: vit.ViTConfig) -> list[Entry]:
+    """Entries of the vision tower of an open_clip model, but for the projection `visual.proj`."""
+    entries = [
+        Entry("visual.class_embedding", ("class_token",), "w -> 1 w"),
+        Entry("visual.positional_embedding", ("positions",)),
+        Entry("visual.conv1.weight", ("patch_embed/kernel",), CONV),
+        *_norm("visual.ln_pre", "norm_in"),
+        *_norm("visual.ln_post", "norm"),
+    ]
+    block = "layers/block"
+    for layer in range(config.depth):
+        name = f"visual.transformer.resblocks.{layer}"
+        entries += [
+            *_norm(f"{name}.ln_1", f"{block}/norm_self", layer=layer),
+            *_norm(f"{name}.ln_2", f"{block}/norm_mlp", layer=layer),
+            *_attention(
+                f"{name}.attn.in_proj_weight",
+                f"{name}.attn.in_proj_bias",
+                f"{name}.attn.out_proj",
+                f"{block}/self_attention",
+                config.heads,
+                layer,
+            ),
+            *_pair(f"{name}.mlp.c_fc", f"{block}/mlp_in", LINEAR, layer=layer),
+            *_pair(f"{name}.mlp.c_proj", f"{block}/mlp_out", LINEAR, layer=layer),
+        ]
+    return entries
+
+
+def siglip(config: vit.ViTConfig) -> list[Entry]:
+    """Entries of the vision tower of a SigLIP of `transformers`, but for its pooling head."""
+    embeddings = "vision_model.embeddings"
+    entries = [
+        *_pair(f"{embeddings}.patch_embedding", "patch_embed", CONV),
+        Entry(f"{embeddings}.position_embedding.weight", ("positions",)),
+        *_norm("vision_model.post_layernorm", "norm"),
+    ]
+    block, heads = "layers/block", (("n", config.heads),)
+    for layer in range(config.depth):
+        name = f"vision_model.encoder.layers.{layer}"
+        for theirs, ours in (("q", "query"), ("k", "key"), ("v", "value")):
+            projection, path = f"{name}.self_attn.{theirs}_proj", f"{block}/self_attention/{ours}"
+            entries += [
+                Entry(f"{projection}.weight", (f"{path}/kernel",), IN_WEIGHT, heads, layer),
+                Entry(f"{projection}.bias", (f"{path}/bias",), IN_BIAS, heads, layer),
+            ]
+        out, path = f"{name}.self_attn.out_proj", f"{block}/self_attention/out"
+        entries += [
+            Entry(f"{out}.weight", (f"{path}/kernel",), OUT_WEIGHT, heads, layer),
+            Entry(f"{out}.bias", (f"{path}/bias",), layer=layer),
+            *_norm(f"{name}.layer_norm1", f"{block}/norm_self", layer=layer),
+            *_norm(f"{name}.layer_norm2", f"{block}/norm_mlp", layer=layer),
             *_pair(f"{name}.mlp.fc1", f"{block}/mlp_in", LINEAR, layer=layer),
             *_pair(f"{name}.mlp.fc2", f"{block}/mlp_out", LINEAR, layer=layer),
         ]

@@ -1,0 +1,177 @@
+"""How well a generator draws: gFID and its kin, with a search for the best guidance (paper, B)."""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from gigatok_jax import api, bundles, pictures
+from gigatok_jax.evaluation import sets
+from gigatok_jax.evaluation.features import Extractor
+from gigatok_jax.evaluation.sets import FeatureSet, Reference
+from gigatok_jax.files import claim, read_json, replacing, write_json
+from gigatok_jax.sampling import SamplingConfig
+
+CHUNK = 5_000  # images between two savings of their features
+GUIDANCE_STEP = 0.25
+SHOWN, COLUMNS = 64, 8  # samples in the grid
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which images are drawn.
+
+    Attributes:
+      generator, tokenizer: belong together.
+      count: number of images; classes are drawn uniformly.
+      seed: of classes and codes; image n is the same in any batch.
+      batch_size: images at once.
+    """
+
+    generator: api.PretrainedGenerator
+    tokenizer: api.PretrainedTokenizer
+    count: int = 50_000
+    seed: int = 0
+    batch_size: int = 64
+
+    def images(self, settings: SamplingConfig, start: int, stop: int):
+        """Yields uint8 batches `[b, H, W, 3]` of images `start` to `stop`."""
+        classes = np.random.default_rng(self.seed).integers(
+            self.generator.config.classes, size=self.count
+        )
+        key = jax.random.key(self.seed)
+        for first in range(start, stop, self.batch_size):
+            numbers = np.arange(first, min(first + self.batch_size, stop))
+            # Short batches are filled up, so that only one size is compiled.
+            filled = np.resize(numbers, self.batch_size)
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
+            codes = self.generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
+            images = np.asarray(pictures.to_uint8(self.tokenizer.decode(codes)))
+            yield images[: len(numbers)]
+
+
+def evaluate(
+    draw: Draw,
+    extractor: Extractor,
+    reference: Reference,
+    settings: SamplingConfig,
+    out: pathlib.Path,
+) -> dict[str, float]:
+    """Metrics of one setting; computed once, and resumed where a kill left it.
+
+    Args:
+      draw: which images.
+      extractor: of the features.
+      reference: what they are compared with.
+      settings: how codes are drawn.
+      out: folder; gets `metrics.json` and `grid.png`, and holds features until they are there.
+
+    Returns:
+      See `sets.compare`; also "images" and "guidance".
+
+    Raises:
+      UserError: `out` holds results of something else, or the reference does not fit.
+    """
+    record = {
+        "sampling": dataclasses.asdict(settings),
+        "count": draw.count,
+        "seed": draw.seed,
+        "generator": bundles.fingerprint(draw.generator.variables["params"]),
+        "tokenizer": bundles.fingerprint(draw.tokenizer.variables["params"]),
+        "features": extractor.fingerprint,
+        "reference": reference.name,
+    }
+    claim(out / "evaluation.json", record, "results")
+    path = out / "metrics.json"
+    if path.exists():
+        return read_json(path, "the metrics")
+    samples = FeatureSet(extractor, members=reference.members is not None)
+    bar = tqdm(total=draw.count, unit="image", desc=f"guidance {settings.guidance:g}", disable=None)
+    with bar:
+        for start in range(0, draw.count, CHUNK):
+            stop = min(start + CHUNK, draw.count)
+            chunk = out / "features" / f"{start:06d}.npz"
+            if not chunk.exists():
+                _write_chunk(chunk, draw, extractor, settings, (start, stop), bar)
+            bar.update(stop - bar.n)
+            with np.load(chunk) as file:
+                samples.add_features(dict(file))
+    result = {"images": draw.count, "guidance": settings.guidance}
+    result |= sets.compare(samples, reference, extractor.distance)
+    write_json(path, result)
+    shutil.rmtree(out / "features")
+    return result
+
+
+def _write_chunk(path, draw: Draw, extractor, settings, place: tuple[int, int], bar: tqdm) -> None:
+    """Features of images `place[0]` to `place[1]`; of the first ones also a picture."""
+    parts, shown = [], []
+    for images in draw.images(settings, *place):
+        parts.append(extractor(images))
+        if place[0] == 0 and len(shown) < SHOWN:
+            shown += list(images[: SHOWN - len(shown)])
+        bar.update(len(images))
+    if len(shown) >= COLUMNS:
+        rows = np.stack(shown[: len(shown) // COLUMNS * COLUMNS])
+        picture = pictures.grid(np.split(rows, len(rows) // COLUMNS))
+        with replacing(path.parents[1] / "grid.png") as aside:
+            Image.fromarray(picture).save(aside, format="png")
+    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def search_guidance(
+    measure: Callable[[float], float], start: float, step: float = GUIDANCE_STEP
+) -> dict[float, float]:
+    """Walks from `start` while the measure falls, first up, then down to 1 (paper, B).
+
+    Args:
+      measure: guidance scale to a distance, called once for each scale.
+      start: the first scale, at least 1.
+      step: between scales.
+
+    Returns:
+      The distance at each scale that was tried; the least is the result.
+    """
+    found = {start: measure(start)}
+    for direction in (step, -step):
+        scale = start
+        while (following := round(scale + direction, 6)) >= 1:
+            if following not in found:
+                found[following] = measure(following)
+            if not found[following] < found[scale]:
+                break
+            scale = following
+    return found
+
+
+def evaluate_best(
+    draw: Draw,
+    extractor: Extractor,
+    reference: Reference,
+    settings: SamplingConfig,
+    out: pathlib.Path,
+) -> tuple[dict[str, float], list[dict[str, float]]]:
+    """The metrics at the guidance that `search_guidance` finds best, and those of all scales tried.
+
+    `out` gets a folder for each scale; none is sampled twice, whatever was killed between.
+    Arguments are those of `evaluate`, whose `settings.guidance` is where the search starts.
+    """
+    results = {}
+
+    def measure(scale):
+        chosen = dataclasses.replace(settings, guidance=scale)
+        folder = out / f"guidance_{scale:.2f}"
+        results[scale] = evaluate(draw, extractor, reference, chosen, folder)
+        return results[scale][f"g{extractor.distance}"]
+
+    found = search_guidance(measure, settings.guidance)
+    best = min(found, key=found.get)
+    return results[best], [results[scale] for scale in sorted(results)]

@@ -1,0 +1,227 @@
+"""CLIP and SigLIP: features as published, weights there and back, and their use in training.
+
+`data/teachers.npz` holds what open_clip 3.3.0 and transformers 5.24.0 computed (float32, CPU) with
+the weights of `synth`; `data/teacher_manifests.json` describes their models of the real size.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from gigatok_jax import bundles, teachers
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import features
+from gigatok_jax.models import vit
+from gigatok_jax.training import tokenizer_run
+from gigatok_jax.training.tokenizer import ObjectiveConfig
+from gigatok_jax.weights import convert, kinds, layout, names, torch_files
+
+import synth
+import tiny
+
+DATA = pathlib.Path(__file__).parent / "data"
+NAMES = {"clip": "clip_dfn_vitl14", "siglip": "siglip_so400m14"}
+SMALL = {"depth": 3, "heads": 3, "width": 48, "patch_size": 4, "grid": 5}
+CONFIGS = {
+    "clip": dataclasses.replace(vit.PUBLISHED[NAMES["clip"]], **SMALL),
+    "siglip": dataclasses.replace(vit.PUBLISHED[NAMES["siglip"]], **SMALL, mlp_width=80),
+}
+# What the files hold beside the vision tower.
+DROPPED = {
+    "clip": ("visual.proj", "positional_embedding", "transformer.resblocks.0.ln_1.weight"),
+    "siglip": ("vision_model.head.probe", "text_model.head.weight", "logit_bias"),
+}
+families = pytest.mark.parametrize("family", CONFIGS)
+
+
+def shapes(family: str, config: vit.ViTConfig) -> dict[str, tuple[int, ...]]:
+    return layout.torch_shapes(getattr(names, family)(config), convert.vit_shapes(config))
+
+
+def checkpoint(family: str) -> dict[str, np.ndarray]:
+    tower = shapes(family, CONFIGS[family])
+    return {name: synth.tensor(name, shape) for name, shape in tower.items()}
+
+
+def parameters(family: str) -> dict:
+    return kinds.KINDS[family].from_torch(checkpoint(family), CONFIGS[family])
+
+
+@pytest.fixture
+def fetched(tmp_path, monkeypatch):
+    """Small teachers where `weights fetch` would have put the published ones."""
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
+    for family, name in NAMES.items():
+        bundles.save(kinds.fetched(name), family, CONFIGS[family], parameters(family), {})
+
+
+def tokens(config: vit.ViTConfig, params: dict) -> tuple[np.ndarray, np.ndarray]:
+    """Class token and patch tokens of images of another size than the teacher's 20 pixels.
+
+    They are faint, so that the norms' epsilon counts.
+    """
+    images = vit.preprocess(synth.images(2, size=24) / 10, config, config.grid)
+    return vit.ViT(config).apply({"params": params}, images)[:2]
+
+
+def distance(actual, expected) -> float:
+    """Largest difference, as a share of the largest magnitude."""
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max() / np.abs(expected).max())
+
+
+@families
+def test_features_are_those_of_the_published_implementation(family):
+    expected = np.load(DATA / "teachers.npz")
+    class_token, patch_tokens = tokens(CONFIGS[family], parameters(family))
+    assert distance(patch_tokens, expected[f"{family}_patch_tokens"]) < 1e-5
+    if family == "clip":
+        assert distance(class_token, expected["clip_class_token"]) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "family, change",
+    [
+        ("clip", {"activation": "gelu"}),
+        ("clip", {"epsilon": 1e-6}),
+        ("clip", {"std": vit.IMAGENET_STD}),
+        ("siglip", {"activation": "gelu"}),
+        ("siglip", {"epsilon": 1e-5}),
+        ("siglip", {"mean": vit.IMAGENET_MEAN}),
+    ],
+)
+def test_features_would_tell_a_wrong_setting(family, change):
+    expected = np.load(DATA / "teachers.npz")[f"{family}_patch_tokens"]
+    config = dataclasses.replace(CONFIGS[family], **change)
+    assert distance(tokens(config, parameters(family))[1], expected) > 2e-5
+
+
+@families
+def test_real_size_has_exactly_the_published_tensors(family):
+    expected = json.loads((DATA / "teacher_manifests.json").read_text())[NAMES[family]]
+    tower = shapes(family, vit.PUBLISHED[NAMES[family]])
+    listing = "".join(sorted(f"{name} {list(shape)}\n" for name, shape in tower.items()))
+    assert len(tower) == expected["tensors"]
+    assert sum(map(math.prod, tower.values())) == expected["parameters"]
+    assert hashlib.sha256(listing.encode()).hexdigest() == expected["sha256"]
+
+
+@families
+def test_vision_tower_comes_back_bit_for_bit_through_files(tmp_path, monkeypatch, family):
+    monkeypatch.setitem(vit.FAMILIES, family, {"small": CONFIGS[family]})
+    first, second = tmp_path / "published.safetensors", tmp_path / "back.safetensors"
+    expected = checkpoint(family)
+    dropped = {name: np.ones((2, 3), np.float32) for name in DROPPED[family]}
+    torch_files.write(first, expected | dropped)
+    kinds.to_bundle(family, [first], tmp_path / "bundle", architecture="small")
+    kinds.to_torch(family, tmp_path / "bundle", second)
+    actual = torch_files.read(second)
+    assert actual.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(actual[name], tensor, strict=True)
+
+
+@pytest.mark.parametrize(
+    "family, extra, message",
+    [
+        ("clip", "visual.transformer.resblocks.0.ls_1.gamma", "has no place"),
+        ("clip", "visual.transformer.resblocks.3.ln_1.weight", "has no place"),
+        ("siglip", "vision_model.encoder.layers.3.layer_norm1.weight", "has no place"),
+        ("siglip", "vision_model.embeddings.class_embedding", "has no place"),
+    ],
+)
+def test_tower_of_another_architecture_names_the_tensor(family, extra, message):
+    tensors = checkpoint(family) | {extra: np.ones(48, np.float32)}
+    with pytest.raises(ValueError, match=f"'{extra}'.*{message}"):
+        kinds.KINDS[family].from_torch(tensors, CONFIGS[family])
+
+
+def test_one_familys_file_is_not_taken_for_the_others():
+    with pytest.raises(ValueError, match=r"'vision_model\..*' is missing"):
+        convert.siglip_from_torch(checkpoint("clip"), CONFIGS["siglip"])
+    with pytest.raises(ValueError, match=r"'visual\.class_embedding' is missing"):
+        convert.clip_from_torch(checkpoint("siglip"), CONFIGS["clip"])
+
+
+def test_unknown_activation_is_refused():
+    with pytest.raises(ValueError, match=r"activation must be one of gelu, .*got 'relu'"):
+        dataclasses.replace(CONFIGS["clip"], activation="relu")
+
+
+def test_positions_are_resized_with_and_without_a_class_token():
+    table = np.random.default_rng(0).normal(size=(1 + 16 * 16, 8)).astype(np.float32)
+    resized = vit.resize_positions(table, 12)
+    assert resized.shape == (1 + 12 * 12, 8)
+    np.testing.assert_array_equal(resized[0], table[0])
+    np.testing.assert_array_equal(resized[1:], vit.resize_positions(table[1:], 12))
+    np.testing.assert_array_equal(vit.resize_positions(table[1:], 16), table[1:])
+
+
+@families
+def test_teacher_that_was_not_fetched_says_how_to_get_it(tmp_path, monkeypatch, family):
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
+    command = rf"gigatok weights fetch {NAMES[family]}.* gigatok convert {family} --from=\S+ "
+    with pytest.raises(UserError, match=command):
+        teachers.load_teacher(NAMES[family])
+
+
+@families
+def test_teacher_is_loaded_by_name_and_by_directory(fetched, family):
+    for name in (NAMES[family], str(kinds.fetched(NAMES[family]))):
+        teacher = teachers.load_teacher(name)
+        assert teacher.config == CONFIGS[family]
+        jax.tree.map(np.testing.assert_array_equal, teacher.params, parameters(family))
+
+
+def test_bundle_that_is_no_teacher_is_refused(tmp_path):
+    config = tiny.config()
+    bundles.save(tmp_path / "bundle", "tokenizer", config, tiny.weights(config), {})
+    with pytest.raises(UserError, match="holds a tokenizer, expected one of dinov2, clip, siglip"):
+        teachers.load_teacher(str(tmp_path / "bundle"))
+
+
+@families
+def test_distance_of_its_features_is_not_called_dinov2s(fetched, family):
+    extractor = features.load(NAMES[family])
+    assert extractor.distance == "fd_teacher"
+    assert extractor(np.zeros((2, 32, 32, 3), np.uint8))["pool"].shape == (2, 48)
+
+
+def run(family: str, semantic_dim: int) -> tokenizer_run.TokenizerRun:
+    """A tokenizer of an 8x8 grid, not the teacher's 5x5, with perception by the teacher too."""
+    return tokenizer_run.TokenizerRun(
+        model=tiny.config(semantic_dim=semantic_dim),
+        objective=ObjectiveConfig(
+            teacher=NAMES[family],
+            perceptual_distance="teacher",
+            discriminator_channels=(4, 8),
+        ),
+        data=DataConfig(source="embedded", length=8, eval_length=8),
+        batch_size=2,
+    )
+
+
+@families
+def test_tokenizer_training_step_takes_it_as_teacher(fetched, family):
+    config, frozen = tokenizer_run._frozen(run(family, 48))
+    training = run(family, 48).training(config)
+    assert frozen.teacher["positions"].shape == (64 + config.class_token, 48)
+    state = jax.eval_shape(training.init, jax.random.key(0))
+    batch = {"image": jax.ShapeDtypeStruct((2, 32, 32, 3), np.uint8)}
+    _, metrics = jax.eval_shape(
+        lambda *args: training.step(*args, phase=training.phase(0)), state, batch, frozen
+    )
+    assert {"semantic", "perceptual"} <= metrics.keys()
+
+
+@families
+def test_semantic_dim_must_be_the_teachers_width(fetched, family):
+    with pytest.raises(UserError, match=rf"semantic_dim: expected 48, .*{NAMES[family]}, got 12"):
+        tokenizer_run._frozen(run(family, 12))
