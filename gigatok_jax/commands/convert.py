@@ -1,7 +1,7 @@
 """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
 Turns a checkpoint of the reference (.pt, .safetensors) into a bundle, or a bundle back.
-KIND: tokenizer, generator, dinov2, lpips. A checkpoint in several files: --from=A --from=B.
+KIND: tokenizer, generator, dino, dinov2, lpips. A checkpoint in several files: --from=A --from=B.
 """
 
 import pathlib
@@ -33,7 +33,8 @@ def run(positional: list[str]) -> None:
         kinds.to_torch(kind, sources[0], out)
     else:
         if kinds.find(kind).architecture and not FLAGS.model:
-            example = {"generator": "b", "dinov2": "dinov2_vitb14"}.get(kind, "b_l")
+            examples = {"generator": "b", "dino": "dino_vits16", "dinov2": "dinov2_vitb14"}
+            example = examples.get(kind, "b_l")
             raise UserError(f"--model: expected the architecture of this {kind}, such as {example}")
         kinds.to_bundle(kind, sources, out, architecture=FLAGS.model, weights=FLAGS.weights)
     print(out)

@@ -26,6 +26,11 @@ REMAT_POLICIES = {
 }
 REMAT = ("none", *REMAT_POLICIES)
 
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+}
+
 
 def partitioned(init, *axes: str | None):
     """Attaches logical axis names to a parameter initializer."""
@@ -74,6 +79,16 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
 def packed_xavier_uniform(width: int):
     """Xavier-uniform bound of PyTorch's packed `[3W, W]` q/k/v matrix."""
     bound = (6 / (4 * width)) ** 0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def torch_uniform(fan_in: int):
+    """PyTorch's default initialization of a Linear's or convolution's kernel and bias."""
+    bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -237,12 +252,14 @@ class Block(nn.Module):
     """Pre-norm transformer layer: self-attention, cross-attention if there is a memory, MLP.
 
     Positions are added to queries and keys only, as in DETR (paper, appendix C).  `layer_scale`
-    gives each branch a learned gain a channel (DINOv2's LayerScale).
+    gives each branch a learned gain a channel (DINOv2's LayerScale).  `activation` is the MLP's, a
+    key of `ACTIVATIONS`.
     """
 
     heads: int
     epsilon: float = 1e-5
     layer_scale: bool = False
+    activation: str = "gelu"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -273,7 +290,7 @@ class Block(nn.Module):
             x = add(x, attention("cross_attention")(q, k, memory), "scale_cross")
         y = norm("norm_mlp")
         y = dense(4 * width, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y)
-        y = nn.gelu(y, approximate=False)
+        y = ACTIVATIONS[self.activation](y)
         y = dense(width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out")(y)
         return add(x, y, "scale_mlp")
 

@@ -80,6 +80,18 @@ PUBLISHED = {
     "dinov2_vitl14": _dinov2(
         "dinov2_vitl14", "d5383ea8f4877b2472eb973e0fd72d557c7da5d3611bd527ceeb1d7162cbf428"
     ),
+    # Its authors publish no hash.
+    "dino_vits16": Published(
+        "dino",
+        "dino_vits16",
+        (
+            File(
+                "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+                "dino_deitsmall16_pretrain.pth",
+                "dino_deitsmall16_pretrain.pth",
+            ),
+        ),
+    ),
     "lpips_vgg16": Published(
         "lpips",
         "",

@@ -1,6 +1,7 @@
 """Reference checkpoints to bundles and back, by kind."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+import functools
 import pathlib
 from typing import Any, NamedTuple
 
@@ -31,10 +32,10 @@ class Kind(NamedTuple):
     to_torch: Callable[[Any, Any], dict[str, np.ndarray]]
 
 
-def _dinov2(name: str) -> vit.ViTConfig:
-    if name not in vit.DINOV2:
-        raise UserError(f"{name!r}: no such DINOv2 model; known: {', '.join(vit.DINOV2)}")
-    return vit.DINOV2[name]
+def _vit(name: str, known: Mapping[str, vit.ViTConfig], family: str) -> vit.ViTConfig:
+    if name not in known:
+        raise UserError(f"{name!r}: no such {family} model; known: {', '.join(known)}")
+    return known[name]
 
 
 KINDS = {
@@ -50,7 +51,18 @@ KINDS = {
         convert.generator_from_torch,
         convert.generator_to_torch,
     ),
-    "dinov2": Kind(_dinov2, vit.ViTConfig, convert.dinov2_from_torch, convert.dinov2_to_torch),
+    "dino": Kind(
+        functools.partial(_vit, known=vit.DINO, family="DINO"),
+        vit.ViTConfig,
+        convert.dino_from_torch,
+        convert.dino_to_torch,
+    ),
+    "dinov2": Kind(
+        functools.partial(_vit, known=vit.DINOV2, family="DINOv2"),
+        vit.ViTConfig,
+        convert.dino_from_torch,
+        convert.dino_to_torch,
+    ),
     "lpips": Kind(
         None,
         None,
