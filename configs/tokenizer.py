@@ -1,7 +1,8 @@
 """Trains a GigaTok tokenizer on ImageNet: `--config=configs/tokenizer.py:NAME[,VARIANT...]`.
 
 NAME: s_s s_b s_l b_s b_l xl_xxl s_s_2d s_b_2d b_l_2d (encoder and decoder size), or tiny_tiny.
-VARIANT: `released`, the older recipe of the released weights; `vanilla`, no semantic loss.
+VARIANT: `released`, the older recipe of the released weights; `vanilla`, no semantic loss;
+`dino_disc`, a discriminator on frozen DINO features (the paper's double-dagger rows).
 """
 
 from gigatok_jax import recipes
@@ -28,4 +29,7 @@ def get_config(argument="s_s"):
         config.optimizer.warmup_steps = 0
         config.objective.entropy = 0.0
         config.objective.auxiliary_steps = 15_000
+    if "dino_disc" in variants:
+        config.objective.discriminator = "dino"
+        config.objective.disc_start = 80_000
     return config

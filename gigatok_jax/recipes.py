@@ -117,6 +117,7 @@ def tokenizer_recipe(name: str) -> TokenizerRecipe:
 MODEL_VARIANTS = {
     "released": {"gradient": "rotation"},
     "vanilla": {"semantic_dim": 0},
+    "dino_disc": {},
 }
 
 

@@ -1,4 +1,4 @@
-"""The frozen teachers, by name: what their files hold and how they are read.
+"""The frozen networks: the teachers by name, what their files hold and how they are read.
 
 A teacher's directory has `config.json` (the architecture, and what made the weights) and
 `weights.safetensors` (the parameters of `models.vit.ViT` in float16, named by their path).
@@ -97,6 +97,21 @@ def _bundled(directory: Path) -> Teacher:
         raise UserError(f"{directory}: holds a {kind}, expected one of {', '.join(vit.FAMILIES)}")
     bundle = bundles.load(directory, kind, vit.ViTConfig)
     return Teacher(bundle.config, bundle.weights)
+
+
+def load_dino() -> dict[str, Any]:
+    """The parameters of `vit.DINO["dino_vits16"]`, once `gigatok weights fetch` has brought them.
+
+    The keys' biases are zeroed, as in the reference: attention does not depend on them, and half
+    precision has more left for what it does depend on.
+
+    Raises:
+      UserError: they are not there.
+    """
+    params = bundles.load(kinds.fetched_or_refuse("dino_vits16"), "dino").weights
+    key = params["layers"]["block"]["self_attention"]["key"]
+    key["bias"] = np.zeros_like(key["bias"])
+    return params
 
 
 def load_lpips(*, missing_ok: bool = False) -> dict[str, Any] | None:

@@ -1,5 +1,6 @@
 """The command line: what it writes, and one line for whatever cannot work."""
 
+import copy
 import json
 import logging
 import pathlib
@@ -9,12 +10,18 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, cli
-from gigatok_jax.weights import convert, torch_files
+from gigatok_jax import bundles, cli, teachers
+from gigatok_jax.commands import train
+from gigatok_jax.config import from_mapping
+from gigatok_jax.errors import UserError
+from gigatok_jax.models import vit
+from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.weights import convert, kinds, torch_files
 
 import image_folders
 import synth
 import tiny
+import train_config
 
 TOKENIZER = f"{pathlib.Path(__file__).parent.parent / 'configs' / 'tokenizer.py'}:s_s"
 
@@ -108,6 +115,24 @@ def test_unknown_verb(gigatok):
     assert refused(gigatok("trian")).startswith("'trian': no such verb; known: train, ")
 
 
+def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigatok, tmp_path):
+    with pytest.raises(UserError, match=r"gigatok weights fetch dino_vits16"):
+        teachers.load_dino()
+    source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"
+    tensors = synth.checkpoint("dino_vits16")
+    torch_files.write(source, tensors)
+    out = f"--out={kinds.fetched('dino_vits16')}"
+    code, _, _ = gigatok("convert", "dino", f"--from={source}", "--model=dino_vits16", out)
+    assert code == 0
+    params = teachers.load_dino()
+    torch_files.write(back, convert.dino_to_torch(params, vit.DINO["dino_vits16"]))
+    for name, returned in torch_files.read(back).items():
+        expected = tensors[name].copy()
+        if name.endswith("qkv.bias"):
+            expected[384:768] = 0
+        np.testing.assert_array_equal(returned, expected)
+
+
 @pytest.mark.parametrize(
     "arguments, culprit",
     [
@@ -182,6 +207,22 @@ def test_missing_images(gigatok, bundle, tmp_path, content, message):
     result = gigatok("reconstruct", f"--tokenizer={bundle}", f"--images={folder}", f"--out={out}")
     assert refused(result).startswith(f"{folder}: {message}")
     assert not out.exists()
+
+
+def test_run_goes_on_where_a_field_is_newer_than_it_but_not_with_another_discriminator(tmp_path):
+    (tmp_path / "checkpoints" / "7").mkdir(parents=True)
+    config = train_config.get_config().to_dict()
+    older = copy.deepcopy(config)
+    del older["objective"]["discriminator"]
+    (tmp_path / "config.json").write_text(json.dumps(older))
+    train._settle(tmp_path, from_mapping(TokenizerRun, config))
+    assert json.loads((tmp_path / "config.json").read_text())["objective"] == json.loads(
+        json.dumps(config["objective"])
+    )
+    config["objective"]["discriminator"] = "dino"
+    message = r"^config\.objective\.discriminator: 'dino', but the run in .* has 'patchgan'"
+    with pytest.raises(UserError, match=message):
+        train._settle(tmp_path, from_mapping(TokenizerRun, config))
 
 
 def test_bundle_of_another_kind(gigatok, tmp_path):

@@ -143,6 +143,14 @@ def test_vanilla_variant_has_no_teacher():
         assert (run.model.gradient == "rotation") == ("released" in argument)
 
 
+def test_dino_disc_variant_has_another_discriminator_that_starts_later():
+    base = from_mapping(TokenizerRun, tokenizer_config("b_l").to_dict())
+    run = from_mapping(TokenizerRun, tokenizer_config("b_l,dino_disc").to_dict())
+    assert (base.objective.discriminator, base.objective.disc_start) == ("patchgan", 20_000)
+    objective = dataclasses.replace(base.objective, discriminator="dino", disc_start=80_000)
+    assert run == dataclasses.replace(base, objective=objective)
+
+
 @pytest.mark.parametrize(
     "argument, message",
     [
@@ -156,6 +164,13 @@ def test_misspelt_names_are_refused(argument, message):
         tokenizer_config(argument)
 
 
+def test_batch_that_the_dino_discriminator_cannot_group_is_refused():
+    config = tokenizer_config("s_s,dino_disc")
+    config.batch_size = 13
+    with pytest.raises(UserError, match=r"^config\.batch_size must split .* got 13"):
+        from_mapping(TokenizerRun, config.to_dict())
+
+
 @pytest.mark.parametrize(
     "path, value, message",
     [
@@ -164,6 +179,7 @@ def test_misspelt_names_are_refused(argument, message):
         ("dtype", "float8", "config.dtype must be one of"),
         ("remat", "some", "config.remat must be one of"),
         ("batch_size", 0, "config.batch_size must be positive"),
+        ("objective.discriminator", "vit", "config.objective.discriminator must be one of"),
         ("model.semantic_dim", 0, "config.objective.semantic is positive"),
         ("steps", 5_000, "config.optimizer.warmup_steps must be fewer than the run's 5000"),
     ],

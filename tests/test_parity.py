@@ -12,7 +12,7 @@ import optax
 import pytest
 
 from gigatok_jax import api, losses
-from gigatok_jax.models import discriminators, lpips, quantizer, vit
+from gigatok_jax.models import discriminators, lpips, quantizer, resize, vit
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, TransformerSize
 from gigatok_jax.training import optimizer
 from gigatok_jax.training.generator import GeneratorState, GeneratorTraining
@@ -273,9 +273,40 @@ def test_patchgan_matches_reference():
     close(after["var"], 0.9 * before["var"] + 0.1 * inputs.var(0, ddof=1))
 
 
+def test_dino_discriminator_matches_reference():
+    expected = synth.expected("dino_disc.npz")
+    config = vit.DINO["dino_vits16"]
+    # The reference zeroes the keys' biases, on which attention does not depend.
+    params = convert.dino_from_torch(synth.checkpoint("dino_vits16"), config)
+    variables = convert.dino_heads_from_torch(dino_heads())
+
+    @jax.jit
+    def judge(params, variables, images):
+        images = resize.area(vit.normalize(images, config), 224)
+        taps, method = vit.quarters(config), vit.ViT.readouts
+        features = vit.ViT(config).apply({"params": params}, images, taps, method=method)
+        logits = discriminators.DinoHeads().apply(variables, features, train=False)
+        return features, logits
+
+    features, logits = judge(params, variables, synth.images(2))
+    close(features.transpose(0, 1, 3, 2)[:, :, ::8, ::8], expected["activations"])
+    close(logits, expected["logits"])
+
+
+def dino_heads():
+    """The heads' checkpoint, with the singular vectors that its kernels have."""
+    tensors = synth.checkpoint("dino_disc_heads")
+    for name in [name for name in tensors if name.endswith("weight_orig")]:
+        kernel = tensors[name].reshape(len(tensors[name]), -1)
+        left, _, right = np.linalg.svd(kernel, full_matrices=False)
+        conv = name.removesuffix("orig")
+        tensors[f"{conv}u"], tensors[f"{conv}v"] = left[:, 0], right[0]
+    return tensors
+
+
 def test_dinov2_matches_reference():
     config = vit.DINOV2["dinov2_vitb14"]
-    params = convert.dinov2_from_torch(synth.checkpoint("dinov2_vitb14"), config)
+    params = convert.dino_from_torch(synth.checkpoint("dinov2_vitb14"), config)
     expected = synth.expected("dinov2_vitb14.npz")
     params["positions"] = vit.resize_positions(params["positions"], 16)
     close(params["positions"][::16, ::8], expected["position_embedding"])

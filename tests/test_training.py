@@ -1,6 +1,7 @@
 """The tokenizer's training step: its terms, its two players, what moves and what does not."""
 
 import dataclasses
+import functools
 import time
 
 from flax import linen as nn
@@ -18,6 +19,7 @@ from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 SIZE = TransformerSize(depth=1, heads=2, width=16)
 TEACHER = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=8)
+DINO = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=3, layer_scale=False)
 TRAINING = TokenizerTraining(
     TokenizerConfig(
         SIZE,
@@ -209,11 +211,56 @@ def test_discriminator_has_the_rate_of_the_run_s_step(state, batch, frozen):
     training = dataclasses.replace(TRAINING, optimizer=config)
     images = pictures.to_float(batch["image"])
     outputs = {"reconstruction": -images, "statistics": state.discriminator["batch_stats"]}
-    new, _ = jit(training._update_discriminator)(state, images, outputs)
+    update = jit(training._update_discriminator)
+    new, _ = update(state, images, outputs, Frozen(), jax.random.key(0))
     kernel = "conv_out", "kernel"
     before, after = (s.discriminator["params"][kernel[0]][kernel[1]] for s in (state, new))
     # Adam's first update is the rate, whatever the gradient.
     np.testing.assert_allclose(np.abs(after - before).max(), 1e-2 * 0.505, rtol=1e-2)
+
+
+@pytest.fixture(scope="module")
+def dino():
+    """A training with the dino discriminator, its state, its frozen networks and its step."""
+    objective = dataclasses.replace(
+        TRAINING.objective, discriminator="dino", perceptual=0.0, semantic=0.0, auxiliary_steps=0
+    )
+    training = dataclasses.replace(TRAINING, objective=objective, teacher=None, dino=DINO)
+    module, images = vit.ViT(DINO), jnp.zeros((1, 6, 6, 3))
+    params = jit(lambda key: nn.meta.unbox(module.init(key, images))["params"])(jax.random.key(1))
+    state = jit(lambda key: nn.meta.unbox(training.init(key)))(jax.random.key(0))
+    step = jit(training.step, static_argnames="phase")
+    return training, state, Frozen(dino=params), step
+
+
+def test_dino_discriminator_learns_and_teaches(dino, batch):
+    _, state, frozen, step = dino
+    new, metrics = step(state, batch, frozen, phase=Phase(True, False))
+    assert {"adversarial"} | OF_DISCRIMINATOR <= metrics.keys()
+    assert all(np.isfinite(value) for value in metrics.values())
+    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), state, new).discriminator
+    # A matrix of one row has its singular vectors from the start.
+    del moved["batch_stats"]["head"]["conv_out"]
+    # While all logits are within the hinges, real and fake cancel in the last bias's gradient.
+    del moved["params"]["head"]["conv_out"]["bias"]
+    assert all(jax.tree.leaves(moved))
+
+
+def test_dino_discriminator_sees_images_as_its_key_says(dino, batch):
+    training, state, frozen, _ = dino
+    images = pictures.to_float(batch["image"])
+
+    @jit
+    @functools.partial(jax.value_and_grad, has_aux=True)
+    def judge(images, key):
+        logits, _ = training._judge(state.discriminator, images, frozen, key)
+        return logits.mean(), logits
+
+    keys = jax.random.split(jax.random.key(0), 2)
+    first, again, other = (judge(images, key) for key in (keys[0], keys[0], keys[1]))
+    assert equal(first, again)
+    assert not np.allclose(first[0][1], other[0][1])
+    assert np.abs(first[1]).max((1, 2, 3)).all()  # every image is told what to change
 
 
 def test_every_parameter_and_the_step_move(state, adversarial):

@@ -191,22 +191,36 @@ def test_patchgan_comes_back_bit_for_bit():
 def test_dinov2_comes_back_bit_for_bit_but_for_the_mask_token():
     config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3)
     template = convert.shapes(vit.ViT(config), (1, 12, 12, 3))["params"]
-    tensors = filled(layout.torch_shapes(names.dinov2(config), template))
-    params = convert.dinov2_from_torch(tensors | {"mask_token": np.zeros((1, 16))}, config)
-    assert_identical(convert.dinov2_to_torch(params, config), tensors)
+    tensors = filled(layout.torch_shapes(names.dino(config), template))
+    params = convert.dino_from_torch(tensors | {"mask_token": np.zeros((1, 16))}, config)
+    assert_identical(convert.dino_to_torch(params, config), tensors)
 
 
 def test_dinov2_has_exactly_the_published_tensors():
     config = vit.DINOV2["dinov2_vitb14"]
     template = convert.shapes(vit.ViT(config), (1, 518, 518, 3))["params"]
-    shapes = layout.torch_shapes(names.dinov2(config), template)
+    shapes = layout.torch_shapes(names.dino(config), template)
     assert shapes | {"mask_token": (1, 768)} == synth.manifest("dinov2_vitb14")
+
+
+def test_dino_has_exactly_the_published_tensors_and_comes_back_bit_for_bit():
+    config = vit.DINO["dino_vits16"]
+    tensors = filled(synth.manifest("dino_vits16"))
+    params = convert.dino_from_torch(tensors, config)
+    assert_identical(convert.dino_to_torch(params, config), tensors)
+
+
+def test_heads_on_dino_come_back_bit_for_bit():
+    tensors = filled(synth.manifest("dino_disc_heads"))
+    variables = convert.dino_heads_from_torch(tensors)
+    assert variables.keys() == {"params", "batch_stats"}
+    assert_identical(convert.dino_heads_to_torch(variables), tensors)
 
 
 def test_dinov2_with_registers_is_refused():
     config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3)
     with pytest.raises(ValueError, match="'register_tokens'"):
-        convert.dinov2_from_torch({"register_tokens": np.zeros((1, 4, 16))}, config)
+        convert.dino_from_torch({"register_tokens": np.zeros((1, 4, 16))}, config)
 
 
 def test_lpips_comes_back_bit_for_bit():

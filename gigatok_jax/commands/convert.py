@@ -1,7 +1,7 @@
 """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
 Turns a checkpoint of the reference (.pt, .safetensors) into a bundle, or a bundle back.
-KIND: tokenizer, generator, dinov2, clip, siglip, lpips.
+KIND: tokenizer, generator, dino, dinov2, clip, siglip, lpips.
 A checkpoint in several files: --from=A --from=B.
 """
 
@@ -36,6 +36,7 @@ def run(positional: list[str]) -> None:
         if kinds.find(kind).architecture and not FLAGS.model:
             examples = {
                 "generator": "b",
+                "dino": "dino_vits16",
                 "dinov2": "dinov2_vitb14",
                 "clip": "clip_dfn_vitl14",
                 "siglip": "siglip_so400m14",

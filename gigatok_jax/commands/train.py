@@ -29,8 +29,8 @@ flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun, "linear_probe": LinearProbeRun}
 
-# Fields that what is in a checkpoint depends on; of the average, only whether there is one.
-STRUCTURE = ("config.task", "config.model", "config.objective.discriminator_channels")
+# How fields begin that what is in a checkpoint depends on; of the average, only whether it is kept.
+STRUCTURE = ("config.task", "config.model", "config.objective.discriminator")
 AVERAGE = "config.average_decay"
 
 
@@ -70,15 +70,23 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
 def _settle(workdir: pathlib.Path, config) -> None:
     """Writes `config.json`; refuses a workdir that another architecture's run lives in."""
     path = workdir / "config.json"
-    new = json.loads(json.dumps(dataclasses.asdict(config)))
+    new = _plain(config)
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         old = read_json(path, "the run there")
+        # What the program has learned since the run started is at its default there.
+        task = TASKS.get(old.get("task"), type(config))
+        old = _plain(from_mapping(task, old, f"{path}: config"))
         changed = list(_differences(old, new, "config"))
         for name, before, now in changed:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
     write_json(path, new)
+
+
+def _plain(config) -> dict:
+    """A run's configuration as JSON gives it back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
 def _differences(old, new, path):

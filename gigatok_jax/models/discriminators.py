@@ -1,12 +1,18 @@
-"""Image discriminators of the adversarial loss."""
+"""Image discriminators of the adversarial loss: PatchGAN, and heads on a frozen DINO.
 
+Both keep what training calls move besides the parameters in the collection `batch_stats`.
+"""
+
+from einops import rearrange
 import flax.linen as nn
 import jax
 from jax import lax
 import jax.numpy as jnp
 
-from gigatok_jax.models import layers
+from gigatok_jax.models import layers, resize, vit
 from gigatok_jax.models.convolution import conv_general_dilated
+
+GROUP = 8  # most samples that share statistics in the heads on DINO
 
 
 class BatchNorm(nn.Module):
@@ -88,3 +94,155 @@ class PatchGAN(nn.Module):
                 x = BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train=train)
             x = nn.leaky_relu(x, 0.2)
         return conv(1, 1, True, "conv_out")(x).astype(jnp.float32)
+
+
+def batch_groups(batch_size: int) -> int:
+    """Number of groups, of at most `GROUP` samples, that `LocalBatchNorm` splits a batch into.
+
+    Raises:
+      ValueError: the groups would differ in size.
+    """
+    groups = -(-batch_size // GROUP)
+    if batch_size % groups:
+        raise ValueError(
+            f"batch_size must split into equal groups of at most {GROUP} images for the dino "
+            f"discriminator, got {batch_size}"
+        )
+    return groups
+
+
+class LocalBatchNorm(nn.Module):
+    """BatchNorm of each group of consecutive samples, always by its own statistics; eps 1e-6.
+
+    Under `jit` groups are formed of the global batch, so that results are the same on any mesh.
+    """
+
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, groups = x.shape[-1], batch_groups(len(x))
+        scale = self.param("scale", layers.partitioned(nn.initializers.ones, "norm"), (width,))
+        bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
+        y = rearrange(x.astype(jnp.float32), "(g n) t w -> g (n t) w", g=groups)
+        mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
+        y = (y - mean) * lax.rsqrt(var + 1e-6) * scale + bias
+        return rearrange(y, "g (n t) w -> (g n) t w", n=len(x) // groups).astype(self.dtype)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+def _product(equation: str, *arrays: jax.Array) -> jax.Array:
+    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
+
+
+class SpectralConv(nn.Module):
+    """Circular convolution of `[B, T, C]` by a kernel divided by its spectral norm.
+
+    The norm is that of the kernel as a matrix from a window to the outputs (Miyato et al. 2018).
+    Its singular vectors are estimated by one step of power iteration a training call; no gradient
+    passes through them.
+
+    Attributes:
+      features: channels of the output.
+      window: positions that the kernel spans, odd.
+    """
+
+    features: int
+    window: int = 1
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        shape = (self.window, x.shape[-1], self.features)
+        init = layers.torch_uniform(self.window * x.shape[-1])
+        kernel_init = layers.partitioned(init, None, "conv_in", "conv_out")
+        kernel = self.param("kernel", kernel_init, shape)
+        bias = self.param("bias", layers.partitioned(init, "norm"), (self.features,))
+
+        def random_unit():
+            return _unit(jax.random.normal(self.make_rng("params"), (self.features,)))
+
+        def inwards(u):
+            return _unit(_product("kio, o -> ki", lax.stop_gradient(kernel), u))
+
+        u = self.variable("batch_stats", "u", random_unit)
+        v = self.variable("batch_stats", "v", lambda: inwards(u.value))
+        if train and not self.is_initializing():
+            v.value = inwards(u.value)
+            u.value = _unit(_product("kio, ki -> o", lax.stop_gradient(kernel), v.value))
+        norm = _product("kio, o, ki ->", kernel, u.value, v.value)
+        margin = self.window // 2
+        return bias.astype(self.dtype) + lax.conv_general_dilated(
+            jnp.pad(x, ((0, 0), (margin, margin), (0, 0)), mode="wrap").astype(self.dtype),
+            (kernel / norm).astype(self.dtype),
+            window_strides=(1,),
+            padding="VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        )
+
+
+class DinoHead(nn.Module):
+    """Judges each token: `[B, T, W]` to logits `[B, T]` float32."""
+
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        def block(x, window, name):
+            conv = SpectralConv(x.shape[-1], window, self.dtype, name=f"conv_{name}")
+            norm = LocalBatchNorm(self.dtype, name=f"norm_{name}")
+            return nn.leaky_relu(norm(conv(x, train=train)), 0.2)
+
+        x = block(x, 1, "in")
+        x = (x + block(x, 9, "mix")) * 0.5**0.5
+        logits = SpectralConv(1, dtype=self.dtype, name="conv_out")(x, train=train)
+        return logits[..., 0].astype(jnp.float32)
+
+
+class DinoHeads(nn.Module):
+    """A head for each of a frozen DINO's features (VAR's discriminator, after StyleGAN-T's).
+
+    Maps features `[L, B, T, W]`, see `vit.ViT.readouts`, to logits `[B, L * T]` float32.
+    """
+
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: jax.Array, *, train: bool = True) -> jax.Array:
+        def judge(module, carry, x):
+            del module
+            return carry, DinoHead(self.dtype, name="head")(x, train=train)
+
+        scan = nn.scan(
+            judge,
+            variable_axes={"params": 0, "batch_stats": 0},
+            split_rngs={"params": True},
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        _, logits = scan(self, None, features)
+        return rearrange(logits, "l b t -> b (l t)")
+
+
+def dino_inputs(images: jax.Array, config: vit.ViTConfig, key: jax.Array) -> jax.Array:
+    """Images as DINO's input: a crop of all of them at one random place, or all of each.
+
+    Args:
+      images: square, `[B, H, H, 3]` in [-1, 1].
+      config: DINO's; S = grid * patch_size.
+      key: decides, as in the reference for the whole batch, with even odds.
+
+    Returns:
+      Normalized images `[B, S, S, 3]`.  What is not cropped is resized by area; images that are
+      no larger than S always are, bicubically.
+    """
+    size, extent = config.grid * config.patch_size, images.shape[1]
+    images = vit.normalize(images, config)
+    if extent <= size:
+        return resize.bicubic(images, size)
+    coin, place = jax.random.split(key)
+    row, column = jax.random.randint(place, (2,), 0, extent - size + 1)
+    crop = lax.dynamic_slice(images, (0, row, column, 0), (len(images), size, size, 3))
+    return jnp.where(jax.random.bernoulli(coin), crop, resize.area(images, size))

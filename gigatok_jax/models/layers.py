@@ -26,6 +26,12 @@ REMAT_POLICIES = {
 }
 REMAT = ("none", *REMAT_POLICIES)
 
+ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of the first CLIP, and of DFN's
+}
+
 
 def partitioned(init, *axes: str | None):
     """Attaches logical axis names to a parameter initializer."""
@@ -71,14 +77,19 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
     )
 
 
-def gelu(x: jax.Array) -> jax.Array:
-    """The exact GELU; Flax's default is the approximation by tanh."""
-    return nn.gelu(x, approximate=False)
-
-
 def packed_xavier_uniform(width: int):
     """Xavier-uniform bound of PyTorch's packed `[3W, W]` q/k/v matrix."""
     bound = (6 / (4 * width)) ** 0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def torch_uniform(fan_in: int):
+    """PyTorch's default initialization of a Linear's or convolution's kernel and bias."""
+    bound = fan_in**-0.5
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -247,14 +258,14 @@ class Block(nn.Module):
       epsilon: of the norms.
       layer_scale: gives each branch a learned gain a channel (DINOv2's LayerScale).
       mlp_width: hidden width of the MLP; None: four times the input's.
-      activation: of the MLP.
+      activation: of the MLP, a key of `ACTIVATIONS`.
     """
 
     heads: int
     epsilon: float = 1e-5
     layer_scale: bool = False
     mlp_width: int | None = None
-    activation: Callable[[jax.Array], jax.Array] = gelu
+    activation: str = "gelu"
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -286,7 +297,7 @@ class Block(nn.Module):
         y = norm("norm_mlp")
         hidden = self.mlp_width or 4 * width
         y = dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="mlp_in")(y)
-        y = self.activation(y)
+        y = ACTIVATIONS[self.activation](y)
         y = dense(width, ("mlp", "embed"), dtype=self.dtype, name="mlp_out")(y)
         return add(x, y, "scale_mlp")
 

@@ -33,6 +33,21 @@ def bicubic(images: jax.Array, size: int) -> jax.Array:
     return _separable(images, size, _bicubic_matrix)
 
 
+@functools.lru_cache
+def _area_matrix(length: int, target: int) -> np.ndarray:
+    """`[target, length]` weights of PyTorch's area: means of all pixels that a target's touches."""
+    place = np.arange(length)
+    first = np.arange(target)[:, None] * length // target
+    last = -(-(np.arange(target)[:, None] + 1) * length // target)
+    inside = (first <= place) & (place < last)
+    return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
+
+
+def area(images: jax.Array, size: int) -> jax.Array:
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]`: PyTorch's `interpolate(mode="area")`."""
+    return _separable(images, size, _area_matrix)
+
+
 def _separable(images, size, matrix):
     """Both axes of `[B, H, W, C]` by `matrix(length, size)`."""
     height, width = images.shape[1:3]

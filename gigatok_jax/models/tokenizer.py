@@ -159,16 +159,6 @@ def _codebook_init(normalized: bool):
     return init
 
 
-def _torch_uniform(fan_in: int):
-    """PyTorch's default initialization of a Linear's kernel and bias."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
 class TokenTransformer(nn.Module):
     """One of the tokenizer's two transformers, from `[B, S, z]` to `[B, T, z or W]`.
 
@@ -256,7 +246,7 @@ class Tokenizer(nn.Module):
         )
 
         def torch_default(features, fan_in, name):
-            init = _torch_uniform(fan_in)
+            init = layers.torch_uniform(fan_in)
             return layers.dense(
                 features, (None, None), dtype=dtype, name=name, kernel_init=init, bias_init=init
             )

@@ -1,7 +1,7 @@
-"""The vision transformer of the frozen teachers: DINOv2's, CLIP's and SigLIP's architecture.
+"""The vision transformer of the frozen networks: DINO's, DINOv2's, CLIP's and SigLIP's.
 
-The reference takes the same of each as semantic targets: the patch tokens after the final norm (the
-class token is left out), before any pooling or projection.
+The reference takes the same of each teacher as semantic targets: the patch tokens after the final
+norm (the class token is left out), before any pooling or projection.
 """
 
 import dataclasses
@@ -22,20 +22,13 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def quick_gelu(x: jax.Array) -> jax.Array:
-    """OpenAI's approximation of GELU in the first CLIP, which DFN keeps."""
-    return x * nn.sigmoid(1.702 * x)
-
-
-ACTIVATIONS = {"gelu": layers.gelu, "gelu_tanh": nn.gelu, "quick_gelu": quick_gelu}
-
-
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """A teacher's architecture and its input's normalization; the defaults are DINOv2's.
+    """A frozen network's architecture and its input's normalization; the defaults are DINOv2's.
 
     Attributes:
       grid: side of the patch grid that the stored position table belongs to.
+      layer_scale, activation: see `layers.Block`.
       mean, std: of the input in [0, 1], a channel.
       mlp_width: hidden width of the MLPs; None: four times `width`.
       activation: of the MLPs: "gelu" (exact), "gelu_tanh" or "quick_gelu".
@@ -50,6 +43,8 @@ class ViTConfig:
     width: int
     patch_size: int
     grid: int
+    layer_scale: bool = True
+    activation: str = "gelu"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     mlp_width: int | None = None
@@ -62,8 +57,8 @@ class ViTConfig:
     def __post_init__(self):
         object.__setattr__(self, "mean", tuple(self.mean))
         object.__setattr__(self, "std", tuple(self.std))
-        if self.activation not in ACTIVATIONS:
-            known = ", ".join(ACTIVATIONS)
+        if self.activation not in layers.ACTIVATIONS:
+            known = ", ".join(layers.ACTIVATIONS)
             raise ValueError(f"activation must be one of {known}, got {self.activation!r}")
 
 
@@ -104,7 +99,14 @@ SIGLIP = {
         layer_scale=False,
     )
 }
-FAMILIES = {"dinov2": DINOV2, "clip": CLIP, "siglip": SIGLIP}
+# The activation is the tanh approximation of GELU as the reference's discriminator has it; DINO
+# itself was trained with the exact one.
+DINO = {
+    "dino_vits16": ViTConfig(
+        12, 6, 384, patch_size=16, grid=14, layer_scale=False, activation="gelu_tanh"
+    ),
+}
+FAMILIES = {"dinov2": DINOV2, "clip": CLIP, "siglip": SIGLIP}  # of teachers
 PUBLISHED = DINOV2 | CLIP | SIGLIP
 
 
@@ -121,7 +123,6 @@ class ViT(nn.Module):
     remat: str = "none"
     dtype: layers.Dtype = jnp.float32
 
-    @nn.compact
     def __call__(
         self, images: jax.Array, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
@@ -137,6 +138,20 @@ class ViT(nn.Module):
           blocks' patch tokens before it, each `[B, g*g, W]`.  Where there is no class token, the
           mean of the patch tokens stands for it.
         """
+        x, tapped = self._tokens(images, taps)
+        return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
+
+    def readouts(self, images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
+        """The tapped blocks' patch tokens plus their class token, `[taps, B, g*g, W]` float32.
+
+        The arguments are those of a call.
+        """
+        tapped = jnp.stack(self._tokens(images, taps)[1]).astype(jnp.float32)
+        return tapped[:, :, 1:] + tapped[:, :, :1]
+
+    @nn.compact
+    def _tokens(self, images, taps):
+        """All tokens `[B, 1 + g*g, W]` after the final norm, and after the tapped blocks."""
         config = self.config
         patch = (config.patch_size,) * 2
         axes = (None, None, "conv_in", "embed")
@@ -165,22 +180,31 @@ class ViT(nn.Module):
             epsilon=config.epsilon,
             layer_scale=config.layer_scale,
             mlp_width=config.mlp_width,
-            activation=ACTIVATIONS[config.activation],
+            activation=config.activation,
             dtype=self.dtype,
         )
         stack = layers.Transformer(config.depth, block, self.remat, name="layers")
         x, tapped = stack(x, taps=taps)
-        x = norm(name="norm")(x)
+        outputs = (norm(name="norm")(x), *tapped)
         if not config.class_token:
-            return x.mean(1), x, tapped
-        return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
+            outputs = (jnp.concatenate([y.mean(1, keepdims=True), y], axis=1) for y in outputs)
+        x, *tapped = outputs
+        return x, tapped
+
+
+def quarters(config: ViTConfig) -> tuple[int, ...]:
+    """The five depths, as `taps`, that end the quarters of the stack; the first is the input."""
+    return tuple(round(config.depth * quarter / 4) for quarter in range(5))
+
+
+def normalize(images: jax.Array, config: ViTConfig) -> jax.Array:
+    """Images in [-1, 1] with the mean and deviation that the network was trained with."""
+    return ((images + 1) / 2 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
 
 
 def preprocess(images: jax.Array, config: ViTConfig, grid: int) -> jax.Array:
     """Images `[B, H, W, 3]` in [-1, 1] as the teacher's input for a grid x grid token grid."""
-    images = (images + 1) / 2
-    images = (images - jnp.asarray(config.mean)) / jnp.asarray(config.std)
-    return resize.bicubic(images, grid * config.patch_size)
+    return resize.bicubic(normalize(images, config), grid * config.patch_size)
 
 
 def resize_positions(positions: jax.Array, grid: int) -> jax.Array:

@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import optax
 
 from gigatok_jax import losses, metrics, pictures
-from gigatok_jax.models import layers, quantizer, vit
-from gigatok_jax.models.discriminators import PatchGAN
+from gigatok_jax.models import discriminators, layers, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
-from gigatok_jax.training import optimizer
+from gigatok_jax.training import diffaug, optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 PERCEPTUAL = ("lpips", "teacher")
+DISCRIMINATORS = ("patchgan", "dino")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,7 @@ class ObjectiveConfig:
         commitment loss has its 0.25 inside.
       perceptual_distance: "lpips", or "teacher": the distance of the semantic teacher's features.
       teacher: name of the semantic teacher (see `gigatok_jax.teachers`).
+      discriminator: "patchgan", or "dino": heads on a frozen DINO's features of augmented images.
       disc_start: step from which the discriminator trains and judges.
       discriminator_channels: widths of PatchGAN's layers.
       auxiliary_steps: first steps that train the CNN decoder on the CNN encoder's features too,
@@ -47,6 +48,7 @@ class ObjectiveConfig:
     semantic: float = 0.5
     perceptual_distance: str = "lpips"
     teacher: str = "dinov2_vitb14"
+    discriminator: str = "patchgan"
     disc_start: int = 20_000
     discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)
     auxiliary_steps: int = 0
@@ -60,6 +62,10 @@ class ObjectiveConfig:
             raise ValueError(
                 f"perceptual_distance must be one of {PERCEPTUAL}, got {self.perceptual_distance!r}"
             )
+        if self.discriminator not in DISCRIMINATORS:
+            raise ValueError(
+                f"discriminator must be one of {DISCRIMINATORS}, got {self.discriminator!r}"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -68,6 +74,10 @@ class ObjectiveConfig:
     @property
     def needs_lpips(self) -> bool:
         return self.perceptual > 0 and self.perceptual_distance == "lpips"
+
+    @property
+    def needs_dino(self) -> bool:
+        return self.adversarial > 0 and self.discriminator == "dino"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +94,7 @@ class Frozen:
 
     teacher: Any = None
     lpips: Any = None
+    dino: Any = None
 
 
 @flax.struct.dataclass
@@ -96,7 +107,7 @@ class TokenizerState:
       params, optimizer: of the tokenizer.
       average: moving average of `params`, or None.
       history: last 65,536 codes assigned.
-      discriminator: PatchGAN's parameters and running statistics.
+      discriminator: its parameters, and its running statistics or singular vectors.
       discriminator_optimizer: its optimizer's state.
     """
 
@@ -108,11 +119,6 @@ class TokenizerState:
     history: jax.Array
     discriminator: Any
     discriminator_optimizer: Any
-
-
-def perceptual_taps(config: vit.ViTConfig) -> tuple[int, ...]:
-    """Depths of the teacher whose features make its perceptual distance: quarters of it."""
-    return tuple(round(config.depth * quarter / 4) for quarter in range(5))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +134,7 @@ class TokenizerTraining:
       remat: see `gigatok_jax.models.layers.remat`.
       dtype: type of the computation.
       teacher: the semantic teacher's architecture, where there is one.
+      dino: architecture of the frozen network that the dino discriminator judges by.
     """
 
     model: TokenizerConfig
@@ -138,21 +145,27 @@ class TokenizerTraining:
     remat: str = "none"
     dtype: layers.Dtype = jnp.float32
     teacher: vit.ViTConfig | None = None
+    dino: vit.ViTConfig = vit.DINO["dino_vits16"]
 
     @property
     def tokenizer(self) -> Tokenizer:
         return Tokenizer(self.model, self.remat, self.dtype)
 
     @property
-    def discriminator(self) -> PatchGAN:
-        return PatchGAN(self.objective.discriminator_channels, self.dtype)
+    def discriminator(self) -> discriminators.PatchGAN | discriminators.DinoHeads:
+        if self.objective.discriminator == "dino":
+            return discriminators.DinoHeads(self.dtype)
+        return discriminators.PatchGAN(self.objective.discriminator_channels, self.dtype)
 
     def init(self, key: jax.Array) -> TokenizerState:
         """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
         tokenizer_key, discriminator_key, step_key = jax.random.split(key, 3)
-        images = jnp.zeros((1, self.model.image_size, self.model.image_size, 3))
+        judged = jnp.zeros((1, self.model.image_size, self.model.image_size, 3))
+        if self.objective.discriminator == "dino":
+            depths = len(vit.quarters(self.dino))
+            judged = jnp.zeros((depths, 1, self.dino.grid**2, self.dino.width))
         params = init_params(self.tokenizer, tokenizer_key)
-        discriminator = self.discriminator.init(discriminator_key, images)
+        discriminator = self.discriminator.init(discriminator_key, judged)
         adamw = optimizer.optimizer(self.optimizer, self.steps)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
@@ -181,7 +194,7 @@ class TokenizerTraining:
         Args:
           state: before the update.
           batch: "image", uint8 `[B, H, W, 3]`.
-          frozen: teacher and LPIPS.
+          frozen: what the objective measures with.
           phase: see `phase`; static under `jit`.
 
         Returns:
@@ -191,8 +204,9 @@ class TokenizerTraining:
         """
         images = pictures.to_float(batch["image"])
         real = self._real_features(images, frozen)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         gradients, (metrics, outputs) = jax.grad(self._loss, has_aux=True)(
-            state.params, state, images, real, frozen, phase
+            state.params, state, images, real, frozen, phase, key
         )
         adamw = optimizer.optimizer(self.optimizer, self.steps)
         updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
@@ -215,7 +229,7 @@ class TokenizerTraining:
             history=history,
         )
         if phase.adversarial:
-            state, more = self._update_discriminator(state, images, outputs)
+            state, more = self._update_discriminator(state, images, outputs, frozen, key)
             metrics |= more
         return state, metrics
 
@@ -234,19 +248,15 @@ class TokenizerTraining:
         values |= {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
         return outputs, values
 
-    def _loss(self, params, state, images, real, frozen, phase):
+    def _loss(self, params, state, images, real, frozen, phase, key):
         """Weighted sum of the terms; terms and outputs beside it."""
         objective = self.objective
-        rngs = {}
-        if self.model.dropout:
-            key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-            rngs["dropout"] = key
         out = self.tokenizer.apply(
             {"params": params},
             images,
             entropy=objective.entropy > 0,
             auxiliary=phase.auxiliary,
-            rngs=rngs,
+            rngs={"dropout": key} if self.model.dropout else {},
         )
         terms = {
             "l2": jnp.mean((out.reconstruction - images) ** 2),
@@ -265,9 +275,10 @@ class TokenizerTraining:
 
         discriminator = state.discriminator
 
-        def adversarial(fake):
+        def adversarial(fake, draw):
             nonlocal discriminator
-            logits, discriminator = self._judge(discriminator, fake)
+            part = jax.random.fold_in(key, draw)
+            logits, discriminator = self._judge(discriminator, fake, frozen, part)
             return losses.hinge_generator(logits)
 
         add("entropy", objective.entropy, lambda: out.entropy_loss)
@@ -279,14 +290,15 @@ class TokenizerTraining:
                 lambda: losses.semantic(out.semantic_features, real["semantic"]),
             )
         if phase.adversarial:
-            add("adversarial", objective.adversarial, lambda: adversarial(out.reconstruction))
+            add("adversarial", objective.adversarial, lambda: adversarial(out.reconstruction, 0))
         if phase.auxiliary:
             terms["auxiliary_l2"] = jnp.mean((out.direct - images) ** 2)
             terms["auxiliary_feature"] = out.feature_loss
             weights |= {"auxiliary_l2": objective.l2, "auxiliary_feature": 1.0}
             add("auxiliary_perceptual", objective.perceptual, lambda: perceptual(out.direct))
             if phase.adversarial:
-                add("auxiliary_adversarial", objective.adversarial, lambda: adversarial(out.direct))
+                weight = objective.adversarial
+                add("auxiliary_adversarial", weight, lambda: adversarial(out.direct, 1))
         total = sum(weights[name] * value for name, value in terms.items())
         outputs = {
             "codes": out.codes,
@@ -295,21 +307,38 @@ class TokenizerTraining:
         }
         return total, ({"total": total} | terms, outputs)
 
-    def _judge(self, discriminator, images):
-        """Training-mode logits, and the discriminator with its running statistics moved on."""
+    def _judge(self, discriminator, images, frozen, key):
+        """Training-mode logits, and the discriminator with its statistics moved on.
+
+        The key draws what the dino discriminator sees of the images.
+        """
+        judged = images
+        if self.objective.discriminator == "dino":
+            judged = self._dino_features(images, frozen, key)
         logits, updated = self.discriminator.apply(
-            discriminator, images, train=True, mutable=["batch_stats"]
+            discriminator, judged, train=True, mutable=["batch_stats"]
         )
         return logits, discriminator | jax.lax.stop_gradient(updated)
 
-    def _update_discriminator(self, state, images, outputs):
+    def _dino_features(self, images, frozen, key):
+        """Features `[L, B, T, C]` of augmented images, from the depths that the heads judge."""
+        augmentation, crop = jax.random.split(key)
+        images = diffaug.augment(images, augmentation)
+        images = discriminators.dino_inputs(images, self.dino, crop)
+        return vit.ViT(self.dino, self.remat, self.dtype).apply(
+            {"params": frozen.dino}, images, vit.quarters(self.dino), method=vit.ViT.readouts
+        )
+
+    def _update_discriminator(self, state, images, outputs, frozen, key):
         """Trains the discriminator on the reconstructions that the tokenizer was judged by."""
         fake = jax.lax.stop_gradient(outputs["reconstruction"])
         discriminator = state.discriminator | {"batch_stats": outputs["statistics"]}
+        keys = [jax.random.fold_in(key, draw) for draw in (2, 3)]  # 0 and 1 are the tokenizer's
 
         def loss(params):
-            logits_real, updated = self._judge(discriminator | {"params": params}, images)
-            logits_fake, updated = self._judge(updated, fake)
+            trained = discriminator | {"params": params}
+            logits_real, updated = self._judge(trained, images, frozen, keys[0])
+            logits_fake, updated = self._judge(updated, fake, frozen, keys[1])
             value = losses.hinge_discriminator(logits_real, logits_fake)
             return self.objective.adversarial * value, (
                 updated["batch_stats"],
@@ -359,7 +388,7 @@ class TokenizerTraining:
         """Final patch tokens `[B, T, C]`, and those of the perceptual distance's depths."""
         taps = ()
         if self.objective.perceptual_distance == "teacher":
-            taps = perceptual_taps(self.teacher)
+            taps = vit.quarters(self.teacher)
         images = vit.preprocess(images, self.teacher, self.model.grid)
         module = vit.ViT(self.teacher, self.remat, self.dtype)
         _, tokens, tapped = module.apply({"params": frozen.teacher}, images, taps)

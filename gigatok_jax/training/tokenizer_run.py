@@ -13,7 +13,7 @@ import numpy as np
 from gigatok_jax import bundles, pictures, precision, teachers
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import quantizer, vit
+from gigatok_jax.models import discriminators, quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import tokenizer as training
 from gigatok_jax.training.evaluating import held_out_means
@@ -50,9 +50,12 @@ class TokenizerRun(RunConfig):
             raise ValueError("data.source must be one of images, got 'codes'")
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
+        if self.objective.needs_dino:
+            discriminators.batch_groups(self.batch_size)
+        patchgan = self.objective.adversarial > 0 and self.objective.discriminator == "patchgan"
         channels = self.objective.discriminator_channels
         extent = self.model.image_size >> (len(channels) - 1)  # of the last two layers' input
-        if len(channels) < 2 or (self.objective.adversarial > 0 and extent < 3):
+        if len(channels) < 2 or (patchgan and extent < 3):
             raise ValueError(
                 "objective.discriminator_channels must be at least 2 widths, all but the last of "
                 f"which halve an image of {self.model.image_size} to 3 or more, got {channels}"
@@ -102,7 +105,7 @@ class TokenizerRun(RunConfig):
 
 def _frozen(run: TokenizerRun) -> tuple[vit.ViTConfig | None, training.Frozen]:
     """The networks that the objective asks for, and the teacher's architecture."""
-    config, params, lpips = None, None, None
+    config, params = None, None
     objective = run.objective
     if objective.needs_teacher:
         config, params = teachers.load_teacher(objective.teacher)
@@ -112,9 +115,9 @@ def _frozen(run: TokenizerRun) -> tuple[vit.ViTConfig | None, training.Frozen]:
                 f"config.model.semantic_dim: expected {config.width}, the width of teacher "
                 f"{objective.teacher}, got {run.model.semantic_dim}"
             )
-    if objective.needs_lpips:
-        lpips = teachers.load_lpips()
-    return config, training.Frozen(teacher=params, lpips=lpips)
+    lpips = teachers.load_lpips() if objective.needs_lpips else None
+    dino = teachers.load_dino() if objective.needs_dino else None
+    return config, training.Frozen(teacher=params, lpips=lpips, dino=dino)
 
 
 class _Evaluation:

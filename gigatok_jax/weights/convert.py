@@ -140,25 +140,39 @@ def patchgan_to_torch(variables: Mapping, channels=(64, 128, 256, 512)) -> dict[
     return layout.to_torch(variables, names.patchgan(channels)) | counts
 
 
+def dino_heads_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
+    """The dino discriminator's heads as `{"params": ..., "batch_stats": ...}`."""
+    entries = names.dino_heads()
+    _refuse_unknown(tensors, entries)
+    width = vit.DINO["dino_vits16"].width
+    template = shapes(discriminators.DinoHeads(), (names.DINO_HEADS, 1, 1, width))
+    return layout.from_torch(tensors, entries, template)
+
+
+def dino_heads_to_torch(variables: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `dino_heads_from_torch`."""
+    return layout.to_torch(variables, names.dino_heads())
+
+
 def vit_shapes(config: vit.ViTConfig) -> dict:
     """Shapes of a teacher's parameters, with the position table of its file."""
     side = config.grid * config.patch_size
     return shapes(vit.ViT(config), (1, side, side, 3))["params"]
 
 
-def dinov2_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
-    """A DINOv2 backbone's parameters, with the position table of the file.
+def dino_from_torch(tensors: Mapping[str, np.ndarray], config: vit.ViTConfig) -> dict:
+    """A DINO or DINOv2 backbone's parameters, with the position table of the file.
 
     `mask_token`, which only DINOv2's own pre-training reads, is dropped.
     """
-    entries = names.dinov2(config)
+    entries = names.dino(config)
     _refuse_unknown(tensors, entries, "mask_token")
     return layout.from_torch(tensors, entries, vit_shapes(config))
 
 
-def dinov2_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
-    """The inverse of `dinov2_from_torch`, without a `mask_token`."""
-    return layout.to_torch(params, names.dinov2(config))
+def dino_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndarray]:
+    """The inverse of `dino_from_torch`, without a `mask_token`."""
+    return layout.to_torch(params, names.dino(config))
 
 
 def _tower(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:

@@ -103,6 +103,18 @@ PUBLISHED = {
             ),
         ),
     ),
+    # Its authors publish no hash.
+    "dino_vits16": Published(
+        "dino",
+        "dino_vits16",
+        (
+            File(
+                "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/"
+                "dino_deitsmall16_pretrain.pth",
+                "dino_deitsmall16_pretrain.pth",
+            ),
+        ),
+    ),
     "lpips_vgg16": Published(
         "lpips",
         "",

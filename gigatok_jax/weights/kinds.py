@@ -1,6 +1,6 @@
 """Reference checkpoints to bundles and back, by kind."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import pathlib
 from typing import Any, NamedTuple
 
@@ -31,9 +31,10 @@ class Kind(NamedTuple):
     to_torch: Callable[[Any, Any], dict[str, np.ndarray]]
 
 
-def _teacher(family: str, from_torch: Callable, to_torch: Callable) -> Kind:
+def _vit(
+    family: str, known: Mapping[str, vit.ViTConfig], from_torch: Callable, to_torch: Callable
+) -> Kind:
     def architecture(name: str) -> vit.ViTConfig:
-        known = vit.FAMILIES[family]
         if name not in known:
             raise UserError(f"{name!r}: no such {family} model; known: {', '.join(known)}")
         return known[name]
@@ -54,9 +55,10 @@ KINDS = {
         convert.generator_from_torch,
         convert.generator_to_torch,
     ),
-    "dinov2": _teacher("dinov2", convert.dinov2_from_torch, convert.dinov2_to_torch),
-    "clip": _teacher("clip", convert.clip_from_torch, convert.clip_to_torch),
-    "siglip": _teacher("siglip", convert.siglip_from_torch, convert.siglip_to_torch),
+    "dino": _vit("dino", vit.DINO, convert.dino_from_torch, convert.dino_to_torch),
+    "dinov2": _vit("dinov2", vit.DINOV2, convert.dino_from_torch, convert.dino_to_torch),
+    "clip": _vit("clip", vit.CLIP, convert.clip_from_torch, convert.clip_to_torch),
+    "siglip": _vit("siglip", vit.SIGLIP, convert.siglip_from_torch, convert.siglip_to_torch),
     "lpips": Kind(
         None,
         None,

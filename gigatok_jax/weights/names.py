@@ -9,12 +9,15 @@ from gigatok_jax.weights.layout import Entry
 
 LINEAR = "o i -> i o"
 CONV = "o i h w -> h w i o"
+CONV_1D = "o i k -> k i o"
 CONV_1X1 = "o i 1 1 -> i o"
 PACKED_WEIGHT = "(p n h) i -> p i n h"
 PACKED_BIAS = "(p n h) -> p n h"
 IN_WEIGHT = "(n h) i -> i n h"
 IN_BIAS = "(n h) -> n h"
 OUT_WEIGHT = "o (n h) -> n h o"
+
+DINO_HEADS = len(vit.quarters(vit.DINO["dino_vits16"]))
 
 
 def _pair(name: str, path: str, pattern: str, **kwargs) -> Iterator[Entry]:
@@ -212,8 +215,27 @@ def patchgan_batches(channels: tuple[int, ...]) -> dict[str, str]:
     return {f"main.{3 * i}.num_batches_tracked": f"norm{i}" for i in range(1, len(channels))}
 
 
-def dinov2(config: vit.ViTConfig) -> list[Entry]:
-    """Entries of a DINOv2 backbone without registers."""
+def dino_heads() -> list[Entry]:
+    """Entries of the heads on a frozen DINO; singular vectors live under `batch_stats/`."""
+    entries = []
+    for i in range(DINO_HEADS):
+        for name, path, window in (("0.0", "in", 1), ("1.fn.0", "mix", 9), ("2", "out", 1)):
+            conv, ours, at = f"heads.{i}.{name}", f"head/conv_{path}", {"layer": i}
+            params, vectors = f"params/{ours}", f"batch_stats/{ours}"
+            flat = dict(pattern="(i k) -> k i", sizes=(("k", window),))
+            entries += [
+                Entry(f"{conv}.weight_orig", (f"{params}/kernel",), CONV_1D, **at),
+                Entry(f"{conv}.bias", (f"{params}/bias",), **at),
+                Entry(f"{conv}.weight_u", (f"{vectors}/u",), **at),
+                Entry(f"{conv}.weight_v", (f"{vectors}/v",), **flat, **at),
+            ]
+        for name, path in (("0.1", "in"), ("1.fn.1", "mix")):
+            entries += _norm(f"heads.{i}.{name}", f"params/head/norm_{path}", layer=i)
+    return entries
+
+
+def dino(config: vit.ViTConfig) -> list[Entry]:
+    """Entries of a DINO backbone, or of a DINOv2 one without registers."""
     entries = [
         Entry("cls_token", ("class_token",), "1 n w -> n w"),
         Entry("pos_embed", ("positions",), "1 n w -> n w"),
@@ -234,11 +256,14 @@ def dinov2(config: vit.ViTConfig) -> list[Entry]:
                 config.heads,
                 layer,
             ),
-            Entry(f"{name}.ls1.gamma", (f"{block}/scale_self",), layer=layer),
-            Entry(f"{name}.ls2.gamma", (f"{block}/scale_mlp",), layer=layer),
             *_pair(f"{name}.mlp.fc1", f"{block}/mlp_in", LINEAR, layer=layer),
             *_pair(f"{name}.mlp.fc2", f"{block}/mlp_out", LINEAR, layer=layer),
         ]
+        if config.layer_scale:
+            entries += [
+                Entry(f"{name}.ls1.gamma", (f"{block}/scale_self",), layer=layer),
+                Entry(f"{name}.ls2.gamma", (f"{block}/scale_mlp",), layer=layer),
+            ]
     return entries
 
 
