@@ -1,7 +1,7 @@
 """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
 Turns a checkpoint of the reference (.pt, .safetensors) into a bundle, or a bundle back.
-KIND: tokenizer, generator, dino, dinov2, clip, siglip, lpips.
+KIND: tokenizer, generator, dino, dinov2, clip, siglip, lpips, inception.
 A checkpoint in several files: --from=A --from=B.
 """
 

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import discriminators, lpips, quantizer, vit
+from gigatok_jax.models import discriminators, inception, lpips, quantizer, vit
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.weights import layout, names
@@ -226,3 +226,17 @@ def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
 def lpips_to_torch(params: Mapping) -> dict[str, np.ndarray]:
     """The inverse of `lpips_from_torch`, under a whole module's names."""
     return layout.to_torch(params, names.lpips_whole())
+
+
+def inception_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
+    """Parameters of FID's Inception, from `pt_inception-2015-12-05`."""
+    entries = names.inception_fid()
+    _refuse_unknown(tensors, entries, "*.num_batches_tracked")
+    size = inception.INPUT_SIZE
+    template = shapes(inception.Inception(), (1, size, size, 3))["params"]
+    return layout.from_torch(tensors, entries, template)
+
+
+def inception_to_torch(params: Mapping) -> dict[str, np.ndarray]:
+    """The inverse of `inception_from_torch`."""
+    return layout.to_torch(params, names.inception_fid())

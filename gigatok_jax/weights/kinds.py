@@ -65,6 +65,12 @@ KINDS = {
         lambda tensors, _: convert.lpips_from_torch(tensors),
         lambda weights, _: convert.lpips_to_torch(weights),
     ),
+    "inception": Kind(
+        None,
+        None,
+        lambda tensors, _: convert.inception_from_torch(tensors),
+        lambda weights, _: convert.inception_to_torch(weights),
+    ),
 }
 
 
