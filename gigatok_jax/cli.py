@@ -77,9 +77,9 @@ def _unknown_field(verb: str, arguments: list[str]) -> str | None:
     except Exception:  # the fault is another one
         return None
     for name, *fields in (name.split(".") for name in names):
-        if not fields or name not in command.FLAGS:
+        node = command.FLAGS[name].value if name in command.FLAGS else None
+        if not isinstance(node, ConfigDict):
             continue
-        node = command.FLAGS[name].value
         for depth, field in enumerate(fields):
             if not isinstance(node, ConfigDict) or field not in node:
                 known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "none"
