@@ -5,6 +5,8 @@ import logging
 import os
 import sys
 
+from ml_collections import ConfigDict
+
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import cache_dir
 
@@ -47,8 +49,8 @@ def _run(verb: str, arguments: list[str]) -> int:
     from absl import flags
 
     argv, sys.argv = sys.argv, [verb, *arguments]  # where config_flags finds --config.FIELD
+    command = _fresh_module(f"gigatok_jax.commands.{verb}")
     try:
-        command = _fresh_module(f"gigatok_jax.commands.{verb}")
         if any(argument in ("-h", "--help") for argument in arguments):
             print(command.__doc__)
             print(command.FLAGS.get_help())
@@ -57,12 +59,34 @@ def _run(verb: str, arguments: list[str]) -> int:
         if "config" in command.FLAGS:
             _ = command.FLAGS.config.to_dict  # raises if the file is not there
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        raise UserError(_one_line(error)) from error
+        raise UserError(_unknown_field(verb, arguments) or _one_line(error)) from error
     finally:
         sys.argv = argv
     _log_to_terminal()
     command.run(positional)
     return 0
+
+
+def _unknown_field(verb: str, arguments: list[str]) -> str | None:
+    """Says which `--config.FIELD` there is not; None where all are known."""
+    names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
+    command = _fresh_module(f"gigatok_jax.commands.{verb}")
+    sys.argv = [verb, *(a for a, name in zip(arguments, names, strict=True) if "." not in name)]
+    try:
+        command.FLAGS(sys.argv)
+    except Exception:  # the fault is another one
+        return None
+    for name, *fields in (name.split(".") for name in names):
+        node = command.FLAGS[name].value if name in command.FLAGS else None
+        if not isinstance(node, ConfigDict):
+            continue
+        for depth, field in enumerate(fields):
+            if not isinstance(node, ConfigDict) or field not in node:
+                known = ", ".join(sorted(node)) if isinstance(node, ConfigDict) else "none"
+                path = ".".join([name, *fields[: depth + 1]])
+                return f"--{path}: no such field; known: {known}"
+            node = node[field]
+    return None
 
 
 def _one_line(error: Exception) -> str:

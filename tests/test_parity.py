@@ -109,7 +109,7 @@ def test_optimizer_steps_match_reference():
     target = np.random.default_rng(3).standard_normal((2, 256, 768)).astype(np.float32)
     adamw = optimizer.optimizer(OptimizerConfig(schedule="constant"), len(expected))
 
-    def loss(params):
+    def loss(params, images, target):
         out = Tokenizer(config).apply({"params": params}, images)
         terms = {
             "l2": jnp.mean((out.reconstruction - images) ** 2),
@@ -121,15 +121,15 @@ def test_optimizer_steps_match_reference():
         return sum(weighted.values()), terms
 
     @jax.jit
-    def step(params, state):
-        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+    def step(params, state, images, target):
+        (total, terms), gradients = jax.value_and_grad(loss, has_aux=True)(params, images, target)
         terms |= {"total": total, "gradient_norm": optax.tree.norm(gradients)}
         updates, state = adamw.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, terms
 
     state = adamw.init(params)
     for row in expected[:STEPS]:
-        params, state, terms = step(params, state)
+        params, state, terms = step(params, state, images, target)
         for name, value in row.items():
             assert terms[name] == pytest.approx(value, rel=1e-3), (name, json.dumps(row))
 

@@ -15,7 +15,12 @@ from gigatok_jax.weights import kinds
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string("from", None, "what to read", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "what to write", flag_values=FLAGS)
-flags.DEFINE_string("model", "", "architecture: b_l, ... or dinov2_vitb14, ...", flag_values=FLAGS)
+flags.DEFINE_string(
+    "model",
+    "",
+    "architecture: b_l, ... or dinov2_vitb14, ...; or a bundle of the same one",
+    flag_values=FLAGS,
+)
 flags.DEFINE_string(
     "weights", "auto", "which of the checkpoint's weights: model, ema, or auto", flag_values=FLAGS
 )

@@ -8,6 +8,7 @@ them by --config.data.source=codes --config.data.path=DIR.
 from collections.abc import Callable, Iterator
 import dataclasses
 import json
+import logging
 import pathlib
 
 from absl import flags
@@ -24,6 +25,8 @@ from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.tokenizer import TokenizerConfig
+
+logger = logging.getLogger(__name__)
 
 FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "its `data` is encoded", flag_values=FLAGS)
@@ -119,6 +122,8 @@ def encode(
                     steps = -(-images // batch_size)
                     stored.write_shard(paths[shard], _records(batches, steps, encode_batch))
                 bar.update(images)
+                if bar.disable:
+                    logger.info("%s: shard %d of %d", split, shard + 1, shards)
         multihost_utils.sync_global_devices(f"encoded {split}")
         counts[split] = tuple(map(stored.count, paths))
         skipped = batches.examples - sum(counts[split])

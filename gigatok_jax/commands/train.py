@@ -51,7 +51,7 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
     if task not in TASKS:
         raise UserError(f"config.task: expected one of {', '.join(TASKS)}, got {task!r}")
     config = from_mapping(TASKS[task], mapping)
-    if config.steps == 0:
+    if config.steps == 0 and not getattr(config, "branch_from", ""):
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:
         mesh = partitioning.make_mesh(config.mesh)

@@ -116,6 +116,14 @@ def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
                 writer.write(msgpack.packb(dict(record) | packed))
 
 
+def _damaged(path: Path, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or ["unreadable"])[0]
+    return UserError(
+        f"{path}: missing or damaged shard of codes ({reason}); remove it, and the same "
+        "`gigatok encode` writes it anew"
+    )
+
+
 def count(path: Path) -> int:
     """Number of a shard's records.
 
@@ -126,8 +134,7 @@ def count(path: Path) -> int:
         with contextlib.closing(array_record_module.ArrayRecordReader(str(path))) as reader:
             return reader.num_records()
     except Exception as error:  # plain RuntimeErrors and ValueErrors of the C++ library
-        reason = (str(error).splitlines() or ["unreadable"])[0]
-        raise UserError(f"{path}: missing or damaged shard of codes ({reason})") from None
+        raise _damaged(path, error) from None
 
 
 class CodesSource:
@@ -171,7 +178,10 @@ class CodesSource:
         if shard not in self._readers:
             path = os.fspath(self._paths[shard])
             self._readers[shard] = array_record_module.ArrayRecordReader(path)
-        (record,) = self._readers[shard].read([int(place)])
+        try:
+            (record,) = self._readers[shard].read([int(place)])
+        except RuntimeError as error:
+            raise _damaged(self._paths[shard], error) from error
         record = msgpack.unpackb(record)
         codes = np.frombuffer(record["codes"], record["type"]).reshape(record["shape"])
         example = {name: record[name] for name in ("label", "key")}

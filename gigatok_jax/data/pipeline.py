@@ -244,7 +244,8 @@ class Batches(Iterator[Batch]):
         self._read = min(self._read + self._reader.local_size, self.examples)
         limit = self._config.max_bad_share
         enough = self._read >= min(JUDGED_AFTER, self.examples)
-        if enough and self.bad_count > limit * self._read:
+        # A single one is no share: of a few held-out images it may be a third.
+        if enough and self.bad_count > max(1, limit * self._read):
             raise UserError(
                 f"{self.bad_count} of {self._read} images cannot be read, more than "
                 f"data.max_bad_share={limit:g} allows, for example: {min(self._bad)}"

@@ -215,6 +215,8 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
     def due(every, step):
         return (every and step % every == 0) or step == steps
 
+    if telemetry and start < steps:
+        logger.info("compiling the step; on a CPU this can take minutes")
     # Not jax.set_mesh: Flax would then constrain DenseGeneral's kernels before it shapes them.
     with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
         for step in range(start + 1, steps + 1):
@@ -226,11 +228,12 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
             bar.update()
             if due(config.log_every, step):
                 log(step)
+            # First, so that an evaluation that fails costs no steps.
+            if due(config.checkpoint_every, step):
+                save(step)
             if due(config.evaluate_every, step):
                 meter.check(step, checkpoints.latest)
                 evaluate(step)
-            if due(config.checkpoint_every, step):
-                save(step)
             if stop and step < steps:
                 save(step)
                 job.finish(state)

@@ -62,7 +62,7 @@ class RunConfig:
         if self.optimizer.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps must be fewer than the run's {self.total_steps} steps, "
-                f"got {self.optimizer.warmup_steps}"
+                f"got {self.optimizer.warmup_steps}; set it with --config.optimizer.warmup_steps"
             )
 
     @property

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from gigatok_jax import bundles, recipes
+from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import cache_dir
 from gigatok_jax.models import vit
@@ -95,7 +96,7 @@ def to_bundle(
       kind: a key of `KINDS`.
       files: `.pt` or `.safetensors` files that together hold the tensors.
       directory: the bundle.
-      architecture: which one of its kind.
+      architecture: which one of its kind: a name, or a bundle of the same one.
       weights: see `torch_files.read`.
 
     Raises:
@@ -103,7 +104,7 @@ def to_bundle(
     """
     files = [pathlib.Path(file) for file in files]
     functions = find(kind)
-    config = functions.architecture(architecture) if functions.architecture else None
+    config = _architecture(kind, architecture) if functions.architecture else None
     tensors = {name: t for file in files for name, t in torch_files.read(file, weights).items()}
     where = ", ".join(map(str, files))
     try:
@@ -112,6 +113,16 @@ def to_bundle(
         raise UserError(f"{where}: {error}") from error
     made_by = {"converted_from": [file.name for file in files], "architecture": architecture}
     bundles.save(pathlib.Path(directory), kind, config, converted, made_by)
+
+
+def _architecture(kind: str, name: str) -> Any:
+    functions = find(kind)
+    if not (pathlib.Path(name) / "config.json").is_file():
+        return functions.architecture(name)
+    record = bundles.read_config(pathlib.Path(name))
+    if record["kind"] != kind:
+        raise UserError(f"{name}: holds a {record['kind']}, expected a {kind}")
+    return from_mapping(functions.config, record["config"], f"{name}/config.json: config")
 
 
 def to_torch(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) -> None:

@@ -117,8 +117,7 @@ def _torch(path: pathlib.Path):
         import torch
     except ImportError as error:
         raise UserError(
-            f"{path}: reading and writing {path.suffix} files needs PyTorch; "
-            "pip install torch, or use a .safetensors file"
+            f"{path}: reading and writing {path.suffix} files needs PyTorch: pip install torch"
         ) from error
     return torch
 
