@@ -1,0 +1,20 @@
+"""AR probing of a tokenizer on ImageNet, as in the paper: `--config=configs/probe.py`.
+
+A generator B is trained for 50 epochs on the tokenizer's codes, and its middle layer is probed.
+"""
+
+from gigatok_jax import recipes
+from gigatok_jax.config import to_config_dict
+from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.linear_probe_run import LinearProbeRun
+
+
+def get_config(argument="b"):
+    model = recipes.generator_model(argument)
+    return to_config_dict(
+        ProbeConfig(
+            generator=GeneratorRun(model=model, epochs=50.0),
+            linear_probe=LinearProbeRun(),
+        )
+    )
