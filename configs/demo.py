@@ -1,7 +1,7 @@
-"""A tiny tokenizer of the embedded drawings, every loss on, and a small generator of its codes.
+"""A tiny tokenizer of the embedded drawings, every loss on, and AR probing of it.
 
-`configs/demo.py:tokenizer` and `configs/demo.py:generator`; `gigatok demo` trains both, in minutes
-on two cores.
+`configs/demo.py:tokenizer` and `configs/demo.py:probe`; `gigatok demo` runs both, in minutes on two
+cores.
 """
 
 import dataclasses
@@ -9,10 +9,12 @@ import dataclasses
 from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation.probe import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator_run import OPTIMIZER, GeneratorRun
+from gigatok_jax.training.linear_probe_run import LinearProbeRun
 from gigatok_jax.training.loop import LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.tokenizer import ObjectiveConfig
@@ -20,7 +22,7 @@ from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 
 def get_config(argument="tokenizer"):
-    runs = {"tokenizer": tokenizer, "generator": generator}
+    runs = {"tokenizer": tokenizer, "probe": probe}
     if argument not in runs:
         raise UserError(f"{argument!r}: no such run; known: {', '.join(runs)}")
     return to_config_dict(runs[argument]())
@@ -65,6 +67,28 @@ def tokenizer() -> TokenizerRun:
     )
 
 
+def probe() -> ProbeConfig:
+    return ProbeConfig(
+        data=DataConfig(source="embedded", length=6_000, eval_length=500),
+        crop_factors=(),
+        generator=generator(),
+        linear_probe=LinearProbeRun(
+            # In so few steps LARS moves the layer hardly at all.
+            optimizer=OptimizerConfig(rate=1e-2, final_rate=0.0, weight_decay=0.0),
+            loop=LoopConfig(log_every=20, evaluate_every=100, checkpoint_every=0),
+            steps=400,
+            batch_size=100,
+            evaluation_images=500,
+        ),
+        features="embedded",
+        samples=400,
+        sampling=SamplingConfig(guidance=3.0, temperature=0.8),
+        batch_size=100,
+        shard_batches=40,
+        sample_batch_size=100,
+    )
+
+
 def generator() -> GeneratorRun:
     return GeneratorRun(
         model=GeneratorConfig(
@@ -78,8 +102,6 @@ def generator() -> GeneratorRun:
             adaln="block",  # tells the classes apart within minutes
             dropout=0.0,
         ),
-        data=DataConfig(source="codes", path="runs/demo/codes"),
-        tokenizer="runs/demo/tokenizer",
         optimizer=dataclasses.replace(OPTIMIZER, rate=2e-3, warmup_steps=50),
         loop=LoopConfig(log_every=100, evaluate_every=300, checkpoint_every=300),
         sampling=SamplingConfig(guidance=3.0, temperature=0.8),

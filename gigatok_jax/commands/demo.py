@@ -1,10 +1,10 @@
-"""gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--generator.FIELD=VALUE ...]
+"""gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--probe.FIELD=VALUE ...]
 
 The main job on drawings that the program makes itself, with the teacher that comes with it: trains
-a tiny tokenizer with every loss, reconstructs held-out drawings, stores the codes of 6,000 of the
-drawings, trains a small generator on them, and draws samples by class (configs/demo.py). Minutes on
-two cores. DIR gets tokenizer/ and generator/ (the runs), drawings/ (held out), reconstructions/,
-codes/ and samples/.
+a tiny tokenizer with every loss, reconstructs held-out drawings, and probes it: trains a small
+generator on its codes, draws samples by class, and writes report.html (configs/demo.py). Minutes on
+two cores. DIR gets tokenizer/ (the run), drawings/ (held out), reconstructions/, samples/, and
+probe/, see `gigatok probe`.
 """
 
 import dataclasses
@@ -14,30 +14,27 @@ import shutil
 from absl import flags
 import jax
 import jax.numpy as jnp
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
 from gigatok_jax import api, bundles, pictures, teachers
-from gigatok_jax.commands import encode, reconstruct, sample, train
+from gigatok_jax.commands import probe, reconstruct, sample, train
 from gigatok_jax.config import from_mapping
-from gigatok_jax.data import codes
-from gigatok_jax.data.sources import DataConfig, EmbeddedSource
+from gigatok_jax.data.sources import EmbeddedSource
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing
+from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.files import read_json, replacing
 from gigatok_jax.models import vit
-from gigatok_jax.models.tokenizer import TokenizerConfig
-from gigatok_jax.sampling import SamplingConfig
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "demo.py"
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_string("workdir", "runs/demo", "where everything goes", flag_values=FLAGS)
-for task in ("tokenizer", "generator"):
-    config_flags.DEFINE_config_file(task, f"{CONFIG}:{task}", "what to train", flag_values=FLAGS)
+for name, text in (("tokenizer", "what to train"), ("probe", "how it is probed")):
+    config_flags.DEFINE_config_file(name, f"{CONFIG}:{name}", text, flag_values=FLAGS)
 
 HELD_OUT = 96  # drawings that are reconstructed
-ENCODED = 6_000  # drawings that the generator learns from
 SAMPLES = 40  # a class
 JUDGED_BY = 2_000  # real drawings that the classifier of the samples learns from
 
@@ -45,53 +42,44 @@ JUDGED_BY = 2_000  # real drawings that the classifier of the samples learns fro
 def run(positional: list[str]) -> None:
     if positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
-    demo(pathlib.Path(FLAGS.workdir), FLAGS.tokenizer, FLAGS.generator)
+    config = from_mapping(ProbeConfig, FLAGS.probe.to_dict(), "probe")
+    demo(pathlib.Path(FLAGS.workdir), FLAGS.tokenizer.to_dict(), config)
 
 
-def demo(workdir: pathlib.Path, tokenizer_config: ConfigDict, generator_config: ConfigDict) -> None:
-    """Runs all steps, each from what is there; the generator's model and data fit the tokenizer.
+def demo(workdir: pathlib.Path, tokenizer_config: dict, probe_config: ProbeConfig) -> None:
+    """Runs all steps, each from what is there.
+
+    Args:
+      workdir: where everything goes.
+      tokenizer_config: a whole configuration of a tokenizer's run.
+      probe_config: how the tokenizer is probed.
 
     Raises:
-      UserError: see `train.train`.
+      UserError: see `train.train` and `probe.probe`.
     """
     directory = workdir / "tokenizer"
-    train.train(tokenizer_config.to_dict(), directory)
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
-    tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
-    drawings = _draw(workdir / "drawings", bundle.config.image_size)
+    train.train(tokenizer_config, directory)
+    tokenizer = api.load_tokenizer(directory)
+    drawings = _draw(workdir / "drawings", tokenizer.config.image_size)
     reconstruct.reconstruct(tokenizer, drawings, workdir / "reconstructions", batch_size=32)
 
-    info = codes.read_info(workdir / "codes")
-    if info is not None and info.tokenizer != bundle.fingerprint:  # it was trained on since
-        shutil.rmtree(workdir / "codes")
-        shutil.rmtree(workdir / "generator", ignore_errors=True)
-    data = from_mapping(DataConfig, tokenizer_config.data.to_dict())
-    encode.encode(
-        bundle,
-        dataclasses.replace(data, length=min(data.length, ENCODED)),
-        workdir / "codes",
-        crop_factors=(),
-        batch_size=100,
-        shard_images=4_000,
-    )
-    config = generator_config.to_dict()
-    config["tokenizer"] = str(directory)
-    config["data"] |= {"source": "codes", "path": str(workdir / "codes")}
-    config["model"] |= {
-        "codes": bundle.config.latents,
-        "codebook_size": bundle.config.codebook_size,
-        "classes": len(EmbeddedSource.class_names),
-    }
-    train.train(config, workdir / "generator")
-    generator = api.load_generator(workdir / "generator")
+    probed = workdir / "probe"
+    record = probed / "probe.json"
+    fingerprint = bundles.fingerprint(tokenizer.variables["params"])
+    if record.exists() and read_json(record, "a probe")["tokenizer"] != fingerprint:
+        shutil.rmtree(probed)  # the tokenizer was trained on since
+    results = probe.probe(str(directory), probe_config, probed)
+
+    generator = api.load_generator(probed / "generator")
     classes = np.tile(np.arange(generator.config.classes), SAMPLES)
-    settings = from_mapping(SamplingConfig, config["sampling"])
+    settings = dataclasses.replace(probe_config.sampling, guidance=results["guidance"])
     out = workdir / "samples"
     shutil.rmtree(out, ignore_errors=True)
     sample.sample(generator, tokenizer, classes, settings, out, seed=0, batch_size=100)
     images = np.load(out / "samples.npz")["arr_0"]
     share = np.mean(_classify(images) == classes)
     print(f"a classifier of real drawings finds the intended class in {share:.1%} of the samples")
+    print(probed / "report.html")
 
 
 def _draw(folder: pathlib.Path, size: int) -> pathlib.Path:

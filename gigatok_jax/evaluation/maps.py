@@ -18,8 +18,7 @@ def component_maps(features: np.ndarray) -> np.ndarray:
     count, tokens, width = features.shape
     flat = features.reshape(-1, width).astype(np.float64)
     flat = flat - flat.mean(axis=0)
-    values, vectors = np.linalg.eigh(flat.T @ flat)
-    axes = vectors[:, ::-1][:, :3]
+    axes = np.linalg.eigh(flat.T @ flat).eigenvectors[:, ::-1][:, :3]
     # An eigenvector's sign is arbitrary: its largest entry is made positive.
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     components = flat @ axes

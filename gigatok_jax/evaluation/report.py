@@ -101,9 +101,9 @@ def _size(row: paper.Row) -> dict[str, int]:
 
 
 def _table_row(name: str, results: dict[str, Any], metrics: Sequence[str]) -> dict[str, Any]:
-    cells = [format(results[m], METRICS[m][1]) if m in results else "–" for m in metrics]
+    cells = [format(results[m], METRICS[m][1]) if m in results else "-" for m in metrics]
     size = results.get("parameters")
-    return {"name": name, "size": f"{size / 1e6:,.1f} M" if size else "–", "cells": cells}
+    return {"name": name, "size": f"{size / 1e6:,.1f} M" if size else "-", "cells": cells}
 
 
 def _read(workdir: pathlib.Path) -> dict[str, Any]:
