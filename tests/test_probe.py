@@ -1,0 +1,155 @@
+"""AR probing from beginning to end, interrupted and not, and its report."""
+
+import dataclasses
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from gigatok_jax import bundles, cli
+from gigatok_jax.commands import probe
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import maps
+from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.linear_probe_run import LinearProbeRun
+from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.optimizer import OptimizerConfig
+
+import tiny
+
+TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+LOOP = LoopConfig(log_every=2, evaluate_every=0, checkpoint_every=3)
+CONFIG = ProbeConfig(
+    data=DataConfig(source="embedded", length=48, eval_length=24),
+    crop_factors=(),
+    generator=GeneratorRun(
+        model=GeneratorConfig(1, 2, 16, dropout=0.0),
+        optimizer=OptimizerConfig(rate=1e-2),
+        loop=LOOP,
+        steps=6,
+        batch_size=8,
+        evaluation_images=24,
+        sampling=SamplingConfig(),
+    ),
+    linear_probe=LinearProbeRun(
+        optimizer=OptimizerConfig(rate=1e-2), loop=LOOP, steps=6, batch_size=8, evaluation_images=24
+    ),
+    features="embedded",
+    samples=16,
+    sampling=SamplingConfig(guidance=1.5),
+    batch_size=8,
+    shard_batches=2,
+    sample_batch_size=8,
+)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GIGATOK_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory) -> str:
+    directory = tmp_path_factory.mktemp("tokenizer")
+    bundles.save(directory, "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
+    return str(directory)
+
+
+@pytest.fixture(scope="module")
+def whole(tokenizer, tmp_path_factory) -> pathlib.Path:
+    """The workdir of an unbroken probe."""
+    workdir = tmp_path_factory.mktemp("whole")
+    probe.probe(tokenizer, CONFIG, workdir)
+    return workdir
+
+
+def results(workdir: pathlib.Path) -> dict:
+    return json.loads((workdir / "results.json").read_text())
+
+
+def test_probe_measures_all(whole):
+    found = results(whole)
+    expected = {"psnr", "ssim", "codebook_usage", "rfd_teacher", "loss", "guidance", "gfd_teacher"}
+    assert expected | {"precision", "recall", "linear_accuracy", "parameters"} <= found.keys()
+    assert found["gfd_teacher"] == min(row["gfd_teacher"] for row in found["search"])
+    assert found["loss"] > 0 and 0 <= found["linear_accuracy"] <= 1
+    assert bundles.load(whole / "generator", "generator").config["codes"] == TOKENIZER.latents
+
+
+def test_killed_probe_ends_in_the_same_numbers(tokenizer, whole, tmp_path, monkeypatch):
+    class Killed(Exception):
+        pass
+
+    def killed(*args, **kwargs):
+        raise Killed
+
+    for module, name in (
+        (probe.encode, "encode"),
+        (probe.evaluate, "evaluate_loss"),
+        (probe.maps, "feature_maps"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, killed)
+            with pytest.raises(Killed):
+                probe.probe(tokenizer, CONFIG, tmp_path)
+    probe.probe(tokenizer, CONFIG, tmp_path)
+    assert results(tmp_path) == results(whole)
+
+
+def test_finished_probe_does_nothing_again(tokenizer, whole, monkeypatch):
+    before = (whole / "generation" / "metrics.json").stat().st_mtime_ns
+    found = results(whole)
+    monkeypatch.setattr(probe.generation, "evaluate_best", None)
+    monkeypatch.setattr(probe.reconstruction, "evaluate", None)
+    probe.probe(tokenizer, CONFIG, whole)
+    assert results(whole) == found
+    assert (whole / "generation" / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_workdir_of_another_probe_is_refused(tokenizer, whole):
+    other = dataclasses.replace(CONFIG, samples=20)
+    with pytest.raises(UserError, match=r"made with another config\.samples: 16, not 20"):
+        probe.probe(tokenizer, other, whole)
+
+
+def test_report_holds_everything(whole):
+    html = (whole / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file
+    assert html.count("data:image/svg+xml") == 4 and html.count("data:image/png") == 3
+    assert f"{results(whole)['loss']:.4f}" in html
+    assert "generator, output of layer 1 of 1, width 16" in html
+    assert "linear_probe.steps" in html
+
+
+def test_report_puts_probes_side_by_side(whole, tmp_path, capsys):
+    out = tmp_path / "both.html"
+    assert cli.main(["report", str(whole), str(whole), f"--out={out}"]) == 0
+    assert "Against the tokenizer" in out.read_text()
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no results of a probe" in capsys.readouterr().err
+
+
+def test_maps_give_equal_features_equal_colours():
+    rng = np.random.default_rng(0)
+    kinds = rng.standard_normal((3, 8))
+    kind = rng.integers(3, size=(2, 16))
+    colours = maps.component_maps(kinds[kind]).reshape(2, 16, 3)
+    for k in range(3):
+        assert len(np.unique(colours[kind == k], axis=0)) == 1
+    assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 3
+
+
+def test_probe_config_takes_what_the_flags_give(tokenizer, tmp_path, capsys):
+    config = pathlib.Path(__file__).parents[1] / "configs" / "probe.py"
+    arguments = ["probe", f"--config={config}", f"--tokenizer={tokenizer}", "--config.samples=1"]
+    assert cli.main([*arguments, f"--workdir={tmp_path}"]) == 2
+    assert "config.samples must be at least 2, got 1" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
