@@ -1,6 +1,8 @@
-"""AR probing of a tokenizer on ImageNet, as in the paper: `--config=configs/probe.py`.
+"""AR probing of a tokenizer on ImageNet, as in the paper: `gigatok probe --config=configs/probe.py`.
 
 A generator B is trained for 50 epochs on the tokenizer's codes, and its middle layer is probed.
+`configs/probe.py:SIZE` takes another generator. `gigatok train --config=configs/probe.py:linear`
+is the linear probe alone.
 """
 
 from gigatok_jax import recipes
@@ -11,6 +13,8 @@ from gigatok_jax.training.linear_probe_run import LinearProbeRun
 
 
 def get_config(argument="b"):
+    if argument == "linear":
+        return to_config_dict(LinearProbeRun())
     model = recipes.generator_model(argument)
     return to_config_dict(
         ProbeConfig(
