@@ -1,4 +1,4 @@
-"""AR probing of a tokenizer on ImageNet, as in the paper: `gigatok probe --config=configs/probe.py`.
+"""AR probing of a tokenizer on ImageNet, as in the paper: `--config=configs/probe.py`.
 
 A generator B is trained for 50 epochs on the tokenizer's codes, and its middle layer is probed.
 `configs/probe.py:SIZE` takes another generator. `gigatok train --config=configs/probe.py:linear`

@@ -8,7 +8,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from gigatok_jax import api, bundles, cli
+from gigatok_jax import api, bundles, cli, recipes
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, reconstruction, sets
@@ -171,6 +171,17 @@ def test_commands_write_metrics(networks, tmp_path, capsys):
     assert not cli.main(["evaluate", "reconstruction", arguments[0], *data, f"--out={out}"])
     assert json.loads((out / "metrics.json").read_text())["images"] == 20
     assert "rfd_teacher" in capsys.readouterr().out
+
+
+def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):
+    models = {"s_b": TOKENIZER, "b": GENERATOR}
+    monkeypatch.setattr(recipes, "tokenizer_model", models.get)
+    monkeypatch.setattr(recipes, "generator_model", models.get)
+    arguments = ["--decoders=s_b", "--generators=b", "--batch_size=2", f"--out={tmp_path}"]
+    assert cli.main(["evaluate", "cost", *arguments]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert 0 < found["shares"]["s_b"]["b"] < 1
+    assert "decoder / generator" in capsys.readouterr().out
 
 
 def test_images_of_an_npz_serve_as_reference(networks, draw, extractor, tmp_path):

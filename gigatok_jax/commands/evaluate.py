@@ -8,6 +8,8 @@ generation --generator=DIR --tokenizer=DIR (--reference=FILE.npz or --config=FIL
   a kill left is taken up.
 loss --generator=DIR --config=FILE [--tokenizer=DIR]: the mean cross entropy of the codes of the
   evaluation images, or of stored codes, their classes given. Images need the tokenizer.
+cost [--decoders=s_b,b_l,xl_xxl] [--generators=b,l,xxl]: the share of the time of making images that
+  decoding their codes takes on this machine, for models of random weights (Table 4).
 
 --features=inception is FID's network; a teacher's name (dinov2_vitb14, embedded) compares its
 features instead, and the distance is then called fd_dinov2 or fd_teacher. OUT gets metrics.json and
@@ -27,7 +29,7 @@ from gigatok_jax.commands.sample import load_matching_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import features, generation, reconstruction, sets
+from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
 from gigatok_jax.files import write_json
 from gigatok_jax.sampling import SCHEDULES, SamplingConfig
 from gigatok_jax.training.evaluating import held_out_means
@@ -56,11 +58,18 @@ flags.DEFINE_float("temperature", DEFAULTS.temperature, "0: the likeliest code",
 flags.DEFINE_integer(
     "ssim_range", 1, "data_range of SSIM; the reference passes 2", lower_bound=1, flag_values=FLAGS
 )
+flags.DEFINE_list("decoders", ["s_b", "b_l", "xl_xxl"], "tokenizers timed", flag_values=FLAGS)
+flags.DEFINE_list("generators", ["b", "l", "xxl"], "generators timed", flag_values=FLAGS)
 flags.mark_flags_as_required(["out"], flag_values=FLAGS)
 
 
 def run(positional: list[str]) -> None:
-    measures = {"reconstruction": _reconstruction, "generation": _generation, "loss": _loss}
+    measures = {
+        "reconstruction": _reconstruction,
+        "generation": _generation,
+        "loss": _loss,
+        "cost": _cost,
+    }
     if len(positional) != 1 or positional[0] not in measures:
         raise UserError(f"expected one of {', '.join(measures)}, got {positional}")
     out = pathlib.Path(FLAGS.out)
@@ -123,6 +132,16 @@ def _generation(out: pathlib.Path) -> dict:
         return generation.evaluate(draw, extractor, reference, settings, out / "drawn")
     best, tried = generation.evaluate_best(draw, extractor, reference, settings, out)
     return best | {"search": tried}
+
+
+def _cost(out: pathlib.Path) -> dict:
+    del out
+    size = {"batch_size": FLAGS.batch_size, "guidance": FLAGS.guidance}
+    table = cost.shares(FLAGS.decoders, FLAGS.generators, **size)
+    print("decoder / generator" + "".join(f"{name:>10}" for name in FLAGS.generators))
+    for decoder, row in table.items():
+        print(f"{decoder:<19}" + "".join(f"{share:>10.1%}" for share in row.values()))
+    return {**size, "device": jax.devices()[0].device_kind, "shares": table}
 
 
 def _loss(out: pathlib.Path) -> dict[str, float]:
