@@ -58,7 +58,7 @@ def _run(verb: str, arguments: list[str]) -> int:
             print(command.FLAGS.get_help())
             return 0
         positional = command.FLAGS(sys.argv)[1:]
-        if "config" in command.FLAGS:
+        if "config" in command.FLAGS and command.FLAGS.config is not None:
             _ = command.FLAGS.config.to_dict  # raises if the file is not there
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(_unknown_field(verb, arguments) or _one_line(error)) from error
