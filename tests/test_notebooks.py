@@ -1,0 +1,42 @@
+"""The notebooks run from beginning to end, and are stored with what they showed."""
+
+import pathlib
+
+import nbclient
+import nbformat
+import pytest
+
+from gigatok_jax import bundles
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.weights import convert
+
+import tiny
+
+NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
+NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
+
+
+def code_cells(notebook) -> list:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_runs(name, tmp_path, monkeypatch):
+    bundles.save(tmp_path / "tokenizer", "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
+    params = tiny.fill(convert.generator_shapes(GENERATOR))
+    bundles.save(tmp_path / "generator", "generator", GENERATOR, {"params": params}, {})
+    for kind in ("tokenizer", "generator"):
+        monkeypatch.setenv(f"GIGATOK_{kind.upper()}", str(tmp_path / kind))
+    notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
+    resources = {"metadata": {"path": str(NOTEBOOKS)}}
+    nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
+    assert any("image/png" in o.get("data", {}) for c in code_cells(notebook) for o in c.outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_notebook_is_stored_with_its_outputs(name):
+    cells = code_cells(nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4))
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    assert sum(bool(cell.outputs) for cell in cells) >= len(cells) - 1
