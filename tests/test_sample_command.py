@@ -203,7 +203,7 @@ def test_images_of_other_settings_are_refused_by_name(
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
         draw(copy, **change((generator, tokenizer)))
-    assert str(caught.value).startswith(f"{copy}: holds images drawn with another {field}: ")
+    assert str(caught.value).startswith(f"{copy}: holds images made with another {field}: ")
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
 
 
