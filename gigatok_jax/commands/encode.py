@@ -39,7 +39,9 @@ flags.DEFINE_list(
     "the reference's second set; empty: one centre crop",
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("batch_size", 32, "images at once", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_integer(
+    "batch_size", 32, "images read, and crops encoded, at once", lower_bound=1, flag_values=FLAGS
+)
 flags.DEFINE_integer("shard_images", 4096, "images a shard", lower_bound=1, flag_values=FLAGS)
 flags.mark_flags_as_required(["config", "tokenizer", "out"], flag_values=FLAGS)
 

@@ -46,7 +46,7 @@ class GeneratorRun(RunConfig):
       branch_from, branch_step: another run's workdir and a step. This run starts from that
         checkpoint, and its rate decays over all the steps that it then has: by default a quarter
         of those made, so that the decay is a fifth of the whole.
-      sampling: of the pictures, and of the demo's samples.
+      sampling: of the pictures.
     """
 
     model: GeneratorConfig
