@@ -26,7 +26,7 @@ from PIL import Image
 from gigatok_jax import api, bundles
 from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
-from gigatok_jax.data.images import center_crop
+from gigatok_jax.data.images import BadImage, center_crop
 from gigatok_jax.data.sources import open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets
@@ -192,7 +192,10 @@ def _maps(tokenizer: api.PretrainedTokenizer, source, path: pathlib.Path) -> Non
     """Feature maps of the first images of one class."""
     chosen, label = [], None
     for index in range(len(source)):
-        example = source[index]
+        try:
+            example = source[index]
+        except BadImage:
+            continue
         label = example["label"] if label is None else label
         if example["label"] == label:
             image = example["image"]
