@@ -183,7 +183,12 @@ def _common_figures(probes: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
                     xytext=(5, 5),
                     fontsize=8,
                 )
+            sizes = [probe["results"]["parameters"] / 1e6 for probe in probes]
+            ends = sorted({min(sizes), max(sizes)})
             axes.set(xscale="log", xlabel="tokenizer, million parameters", ylabel=heading)
+            axes.set_xticks(ends, [f"{size:,.3g}" for size in ends])
+            axes.minorticks_off()
+            axes.margins(x=0.2, y=0.15)
 
         figures.append({"title": f"{heading} ({direction})", "image": _figure(draw)})
     return figures
