@@ -4,7 +4,7 @@
 
 Trains tokenizers of several sizes, with and without semantic regularization, from several seeds,
 probes each (`gigatok probe`), and writes table.md, results.json and report.html. Goes on where it
-was stopped. Half an hour to an hour and a half on two cores, which work on a tokenizer each.
+was stopped. Each core works on a tokenizer of its own.
 """
 
 import argparse
