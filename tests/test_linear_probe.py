@@ -155,6 +155,11 @@ def test_probe_beats_chance_goes_on_and_leaves_a_bundle(networks, tmp_path):
     rows = read_metrics(workdir / "metrics.jsonl")
     assert rows[-1]["held_out/accuracy"] > 0.8  # chance: a half
     assert rows[-1]["held_out/top5_accuracy"] == 1  # of two
+    # Killed between the last checkpoint and the end of its evaluation.
+    lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
+    train.train(dataclasses.asdict(run(networks, steps=60, **fields)), workdir)
+    assert read_metrics(workdir / "metrics.jsonl") == rows
     bundle = bundles.load(workdir, "linear_probe")
     assert bundle.made_by["step"] == 60
     assert bundle.made_by["features"] == "latents before the quantizer, width 8"

@@ -28,7 +28,6 @@ class ViTConfig:
 
     Attributes:
       grid: side of the patch grid that the stored position table belongs to.
-      layer_scale, activation: see `layers.Block`.
       mean, std: of the input in [0, 1], a channel.
       mlp_width: hidden width of the MLPs; None: four times `width`.
       activation: of the MLPs: "gelu" (exact), "gelu_tanh" or "quick_gelu".
@@ -43,8 +42,6 @@ class ViTConfig:
     width: int
     patch_size: int
     grid: int
-    layer_scale: bool = True
-    activation: str = "gelu"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     mlp_width: int | None = None

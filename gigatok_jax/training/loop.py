@@ -219,6 +219,10 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
         logger.info("compiling the step; on a CPU this can take minutes")
     # Not jax.set_mesh: Flax would then constrain DenseGeneral's kernels before it shapes them.
     with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
+        # A kill may have come between this checkpoint and the end of its evaluation.
+        resumed = checkpoints.latest == start and due(config.evaluate_every, start)
+        if resumed and telemetry and not telemetry.evaluated(start):
+            evaluate(start)
         for step in range(start + 1, steps + 1):
             batch = meter.wait(batches)
             state, metrics = step_function(

@@ -24,10 +24,15 @@ class Telemetry:
 
     def __init__(self, workdir: pathlib.Path, step: int):
         self._pictures = workdir / "pictures"
-        path = workdir / "metrics.jsonl"
-        _keep_rows(path, step)
-        self._file = path.open("a")
+        self._path = workdir / "metrics.jsonl"
+        _keep_rows(self._path, step)
+        self._file = self._path.open("a")
         self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+
+    def evaluated(self, step: int) -> bool:
+        """Whether `metrics.jsonl` has the step's held-out metrics, whose row has no `total`."""
+        rows = read_metrics(self._path)
+        return any(row["step"] == step and "total" not in row for row in rows)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         # JSON has no NaN; a metric that is none is written as null.
