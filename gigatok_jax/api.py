@@ -1,6 +1,7 @@
 """Tokenizers and generators in Python: load one, and call jitted functions on arrays."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import dataclasses
 import functools
 import pathlib
 from typing import Any
@@ -17,7 +18,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from gigatok_jax.pictures import to_float
+from gigatok_jax.pictures import to_float, to_uint8
 from gigatok_jax.precision import compute_dtype
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
@@ -35,6 +36,11 @@ class _Pretrained:
         self.module = module
         self.variables = {"params": jax.device_put(params, NamedSharding(mesh, P()))}
         self._compiled = {}
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """See `bundles.fingerprint`."""
+        return bundles.fingerprint(self.variables["params"])
 
     def _place(self, batch) -> jax.Array:
         divisible = len(batch) % self._shared.mesh.size == 0
@@ -220,6 +226,41 @@ class PretrainedGenerator(_Pretrained):
         return classes.astype(np.int32)
 
 
+def draw(
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer,
+    classes: np.ndarray,
+    numbers: np.ndarray,
+    settings: SamplingConfig,
+    *,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Draws some of a sequence of images; each is the same whichever others are drawn.
+
+    Args:
+      generator, tokenizer: belong together.
+      classes: `[n]`, of all images of the sequence.
+      numbers: `[m]`, which of them to draw.
+      settings: how.
+      seed: image i's key is folded from it.
+      batch_size: images at once.
+
+    Yields:
+      Numbers `[b]` and their images, uint8 `[b, H, W, 3]`.
+    """
+    key = jax.random.key(seed)
+    batch_size = min(batch_size, max(len(numbers), 1))
+    for start in range(0, len(numbers), batch_size):
+        chosen = np.asarray(numbers[start : start + batch_size])
+        # Short batches are filled up, so that only one size is compiled.
+        filled = np.resize(chosen, batch_size)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
+        codes = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
+        images = np.asarray(to_uint8(tokenizer.decode(codes)))
+        yield chosen, images[: len(chosen)]
+
+
 def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedTokenizer:
     """Loads a tokenizer's bundle, or that of a workdir.
 
@@ -291,4 +332,4 @@ def parameter_count(name: str) -> int:
         raise UserError(f"{name!r}: no such model; known: generator:b, ..., b_l, ...")
     else:
         shapes = convert.tokenizer_shapes(recipes.tokenizer_model(name))
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -8,6 +8,8 @@ import pathlib
 import shutil
 from typing import Any
 
+import numpy as np
+
 from gigatok_jax.errors import UserError
 
 
@@ -67,16 +69,26 @@ def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None
     Raises:
       UserError: it says something else; the message names the first field that differs.
     """
-    record = json.loads(json.dumps(record))
     if path.exists():
-        old = read_json(path, describes)
-        for name, value in record.items():
-            if old.get(name) != value:
-                raise UserError(
-                    f"{path.parent}: holds {describes} made with another {name}: "
-                    f"{old.get(name)}, not {value}"
-                )
+        refuse_other(path.parent, read_json(path, describes), record, describes)
     write_json(path, record)
+
+
+def refuse_other(
+    directory: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
+) -> None:
+    """Raises UserError for the first field of `new`, as JSON holds it, that differs in `old`."""
+    for name, value in json.loads(json.dumps(new)).items():
+        if old.get(name) != value:
+            raise UserError(
+                f"{directory}: holds {describes} made with another {name}: {old.get(name)!r}, "
+                f"not {value!r}"
+            )
+
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays)
 
 
 def write_json(path: str | os.PathLike, value: Any) -> None:

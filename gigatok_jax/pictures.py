@@ -1,10 +1,14 @@
 """Arrays to pictures that people look at."""
 
 from collections.abc import Sequence
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from PIL import Image
+
+from gigatok_jax.files import replacing
 
 VISIBLE = 96  # pixels that an image in a grid should be high, if whole enlargement allows
 
@@ -17,6 +21,12 @@ def to_float(images: jax.Array) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
     """Float images in [-1, 1] as the reference stores them: clip(127.5 x + 128), truncated."""
     return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+
+
+def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
+    """Writes a uint8 picture `[H, W, 3]`."""
+    with replacing(path) as aside:
+        Image.fromarray(picture).save(aside, format="png")
 
 
 def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:

@@ -8,14 +8,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from gigatok_jax import api, bundles, cli, recipes
+from gigatok_jax import api, cli, recipes
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, reconstruction, sets
 from gigatok_jax.evaluation.generation import Draw
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.weights import convert
 
 import tiny
 
@@ -33,13 +32,7 @@ def cache(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, str]:
     """Bundles of a tokenizer and a generator with random weights."""
-    root = tmp_path_factory.mktemp("networks")
-    weights = tiny.weights(TOKENIZER)
-    bundles.save(root / "tokenizer", "tokenizer", TOKENIZER, weights, {})
-    params = tiny.fill(convert.generator_shapes(GENERATOR))
-    made_by = {"tokenizer": bundles.fingerprint(weights["params"])}
-    bundles.save(root / "generator", "generator", GENERATOR, {"params": params}, made_by)
-    return {name: str(root / name) for name in ("tokenizer", "generator")}
+    return tiny.save_networks(tmp_path_factory.mktemp("networks"), TOKENIZER, GENERATOR)
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +143,11 @@ def test_search_samples_no_setting_twice(draw, extractor, reference, tmp_path, m
         return {"gfd_teacher": distances[settings.guidance], "guidance": settings.guidance}
 
     monkeypatch.setattr(generation, "evaluate", evaluate)
-    best, tried = generation.evaluate_best(
+    best = generation.evaluate_best(
         draw, extractor, reference, SamplingConfig(guidance=1.5), tmp_path
     )
     assert best["guidance"] == 1.5
-    assert [row["guidance"] for row in tried] == sorted(drawn) == [1.25, 1.5, 1.75]
+    assert [row["guidance"] for row in best["search"]] == sorted(drawn) == [1.25, 1.5, 1.75]
 
 
 def test_commands_write_metrics(networks, tmp_path, capsys):

@@ -20,7 +20,6 @@ from gigatok_jax.training.linear_probe_run import LinearProbeRun
 from gigatok_jax.training.loop import LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.telemetry import read_metrics
-from gigatok_jax.weights import convert
 
 import tiny
 
@@ -32,13 +31,7 @@ DATA = DataConfig(source="embedded", length=64, eval_length=40)
 @pytest.fixture(scope="module")
 def networks(tmp_path_factory) -> dict[str, str]:
     """Bundles of a tokenizer and a generator with random weights."""
-    root = tmp_path_factory.mktemp("networks")
-    weights = tiny.weights(TOKENIZER)
-    bundles.save(root / "tokenizer", "tokenizer", TOKENIZER, weights, {})
-    params = tiny.fill(convert.generator_shapes(GENERATOR))
-    made_by = {"tokenizer": bundles.fingerprint(weights["params"])}
-    bundles.save(root / "generator", "generator", GENERATOR, {"params": params}, made_by)
-    return {name: str(root / name) for name in ("tokenizer", "generator")}
+    return tiny.save_networks(tmp_path_factory.mktemp("networks"), TOKENIZER, GENERATOR)
 
 
 def run(networks, **fields) -> LinearProbeRun:

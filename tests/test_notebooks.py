@@ -6,9 +6,7 @@ import nbclient
 import nbformat
 import pytest
 
-from gigatok_jax import bundles
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.weights import convert
 
 import tiny
 
@@ -24,11 +22,8 @@ def code_cells(notebook) -> list:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_notebook_runs(name, tmp_path, monkeypatch):
-    bundles.save(tmp_path / "tokenizer", "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
-    params = tiny.fill(convert.generator_shapes(GENERATOR))
-    bundles.save(tmp_path / "generator", "generator", GENERATOR, {"params": params}, {})
-    for kind in ("tokenizer", "generator"):
-        monkeypatch.setenv(f"GIGATOK_{kind.upper()}", str(tmp_path / kind))
+    for kind, directory in tiny.save_networks(tmp_path, TOKENIZER, GENERATOR).items():
+        monkeypatch.setenv(f"GIGATOK_{kind.upper()}", directory)
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()

@@ -1,9 +1,13 @@
 """A tokenizer so small that its programs compile in seconds."""
 
+import pathlib
+
 import jax
 import numpy as np
 
+from gigatok_jax import bundles
 from gigatok_jax.models import quantizer
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.weights import convert
 
@@ -43,6 +47,16 @@ def weights(config: TokenizerConfig) -> dict:
     """What a bundle holds: parameters, and the history of one that has been assigned nothing."""
     params = fill(convert.tokenizer_shapes(config))
     return {"params": params, "history": np.array(quantizer.empty_history())}
+
+
+def save_networks(root: pathlib.Path, config: TokenizerConfig, model: GeneratorConfig) -> dict:
+    """Bundles of a tokenizer and a generator of its codes; name to directory."""
+    own = weights(config)
+    bundles.save(root / "tokenizer", "tokenizer", config, own, {})
+    params = fill(convert.generator_shapes(model))
+    made_by = {"tokenizer": bundles.fingerprint(own["params"])}
+    bundles.save(root / "generator", "generator", model, {"params": params}, made_by)
+    return {name: str(root / name) for name in ("tokenizer", "generator")}
 
 
 def images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from gigatok_jax import api, bundles, pictures, teachers
+from gigatok_jax import api, pictures, teachers
 from gigatok_jax.commands import probe, reconstruct, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data.sources import EmbeddedSource
@@ -65,8 +65,7 @@ def demo(workdir: pathlib.Path, tokenizer_config: dict, probe_config: ProbeConfi
 
     probed = workdir / "probe"
     record = probed / "probe.json"
-    fingerprint = bundles.fingerprint(tokenizer.variables["params"])
-    if record.exists() and read_json(record, "a probe")["tokenizer"] != fingerprint:
+    if record.exists() and read_json(record, "a probe")["tokenizer"] != tokenizer.fingerprint:
         shutil.rmtree(probed)  # the tokenizer was trained on since
     results = probe.probe(str(directory), probe_config, probed)
 

@@ -24,6 +24,7 @@ from gigatok_jax.data import codes as stored
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import refuse_other
 from gigatok_jax.models.tokenizer import TokenizerConfig
 
 logger = logging.getLogger(__name__)
@@ -162,14 +163,9 @@ def _encoder(
 def _settle(out: pathlib.Path, info: stored.CodesInfo) -> None:
     """Writes what will be there, or refuses a folder where something else is."""
     old = stored.read_info(out)
-    new = json.loads(json.dumps(dataclasses.asdict(info)))
     if old is not None:
-        before = json.loads(json.dumps(dataclasses.asdict(old)))
-        for name in new.keys() - {"images"}:
-            if new[name] != before[name]:
-                raise UserError(
-                    f"{out}: holds codes made with another {name}: {before[name]!r}, not "
-                    f"{new[name]!r}"
-                )
+        before, new = (json.loads(json.dumps(dataclasses.asdict(i))) for i in (old, info))
+        del new["images"]  # which come last
+        refuse_other(out, before, new, "codes")
     elif jax.process_index() == 0:
         stored.write_info(out, info)

@@ -121,17 +121,18 @@ def _generation(out: pathlib.Path) -> dict:
     generator = api.load_generator(_required("generator"))
     tokenizer = load_matching_tokenizer(_required("tokenizer"), generator)
     extractor = features.load(FLAGS.features)
-    size = {"batch_size": FLAGS.batch_size}
-    if FLAGS.reference:
-        reference = sets.reference_of_npz(pathlib.Path(FLAGS.reference), extractor, **size)
-    else:
-        size |= {"image_size": tokenizer.config.image_size, "train": FLAGS.split == "train"}
-        reference = sets.reference_of_data(_data(), extractor, **size)
+    reference = sets.load_reference(
+        FLAGS.reference,
+        None if FLAGS.reference else _data(),
+        extractor,
+        batch_size=FLAGS.batch_size,
+        image_size=tokenizer.config.image_size,
+        train=FLAGS.split == "train",
+    )
     draw = generation.Draw(generator, tokenizer, FLAGS.count, FLAGS.seed, FLAGS.batch_size)
     if not FLAGS.search:
         return generation.evaluate(draw, extractor, reference, settings, out / "drawn")
-    best, tried = generation.evaluate_best(draw, extractor, reference, settings, out)
-    return best | {"search": tried}
+    return generation.evaluate_best(draw, extractor, reference, settings, out)
 
 
 def _cost(out: pathlib.Path) -> dict:

@@ -21,17 +21,17 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 import numpy as np
-from PIL import Image
 
-from gigatok_jax import api, bundles
+from gigatok_jax import api, bundles, pictures
 from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
+from gigatok_jax.data import codes as stored
 from gigatok_jax.data.images import BadImage, center_crop
-from gigatok_jax.data.sources import open_source
+from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets
 from gigatok_jax.evaluation.probe import ProbeConfig
-from gigatok_jax.files import claim, read_json, replacing, write_json
+from gigatok_jax.files import claim, read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.telemetry import read_metrics
@@ -99,14 +99,14 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
         **batch,
     )
     print("generator ...", flush=True)
-    data = dataclasses.replace(config.data, source="codes", path=str(codes), length=0)
-    data = dataclasses.replace(data, eval_length=0)
-    source = open_source(config.data, train=False, image_size=bundle.config.image_size)
+    data = dataclasses.replace(
+        config.data, source="codes", path=str(codes), length=0, eval_length=0
+    )
     model = dataclasses.replace(
         config.generator.model,
         codes=bundle.config.latents,
         codebook_size=bundle.config.codebook_size,
-        classes=len(source.class_names),
+        classes=len(stored.find_info(codes).class_names),
     )
     generator_run = dataclasses.replace(
         config.generator, model=model, data=data, tokenizer=str(directory)
@@ -135,8 +135,9 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
 
     _samples(config, generator, tokenizer, results["guidance"], workdir / "samples")
     if not (workdir / "maps.png").exists():
-        _maps(tokenizer, source, workdir / "maps.png")
-    write_json(workdir / "results.json", results | {"parameters": _count(bundle)})
+        _maps(tokenizer, config.data, workdir / "maps.png")
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(bundle.weights["params"]))
+    write_json(workdir / "results.json", results | {"parameters": parameters})
     report.write([workdir], workdir / "report.html")
     print(workdir / "report.html")
     return results
@@ -153,22 +154,18 @@ def _flat(mapping: dict[str, Any], path: str) -> dict[str, Any]:
     return flat
 
 
-def _count(bundle: bundles.Bundle) -> int:
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(bundle.weights["params"]))
-
-
 def _generation(config: ProbeConfig, generator, tokenizer, extractor, out) -> dict[str, Any]:
-    size = {"batch_size": config.batch_size}
-    if config.reference:
-        reference = sets.reference_of_npz(pathlib.Path(config.reference), extractor, **size)
-    else:
-        size |= {"image_size": tokenizer.config.image_size, "train": False}
-        reference = sets.reference_of_data(config.data, extractor, **size)
+    reference = sets.load_reference(
+        config.reference,
+        config.data,
+        extractor,
+        batch_size=config.batch_size,
+        image_size=tokenizer.config.image_size,
+    )
     draw = generation.Draw(
         generator, tokenizer, config.samples, config.seed, config.sample_batch_size
     )
-    best, tried = generation.evaluate_best(draw, extractor, reference, config.sampling, out)
-    return best | {"search": tried}
+    return generation.evaluate_best(draw, extractor, reference, config.sampling, out)
 
 
 def _samples(config: ProbeConfig, generator, tokenizer, guidance: float, out) -> None:
@@ -188,8 +185,9 @@ def _samples(config: ProbeConfig, generator, tokenizer, guidance: float, out) ->
     )
 
 
-def _maps(tokenizer: api.PretrainedTokenizer, source, path: pathlib.Path) -> None:
-    """Feature maps of the first images of one class."""
+def _maps(tokenizer: api.PretrainedTokenizer, data: DataConfig, path: pathlib.Path) -> None:
+    """Feature maps of the first evaluation images of one class."""
+    source = open_source(data, train=False, image_size=tokenizer.config.image_size)
     chosen, label = [], None
     for index in range(len(source)):
         try:
@@ -202,6 +200,4 @@ def _maps(tokenizer: api.PretrainedTokenizer, source, path: pathlib.Path) -> Non
             chosen.append(center_crop(image, tokenizer.config.image_size))
         if len(chosen) == MAPPED:
             break
-    picture = maps.feature_maps(tokenizer, np.stack(chosen))
-    with replacing(path) as aside:
-        Image.fromarray(picture).save(aside, format="png")
+    pictures.save_png(path, maps.feature_maps(tokenizer, np.stack(chosen)))

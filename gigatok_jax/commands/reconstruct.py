@@ -11,7 +11,6 @@ import pathlib
 from absl import flags
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from gigatok_jax import api, pictures
@@ -19,7 +18,7 @@ from gigatok_jax.data import images as image_files
 from gigatok_jax.data.sources import image_paths
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import reconstruction
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -32,9 +31,6 @@ flags.DEFINE_integer(
     "ssim_range", 1, "data_range of SSIM; the reference passes 2", lower_bound=1, flag_values=FLAGS
 )
 flags.mark_flags_as_required(["tokenizer", "images", "out"], flag_values=FLAGS)
-
-SHOWN = 32  # images in the grid, at most, evenly spaced; whole rows where there are enough
-COLUMNS = 8
 
 
 def run(positional: list[str]) -> None:
@@ -61,7 +57,9 @@ def reconstruct(
     """Writes the files that the module's docstring names, and prints the metrics."""
     paths = image_paths(source)
     compare = reconstruction.comparison(ssim_range)
-    count = min(len(paths) // COLUMNS * COLUMNS or len(paths), SHOWN)
+    # Whole rows where there are enough.
+    columns = reconstruction.COLUMNS
+    count = min(len(paths) // columns * columns or len(paths), reconstruction.SHOWN)
     wanted = {i * len(paths) // count for i in range(count)}  # spread over all classes
     rows, shown, codes_seen, skipped = [], [], set(), 0
     for start in tqdm(range(0, len(paths), batch_size), unit="batch", disable=None):
@@ -85,8 +83,7 @@ def reconstruct(
         values = jax.device_get(compare(inputs, floats))
         codes_seen.update(np.unique(codes[: len(batch)]).tolist())
         for i, name in enumerate(names):
-            with replacing(out / "images" / _png(name)) as aside:
-                Image.fromarray(outputs[i]).save(aside, format="png")
+            pictures.save_png(out / "images" / _png(name), outputs[i])
             rows.append({"image": str(name)} | {k: float(v[i]) for k, v in values.items()})
             if len(rows) - 1 in wanted:
                 shown.append((inputs[i], outputs[i]))

@@ -10,8 +10,6 @@ import pathlib
 import zipfile
 
 from absl import flags
-import jax
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
@@ -125,26 +123,20 @@ def sample(
     record = {
         "sampling": dataclasses.asdict(settings),
         "seed": seed,
-        "generator": bundles.fingerprint(generator.variables["params"]),
-        "tokenizer": bundles.fingerprint(tokenizer.variables["params"]),
+        "generator": generator.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
     }
     if not (out / "images").exists():
         (out / "sampling.json").unlink(missing_ok=True)
     claim(out / "sampling.json", record, "images")  # their classes are in their names
-    key = jax.random.key(seed)
     paths = [out / "images" / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    batch_size = min(batch_size, max(len(missing), 1))
-    for start in tqdm(range(0, len(missing), batch_size), unit="batch", disable=None):
-        numbers = np.array(missing[start : start + batch_size])
-        # Short batches are filled up, so that only one size is compiled.
-        filled = np.resize(numbers, batch_size)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
-        codes = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
-        images = np.asarray(pictures.to_uint8(tokenizer.decode(codes)))
-        for number, image in zip(numbers, images, strict=False):
-            with replacing(paths[number]) as aside:
-                Image.fromarray(image).save(aside, format="png")
+    missing = np.array([i for i, path in enumerate(paths) if not path.exists()], int)
+    place = {"seed": seed, "batch_size": batch_size}
+    with tqdm(total=len(missing), unit="image", disable=None) as bar:
+        for numbers, images in api.draw(generator, tokenizer, classes, missing, settings, **place):
+            for number, image in zip(numbers, images, strict=True):
+                pictures.save_png(paths[number], image)
+            bar.update(len(numbers))
     _write_npz(out / "samples.npz", paths, classes)
     _write_grid(out / "grid.png", paths, classes)
     print(f"{len(paths)} images ({len(paths) - len(missing)} were there)")
@@ -199,5 +191,4 @@ def _write_grid(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarr
     draw, height = ImageDraw.Draw(labelled), grid.shape[0] / len(rows)
     for row, c in enumerate(shown):
         draw.text((6, (row + 0.5) * height), str(c), fill="black", anchor="lm")
-    with replacing(path) as aside:
-        labelled.save(aside, format="png")
+    pictures.save_png(path, np.asarray(labelled))

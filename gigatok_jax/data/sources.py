@@ -5,7 +5,7 @@ A source gives random access: `source[i]` is a dict of `image` (RGB image or uin
 Sources travel to worker processes by pickling, so they hold little and open files on first use.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import logging
 import operator
@@ -221,12 +221,12 @@ def _is_image(name: str) -> bool:
     return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
 
 
-def _find(root: Path, below: str) -> list[str]:
-    """Sorted paths, relative to `root`, of the images in its sub-folder `below` ("": all of it).
+def _walk(root: Path, below: str) -> Iterator[str]:
+    """Paths, relative to `root`, of the images in its sub-folder `below` ("": all of it).
 
     What has no image's extension, or is hidden, does not count. Links are followed.
     """
-    found, pending = [], [below]
+    pending = [below]
     while pending:
         folder = pending.pop()
         with os.scandir(root / folder) as entries:
@@ -235,8 +235,7 @@ def _find(root: Path, below: str) -> list[str]:
                 if entry.name[0] != "." and entry.is_dir():
                     pending.append(path)
                 elif _is_image(entry.name):
-                    found.append(path)
-    return sorted(found)
+                    yield path
 
 
 def image_paths(path: Path) -> list[Path]:
@@ -249,7 +248,7 @@ def image_paths(path: Path) -> list[Path]:
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder, expected images")
-    found = [path / name for name in _find(path, "")]
+    found = [path / name for name in sorted(_walk(path, ""))]
     if not found:
         raise UserError(f"{path}: no images in it")
     return found
@@ -260,7 +259,7 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     folder = root / split
     names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     prefix = f"{split}/" if split else ""
-    classes = {name: files for name in names if (files := _find(root, prefix + name))}
+    classes = {name: files for name in names if (files := sorted(_walk(root, prefix + name)))}
     loose = [e.name for e in os.scandir(folder) if e.is_file() and _is_image(e.name)]
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
@@ -307,7 +306,8 @@ def _open_split(root: Path, train: bool, validation: str) -> Source:
     folders = [e for e in os.scandir(root / "train") if e.is_dir() and e.name[0] != "."]
     if not folders:  # Both without classes.
         return FolderSource(root, list(classes.values()), list(classes))
-    names = list(_classes(root, "train"))  # Labels are the training images'.
+    # Labels are the training images', whose classes have any; one image tells, not a million.
+    names = sorted(e.name for e in folders if next(_walk(root, f"train/{e.name}"), None))
     unknown = sorted(set(classes) - set(names))
     if unknown:
         raise UserError(f"{root / validation / unknown[0]}: no such class in {root / 'train'}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing
+from gigatok_jax.files import write_npz
 
 NEIGHBOURS = 3
 ROWS = 1_000  # of a distance matrix at once
@@ -204,8 +204,7 @@ def write_statistics(
     for name, gaussian in gaussians.items():
         arrays[f"mu{SUFFIXES[name]}"] = gaussian.mean
         arrays[f"sigma{SUFFIXES[name]}"] = gaussian.covariance
-    with replacing(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays)
+    write_npz(path, arrays)
 
 
 def read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:

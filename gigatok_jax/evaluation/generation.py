@@ -1,21 +1,19 @@
 """How well a generator draws: gFID and its kin, with a search for the best guidance (paper, B)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import pathlib
 import shutil
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
-from gigatok_jax import api, bundles, pictures
+from gigatok_jax import api, pictures
 from gigatok_jax.evaluation import sets
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.sets import FeatureSet, Reference
-from gigatok_jax.files import claim, read_json, replacing, write_json
+from gigatok_jax.files import claim, read_json, write_json, write_npz
 from gigatok_jax.sampling import SamplingConfig
 
 CHUNK = 5_000  # images between two savings of their features
@@ -40,20 +38,22 @@ class Draw:
     seed: int = 0
     batch_size: int = 64
 
-    def images(self, settings: SamplingConfig, start: int, stop: int):
-        """Yields uint8 batches `[b, H, W, 3]` of images `start` to `stop`."""
+    def images(
+        self, settings: SamplingConfig, start: int, stop: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yields what `api.draw` does of images `start` to `stop`."""
         classes = np.random.default_rng(self.seed).integers(
             self.generator.config.classes, size=self.count
         )
-        key = jax.random.key(self.seed)
-        for first in range(start, stop, self.batch_size):
-            numbers = np.arange(first, min(first + self.batch_size, stop))
-            # Short batches are filled up, so that only one size is compiled.
-            filled = np.resize(numbers, self.batch_size)
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
-            codes = self.generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
-            images = np.asarray(pictures.to_uint8(self.tokenizer.decode(codes)))
-            yield images[: len(numbers)]
+        return api.draw(
+            self.generator,
+            self.tokenizer,
+            classes,
+            np.arange(start, stop),
+            settings,
+            seed=self.seed,
+            batch_size=self.batch_size,
+        )
 
 
 def evaluate(
@@ -82,8 +82,8 @@ def evaluate(
         "sampling": dataclasses.asdict(settings),
         "count": draw.count,
         "seed": draw.seed,
-        "generator": bundles.fingerprint(draw.generator.variables["params"]),
-        "tokenizer": bundles.fingerprint(draw.tokenizer.variables["params"]),
+        "generator": draw.generator.fingerprint,
+        "tokenizer": draw.tokenizer.fingerprint,
         "features": extractor.fingerprint,
         "reference": reference.name,
     }
@@ -112,7 +112,7 @@ def evaluate(
 def _write_chunk(path, draw: Draw, extractor, settings, place: tuple[int, int], bar: tqdm) -> None:
     """Features of images `place[0]` to `place[1]`; of the first ones also a picture."""
     parts, shown = [], []
-    for images in draw.images(settings, *place):
+    for _, images in draw.images(settings, *place):
         parts.append(extractor(images))
         if place[0] == 0 and len(shown) < SHOWN:
             shown += list(images[: SHOWN - len(shown)])
@@ -120,11 +120,8 @@ def _write_chunk(path, draw: Draw, extractor, settings, place: tuple[int, int], 
     if len(shown) >= COLUMNS:
         rows = np.stack(shown[: len(shown) // COLUMNS * COLUMNS])
         picture = pictures.grid(np.split(rows, len(rows) // COLUMNS))
-        with replacing(path.parents[1] / "grid.png") as aside:
-            Image.fromarray(picture).save(aside, format="png")
-    arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-    with replacing(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays)
+        pictures.save_png(path.parents[1] / "grid.png", picture)
+    write_npz(path, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
 
 
 def search_guidance(
@@ -158,11 +155,12 @@ def evaluate_best(
     reference: Reference,
     settings: SamplingConfig,
     out: pathlib.Path,
-) -> tuple[dict[str, float], list[dict[str, float]]]:
-    """The metrics at the guidance that `search_guidance` finds best, and those of all scales tried.
+) -> dict[str, Any]:
+    """The metrics at the guidance that `search_guidance` finds best.
 
-    `out` gets a folder for each scale; none is sampled twice, whatever was killed between.
-    Arguments are those of `evaluate`, whose `settings.guidance` is where the search starts.
+    "search" holds those of all scales tried, in order.  `out` gets a folder for each scale; none is
+    sampled twice, whatever was killed between.  Arguments are those of `evaluate`, whose
+    `settings.guidance` is where the search starts.
     """
     results = {}
 
@@ -174,4 +172,4 @@ def evaluate_best(
 
     found = search_guidance(measure, settings.guidance)
     best = min(found, key=found.get)
-    return results[best], [results[scale] for scale in sorted(results)]
+    return results[best] | {"search": [results[scale] for scale in sorted(results)]}

@@ -7,7 +7,6 @@ import pathlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from gigatok_jax import api, metrics, pictures, teachers
@@ -69,8 +68,8 @@ def evaluate(
             outputs = np.asarray(pictures.to_uint8(floats))
             if not keep.any():
                 continue
-            real.add(batch["image"][keep])
-            fake.add(outputs[keep])
+            for found, images in ((real, batch["image"]), (fake, outputs)):
+                found.add_features({"pool": extractor(images[keep])["pool"]})
             counts += np.bincount(np.asarray(codes)[keep].ravel(), minlength=len(counts))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value[keep].astype(np.float64).sum())
@@ -122,5 +121,4 @@ def write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -
     for start in range(0, len(shown), columns):
         inputs, outputs = zip(*shown[start : start + columns], strict=True)
         rows += [np.stack(inputs), np.stack(outputs)]
-    with replacing(path) as aside:
-        Image.fromarray(pictures.grid(rows)).save(aside, format="png")
+    pictures.save_png(path, pictures.grid(rows))

@@ -80,6 +80,23 @@ class Reference:
     name: str
 
 
+def load_reference(
+    npz: str,
+    data: DataConfig | None,
+    extractor: Extractor,
+    *,
+    image_size: int,
+    batch_size: int,
+    train: bool = False,
+) -> Reference:
+    """What `reference_of_npz` reads; where `npz` is "", what `reference_of_data` does."""
+    if npz:
+        return reference_of_npz(pathlib.Path(npz), extractor, batch_size)
+    return reference_of_data(
+        data, extractor, image_size=image_size, batch_size=batch_size, train=train
+    )
+
+
 def reference_of_npz(path: pathlib.Path, extractor: Extractor, batch_size: int) -> Reference:
     """The reference in an `.npz` of ADM's: `arr_0`, images; `mu`, `sigma`, `mu_s`, `sigma_s`.
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gigatok_jax.models import layers, resize
 
 INPUT_SIZE = 299
-POOL_WIDTH, SPATIAL_CHANNELS, OUTPUTS = 2048, 7, 1008
+SPATIAL_CHANNELS, OUTPUTS = 7, 1008
 
 
 def preprocess(images: jax.Array) -> jax.Array:

@@ -140,11 +140,7 @@ class GeneratorTraining:
 
     def codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> jax.Array:
         """The batch's codes, int32 `[B, N]`, by the frozen tokenizer where it holds images."""
-        if "codes" in batch:
-            return batch["codes"]
-        module = Tokenizer(self.tokenizer, dtype=self.dtype)
-        images = pictures.to_float(batch["image"])
-        return module.apply({"params": frozen}, images, method=Tokenizer.encode)
+        return batch_codes(batch, self.tokenizer, frozen, self.dtype)
 
     def decode(self, frozen: Any, codes: jax.Array) -> jax.Array:
         """The tokenizer's images of codes `[B, N]`, uint8 `[B, H, W, 3]`."""
@@ -159,6 +155,20 @@ class GeneratorTraining:
         rngs = {"dropout": dropout_key}
         logits = module.apply({"params": params}, codes[:, :-1], classes, rngs=rngs)
         return losses.cross_entropy(logits, codes).mean()
+
+
+def batch_codes(
+    batch: Mapping[str, jax.Array],
+    tokenizer: TokenizerConfig | None,
+    params: Any,
+    dtype: layers.Dtype = jnp.float32,
+) -> jax.Array:
+    """A batch's "codes", int32 `[B, N]`, or those of its "image", encoded by the tokenizer."""
+    if "codes" in batch:
+        return batch["codes"]
+    images = pictures.to_float(batch["image"])
+    module = Tokenizer(tokenizer, dtype=dtype)
+    return module.apply({"params": params}, images, method=Tokenizer.encode)
 
 
 def validation_loss(

@@ -15,6 +15,7 @@ from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import linear_probe as training
 from gigatok_jax.training.evaluating import held_out_means
+from gigatok_jax.training.generator import batch_codes
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.run import RunConfig
@@ -141,7 +142,7 @@ def _generator(run, generator: bundles.Bundle, tokenizer: bundles.Bundle | None,
         )
 
     def apply(frozen, batch):
-        seen = batch["codes"] if "codes" in batch else _encode(tokenizer, frozen, batch, dtype)
+        seen = batch_codes(batch, tokenizer and tokenizer.config, frozen["tokenizer"], dtype)
         none = jnp.full(len(seen), config.null_class)
         features = module.apply(
             {"params": frozen["generator"]}, seen[:, :-1], none, layer, method=Generator.features
@@ -180,7 +181,7 @@ def _tokenizer(run, tokenizer: bundles.Bundle, dtype) -> _Probed:
     def apply(frozen, batch):
         variables = {"params": frozen["tokenizer"]}
         if kind == "decoder":
-            seen = _encode(tokenizer, frozen, batch, dtype)
+            seen = batch_codes(batch, config, frozen["tokenizer"], dtype)
             features = module.apply(variables, seen, layer, method=Tokenizer.decoder_features)
         else:
             method = Tokenizer.encoder_features if kind == "encoder" else Tokenizer.latents
@@ -202,12 +203,6 @@ def _layer(run: LinearProbeRun, default: int, depth: int) -> int:
     if layer > depth:
         raise UserError(f"config.layer: expected 1 to {depth}, got {layer}")
     return layer
-
-
-def _encode(tokenizer: bundles.Bundle, frozen, batch, dtype) -> jax.Array:
-    module = Tokenizer(tokenizer.config, dtype=dtype)
-    images = pictures.to_float(batch["image"])
-    return module.apply({"params": frozen["tokenizer"]}, images, method=Tokenizer.encode)
 
 
 class _Evaluation:

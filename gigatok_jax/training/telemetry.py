@@ -6,10 +6,10 @@ import math
 import pathlib
 
 import numpy as np
-from PIL import Image
 from tensorboardX import SummaryWriter
 
 from gigatok_jax.files import replacing
+from gigatok_jax.pictures import save_png
 
 
 class Telemetry:
@@ -45,8 +45,7 @@ class Telemetry:
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 `[H, W, 3]` arrays as `pictures/NAME_STEP.png`."""
         for name, array in pictures.items():
-            with replacing(self._pictures / f"{name}_{step:08d}.png") as aside:
-                Image.fromarray(array).save(aside, format="png")
+            save_png(self._pictures / f"{name}_{step:08d}.png", array)
             self._events.add_image(name, array, step, dataformats="HWC")
 
     def close(self) -> None:
