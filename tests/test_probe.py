@@ -120,6 +120,13 @@ def test_workdir_of_another_probe_is_refused(tokenizer, whole):
         probe.probe(tokenizer, other, whole)
 
 
+def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
+    missing = dataclasses.replace(CONFIG, features="inception")
+    with pytest.raises(UserError, match="weights fetch inception_fid"):
+        probe.probe(tokenizer, missing, tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
 def test_report_holds_everything(whole):
     html = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file

@@ -69,10 +69,10 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
       UserError: `workdir` holds another probe, or a step cannot work.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    extractor = features.load(config.features)
     record = {"tokenizer": bundle.fingerprint, **_flat(dataclasses.asdict(config), "config")}
     claim(workdir / "probe.json", record, "a probe")
     tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
-    extractor = features.load(config.features)
 
     def once(name: str, step) -> dict[str, Any]:
         path = workdir / name / "metrics.json"
