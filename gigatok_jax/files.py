@@ -1,7 +1,8 @@
 """Files that are complete or not there: written aside, then renamed. And where the cache is."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -77,13 +78,25 @@ def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None
 def refuse_other(
     directory: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
 ) -> None:
-    """Raises UserError for the first field of `new`, as JSON holds it, that differs in `old`."""
+    """Raises UserError for the first field of `new`, as JSON holds it, that differs in `old`.
+
+    A field that `old` lacks is one that the program did not have yet.
+    """
     for name, value in json.loads(json.dumps(new)).items():
-        if old.get(name) != value:
+        if name in old and old[name] != value:
             raise UserError(
                 f"{directory}: holds {describes} made with another {name}: {old.get(name)!r}, "
                 f"not {value!r}"
             )
+
+
+def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
+    """Sixteen hex digits of files' names below `root`, sizes and times of change."""
+    digest = hashlib.sha256()
+    for name in names:
+        found = (root / name).stat()
+        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0"))
+    return digest.hexdigest()[:16]
 
 
 def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -129,12 +129,3 @@ def test_sets_without_a_covariance_are_refused(features, message):
 def test_too_few_images_for_neighbours_are_refused():
     with pytest.raises(UserError, match=r"more than 3 images, got 3 in the samples"):
         distribution.precision_recall(np.zeros((9, 2)), np.zeros((3, 2)))
-
-
-def test_files_of_other_things_are_refused(tmp_path):
-    np.savez(tmp_path / "a.npz", images=np.zeros(3))
-    with pytest.raises(UserError, match=r"a\.npz: expected images as arr_0, .* found images"):
-        distribution.read_statistics(tmp_path / "a.npz")
-    (tmp_path / "b.npz").write_text("text")
-    with pytest.raises(UserError, match=r"b\.npz: not an \.npz file"):
-        distribution.read_statistics(tmp_path / "b.npz")

@@ -1,6 +1,7 @@
 """Linear probes: LARS, the head, what is probed, and runs."""
 
 import dataclasses
+import importlib.util
 import pathlib
 
 import jax
@@ -158,9 +159,55 @@ def test_probe_beats_chance_goes_on_and_leaves_a_bundle(networks, tmp_path):
     assert bundle.made_by["features"] == "latents before the quantizer, width 8"
 
 
+def test_probe_learns_nothing_of_shuffled_classes(networks, tmp_path):
+    rng = np.random.default_rng(0)
+    classes = rng.permutation(["a", "b"] * 40)
+    for i, name in enumerate(classes):
+        (tmp_path / "photos" / name).mkdir(parents=True, exist_ok=True)
+        image = rng.integers(0, 120, (20, 20, 3), np.uint8)
+        image[..., i % 2] += 120
+        Image.fromarray(image).save(tmp_path / "photos" / name / f"{i:02d}.png")
+    data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=4)
+    fields = {"data": data, "features": "latents", "evaluation_images": 20, "steps": 60}
+    train.train(dataclasses.asdict(run(networks, **fields)), tmp_path / "run")
+    rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+    assert rows[-1]["held_out/accuracy"] <= 0.7  # of 20; chance: a half
+
+
+def test_features_in_parts_are_those_of_the_whole_batch(networks):
+    found = probed(networks, features="latents")
+    rng = np.random.default_rng(0)
+    batch = {
+        "image": rng.integers(0, 256, (6, 16, 16, 3), np.uint8),
+        "label": np.arange(6, dtype=np.int32),
+    }
+    values = [
+        linear_probe.LinearProbeTraining(
+            found.apply, found.width, 10, OptimizerConfig(), 1, size
+        )._features(found.frozen, batch)
+        for size in (6, 2)
+    ]
+    np.testing.assert_allclose(values[0], values[1], atol=1e-5)
+
+
+def test_rate_and_warmup_follow_the_batch():
+    path = pathlib.Path(__file__).parents[1] / "configs" / "probe.py"
+    spec = importlib.util.spec_from_file_location("probe_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("linear")
+    assert (config.optimizer.rate, config.optimizer.warmup_steps) == (6.4, 781)
+    config.batch_size = 1_024
+    assert (config.optimizer.rate, config.optimizer.warmup_steps) == (0.4, 12_500)
+    nested = module.get_config()
+    nested.linear_probe.batch_size = 1_024
+    assert nested.to_dict()["linear_probe"]["optimizer"]["rate"] == 0.4
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
+        ({"feature_batch_size": 3, "batch_size": 8}, r"^config\.feature_batch_size must divide"),
         ({"layer": 3}, r"^config\.layer: expected 1 to 2, got 3$"),
         ({"features": "latents", "layer": 1}, r"^config\.layer: the latents features have no"),
         ({"tokenizer": ""}, r"^config\.tokenizer: empty"),

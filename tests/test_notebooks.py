@@ -11,7 +11,7 @@ from gigatok_jax.models.generator import GeneratorConfig
 import tiny
 
 NOTEBOOKS = pathlib.Path(__file__).parents[1] / "notebooks"
-NAMES = sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb"))
+NAMES = ("inspect_generator", "inspect_tokenizer")
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
 GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
 

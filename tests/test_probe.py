@@ -1,21 +1,25 @@
 """AR probing from beginning to end, interrupted and not, and its report."""
 
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 import pytest
 
 from gigatok_jax import bundles, cli
 from gigatok_jax.commands import probe
+from gigatok_jax.data import codes
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import maps
+from gigatok_jax.evaluation import generation, maps, sets
 from gigatok_jax.evaluation.probe import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.linear_probe_run import LinearProbeRun
 from gigatok_jax.training.loop import LoopConfig
@@ -50,8 +54,9 @@ CONFIG = ProbeConfig(
 
 
 @pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory):
+def cache_and_chunks(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generation, "CHUNK", 8)  # of 16 samples
         patch.setenv("GIGATOK_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
 
@@ -84,24 +89,52 @@ def test_probe_measures_all(whole):
     assert bundles.load(whole / "generator", "generator").config["codes"] == TOKENIZER.latents
 
 
-def test_killed_probe_ends_in_the_same_numbers(tokenizer, whole, tmp_path, monkeypatch):
-    class Killed(Exception):
-        pass
+class Killed(Exception):
+    pass
 
-    def killed(*args, **kwargs):
-        raise Killed
 
-    for module, name in (
-        (probe.encode, "encode"),
-        (probe.evaluate, "evaluate_loss"),
-        (probe.maps, "feature_maps"),
+def dies_after(function, calls: int):
+    """`function`, but for the exception that follows its last call."""
+    count = itertools.count(1)
+
+    def dying(*args, **kwargs):
+        result = function(*args, **kwargs)
+        if next(count) == calls:
+            raise Killed
+        return result
+
+    return dying
+
+
+def test_probe_killed_in_every_step_ends_in_the_same_numbers(
+    tokenizer, whole, tmp_path, monkeypatch
+):
+    for place, name, calls in (
+        (sets.FeatureSet, "add_features", 3),  # in the middle of reconstruction
+        (codes, "write_shard", 2),
+        (Checkpoints, "save", 1),  # of the generator
+        (Checkpoints, "save", 1),
+        (probe.evaluate, "held_out_means", 1),
+        (generation, "_write_chunk", 1),
+        (generation, "_write_chunk", 2),
+        (sets, "compare", 1),
+        (Checkpoints, "save", 2),  # the linear probe's last
+        (probe.maps, "feature_maps", 1),
     ):
         with monkeypatch.context() as patch:
-            patch.setattr(module, name, killed)
+            patch.setattr(place, name, dies_after(getattr(place, name), calls))
             with pytest.raises(Killed):
                 probe.probe(tokenizer, CONFIG, tmp_path)
     probe.probe(tokenizer, CONFIG, tmp_path)
     assert results(tmp_path) == results(whole)
+
+
+def test_probe_goes_on_with_other_batches_and_workers(tokenizer, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "probe")
+    data = dataclasses.replace(CONFIG.data, workers=1, prefetch=3)
+    other = dataclasses.replace(CONFIG, data=data, sample_batch_size=4)
+    probe.probe(tokenizer, other, tmp_path / "probe")
+    assert results(tmp_path / "probe") == results(whole)
 
 
 def test_finished_probe_does_nothing_again(tokenizer, whole, monkeypatch):

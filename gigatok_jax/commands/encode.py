@@ -79,8 +79,6 @@ def encode(
     Raises:
       UserError: the data cannot be read, or `out` holds codes of something else.
     """
-    if data.source == "codes":
-        raise UserError("config.data.source: expected images, got 'codes'")
     if any(not 1 <= factor <= 2 for factor in crop_factors):
         raise UserError(f"--crop_factors: expected numbers in [1, 2], got {crop_factors}")
     size = bundle.config.image_size
@@ -89,7 +87,7 @@ def encode(
             f"--shard_images: expected a multiple of --batch_size={batch_size}, got {shard_images}"
         )
     splits = {
-        split: pipeline.eval_batches(
+        split: pipeline.eval_images(
             data,
             image_size=size,
             batch_size=batch_size,

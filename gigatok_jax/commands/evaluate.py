@@ -25,18 +25,17 @@ from ml_collections import config_flags
 from tqdm import tqdm
 
 from gigatok_jax import api
+from gigatok_jax.commands import sampling_flags
 from gigatok_jax.commands.sample import load_matching_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
 from gigatok_jax.files import write_json
-from gigatok_jax.sampling import SCHEDULES, SamplingConfig
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import validation_loss
 
 FLAGS = flags.FlagValues()
-DEFAULTS = SamplingConfig()
 config_flags.DEFINE_config_file("config", None, "its `data` is evaluated on", flag_values=FLAGS)
 flags.DEFINE_string("generator", "", "bundle or workdir", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", "", "bundle or workdir", flag_values=FLAGS)
@@ -49,12 +48,8 @@ flags.DEFINE_enum(
 )
 flags.DEFINE_integer("count", 50_000, "images drawn", lower_bound=2, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of codes and classes", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_float("guidance", DEFAULTS.guidance, "1: none", flag_values=FLAGS)
 flags.DEFINE_boolean("search", False, "for the best guidance", flag_values=FLAGS)
-flags.DEFINE_enum(
-    "schedule", DEFAULTS.schedule, SCHEDULES, "of the guidance over codes", flag_values=FLAGS
-)
-flags.DEFINE_float("temperature", DEFAULTS.temperature, "0: the likeliest code", flag_values=FLAGS)
+sampling_flags.define(FLAGS)
 flags.DEFINE_integer(
     "ssim_range", 1, "data_range of SSIM; the reference passes 2", lower_bound=1, flag_values=FLAGS
 )
@@ -112,12 +107,7 @@ def _reconstruction(out: pathlib.Path) -> dict[str, float]:
 
 
 def _generation(out: pathlib.Path) -> dict:
-    try:
-        settings = SamplingConfig(
-            guidance=FLAGS.guidance, schedule=FLAGS.schedule, temperature=FLAGS.temperature
-        )
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
+    settings = sampling_flags.settings(FLAGS)
     generator = api.load_generator(_required("generator"))
     tokenizer = load_matching_tokenizer(_required("tokenizer"), generator)
     extractor = features.load(FLAGS.features)

@@ -70,7 +70,7 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
-    record = {"tokenizer": bundle.fingerprint, **_flat(dataclasses.asdict(config), "config")}
+    record = {"tokenizer": bundle.fingerprint, **_decisive(config)}
     claim(workdir / "probe.json", record, "a probe")
     tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
 
@@ -141,6 +141,16 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     report.write([workdir], workdir / "report.html")
     print(workdir / "report.html")
     return results
+
+
+def _decisive(config: ProbeConfig) -> dict[str, Any]:
+    """The fields that results depend on: a probe may go on with others on another machine."""
+    how = {"workers", "prefetch", "max_bad_share", "mesh", "loop", "remat", "feature_batch_size"}
+    flat = _flat(dataclasses.asdict(config), "config")
+    decisive = {path: value for path, value in flat.items() if how.isdisjoint(path.split("."))}
+    for path in ("config.batch_size", "config.sample_batch_size"):
+        del decisive[path]
+    return decisive
 
 
 def _flat(mapping: dict[str, Any], path: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from gigatok_jax import api, pictures
 from gigatok_jax.data import images as image_files
-from gigatok_jax.data.sources import image_paths
+from gigatok_jax.data.folders import image_paths
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.files import write_json

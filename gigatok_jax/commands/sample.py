@@ -15,13 +15,13 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 from gigatok_jax import api, bundles, pictures
+from gigatok_jax.commands import sampling_flags
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import claim, replacing
 from gigatok_jax.models.tokenizer import TokenizerConfig
-from gigatok_jax.sampling import SCHEDULES, SamplingConfig
+from gigatok_jax.sampling import SamplingConfig
 
 FLAGS = flags.FlagValues()
-DEFAULTS = SamplingConfig()
 flags.DEFINE_string("generator", None, "bundle or workdir", flag_values=FLAGS)
 flags.DEFINE_string("tokenizer", None, "bundle or workdir", flag_values=FLAGS)
 flags.DEFINE_string("out", None, "folder for the images", flag_values=FLAGS)
@@ -36,14 +36,7 @@ flags.DEFINE_boolean(
 )
 flags.DEFINE_integer("batch_size", 32, "images at once", lower_bound=1, flag_values=FLAGS)
 flags.DEFINE_integer("seed", 0, "of codes and classes", lower_bound=0, flag_values=FLAGS)
-flags.DEFINE_float("guidance", DEFAULTS.guidance, "1: none", flag_values=FLAGS)
-flags.DEFINE_enum(
-    "schedule", DEFAULTS.schedule, SCHEDULES, "of the guidance over codes", flag_values=FLAGS
-)
-for name in ("schedule_start", "schedule_end", "temperature", "top_p"):
-    text = f"see sampling.SamplingConfig.{name}"
-    flags.DEFINE_float(name, getattr(DEFAULTS, name), text, flag_values=FLAGS)
-flags.DEFINE_integer("top_k", DEFAULTS.top_k, "0: all codes", flag_values=FLAGS)
+sampling_flags.define(FLAGS)
 flags.mark_flags_as_required(["generator", "tokenizer", "out"], flag_values=FLAGS)
 
 ROWS, COLUMNS = 12, 8  # of the grid, at most: classes, and samples of each
@@ -52,15 +45,7 @@ ROWS, COLUMNS = 12, 8  # of the grid, at most: classes, and samples of each
 def run(positional: list[str]) -> None:
     if positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
-    names = [field.name for field in dataclasses.fields(SamplingConfig)]
-    try:
-        settings = SamplingConfig(**{name: FLAGS[name].value for name in names})
-    except ValueError as error:
-        raise UserError(f"--{error}") from error
-    if settings.schedule != "constant" and settings.guidance == 1:
-        raise UserError(
-            f"--guidance: expected more than 1 with schedule {settings.schedule}, got 1"
-        )
+    settings = sampling_flags.settings(FLAGS)
     generator = api.load_generator(FLAGS.generator)
     classes = _classes(FLAGS.classes, generator.config.classes)
     count = FLAGS.count or COLUMNS * len(classes)

@@ -13,7 +13,7 @@ import msgpack
 import numpy as np
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import replacing, stamp, write_json
 
 FORMAT = 1
 SPLITS = ("train", "validation")
@@ -186,6 +186,9 @@ class CodesSource:
         codes = np.frombuffer(record["codes"], record["type"]).reshape(record["shape"])
         example = {name: record[name] for name in ("label", "key")}
         return example | {"codes": codes.astype(np.int32)}
+
+    def version(self) -> str:
+        return stamp(self._paths[0].parent, [path.name for path in self._paths])
 
 
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 SPLITS = ("train", "validation")
+VERSION = 1  # of what is drawn; stored results of other versions are not taken for it
 
 Array = np.ndarray
 Rng = np.random.Generator

@@ -195,6 +195,10 @@ class Batches(Iterator[Batch]):
     def examples(self) -> int:
         return len(self._reader.source)
 
+    def version(self) -> str:
+        """See `Source`."""
+        return self._reader.source.version()
+
     @property
     def bad_count(self) -> int:
         return len(self._bad)
@@ -351,6 +355,17 @@ def eval_batches(
     place = (process_index, process_count)
     reader = _EvalReader(source, image_size, batch_size, *place, crop_factors=crop_factors)
     return Batches(reader, config)
+
+
+def eval_images(config: DataConfig, **kwargs) -> Batches:
+    """`eval_batches` of a source that must have images.
+
+    Raises:
+        UserError: it has codes; and see `eval_batches`.
+    """
+    if config.source == "codes":
+        raise UserError("config.data.source: expected images, got 'codes'")
+    return eval_batches(config, **kwargs)
 
 
 class _Resumable(Protocol):

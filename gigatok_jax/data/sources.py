@@ -5,27 +5,20 @@ A source gives random access: `source[i]` is a dict of `image` (RGB image or uin
 Sources travel to worker processes by pickling, so they hold little and open files on first use.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 import dataclasses
-import logging
-import operator
 import os
 from pathlib import Path
 from typing import Any, Protocol
 
 from ml_collections import ConfigDict
-import numpy as np
 
 from gigatok_jax.config import from_mapping
-from gigatok_jax.data import codes, embedded, images
+from gigatok_jax.data import codes, embedded, folders, images
+from gigatok_jax.data.folders import checked
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import stamp
 
-logger = logging.getLogger(__name__)
-
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".pbm", ".pgm", ".ppm", ".pnm"),
-)
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
 
 Example = dict[str, Any]
@@ -123,6 +116,9 @@ class Source(Protocol):
 
     def __getitem__(self, index: int) -> Example: ...
 
+    def version(self) -> str:
+        """Text that differs where the examples do, or their files; nothing is decoded for it."""
+
 
 def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     """Opens the training or the evaluation examples that a configuration names.
@@ -146,13 +142,6 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     return _First(source, length) if 0 < length < len(source) else source
 
 
-def _checked(index: int, length: int) -> int:
-    index = operator.index(index)
-    if not 0 <= index < length:
-        raise IndexError(f"index {index} is outside [0, {length})")
-    return index
-
-
 class _First:
     """The first `length` examples of a source."""
 
@@ -164,7 +153,10 @@ class _First:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        return self._source[_checked(index, self._length)]
+        return self._source[checked(index, self._length)]
+
+    def version(self) -> str:
+        return f"{self._source.version()} first {self._length}"
 
 
 class EmbeddedSource(embedded.EmbeddedSource):
@@ -173,145 +165,15 @@ class EmbeddedSource(embedded.EmbeddedSource):
     class_names = embedded.CLASS_NAMES
     codes = 0
 
+    def version(self) -> str:
+        return f"drawings {embedded.VERSION}: {self}"
+
 
 def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
     # Training crops enlarge by up to 5/4, which would blur drawings of the final size.
     if train:
         return EmbeddedSource(config.length, image_size * 5 // 4, "train")
     return EmbeddedSource(config.eval_length, image_size, "validation")
-
-
-class FolderSource:
-    """Images below the class sub-folders of a folder, sorted by class, then by path.
-
-    Names are kept as one string with offsets: a million of them cost 30 MB and pickle at once.
-
-    Args:
-        root: the folder; keys are paths relative to it.
-        files: for each class, in the order of labels, paths relative to `root`.
-        class_names: one a class.
-    """
-
-    codes = 0
-
-    def __init__(self, root: Path, files: Sequence[Sequence[str]], class_names: Sequence[str]):
-        self.root, self.class_names = root, tuple(class_names)
-        names = [os.fsencode(name) for group in files for name in group]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self._class_ends = np.cumsum([len(group) for group in files], dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, index: int) -> Example:
-        index = _checked(index, len(self))
-        start = self._ends[index - 1] if index else 0
-        key = os.fsdecode(self._text[start : self._ends[index]])
-        try:
-            image = images.load(self.root / key)
-        except images.BadImage as error:
-            raise images.BadImage(f"{key}: {error}") from error
-        label = int(np.searchsorted(self._class_ends, index, side="right"))
-        return {"image": image, "label": label, "key": key}
-
-
-def _is_image(name: str) -> bool:
-    """Tells by the extension, as opening a million files would take too long."""
-    return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
-
-
-def _walk(root: Path, below: str) -> Iterator[str]:
-    """Paths, relative to `root`, of the images in its sub-folder `below` ("": all of it).
-
-    What has no image's extension, or is hidden, does not count. Links are followed.
-    """
-    pending = [below]
-    while pending:
-        folder = pending.pop()
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name[0] != "." and entry.is_dir():
-                    pending.append(path)
-                elif _is_image(entry.name):
-                    yield path
-
-
-def image_paths(path: Path) -> list[Path]:
-    """The image file at `path`, or the images in the folder and under it, sorted.
-
-    Raises:
-        UserError: there is nothing, or no image.
-    """
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise UserError(f"{path}: no such file or folder, expected images")
-    found = [path / name for name in sorted(_walk(path, ""))]
-    if not found:
-        raise UserError(f"{path}: no images in it")
-    return found
-
-
-def _classes(root: Path, split: str) -> dict[str, list[str]]:
-    """Images [relative to `root`] by class, for the classes that have any."""
-    folder = root / split
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    prefix = f"{split}/" if split else ""
-    classes = {name: files for name in names if (files := sorted(_walk(root, prefix + name)))}
-    loose = [e.name for e in os.scandir(folder) if e.is_file() and _is_image(e.name)]
-    if classes and loose:
-        logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
-    if not classes and loose:
-        # Photos without classes still train a tokenizer: they are one class.
-        classes = {folder.resolve().name: sorted(prefix + name for name in loose)}
-    if not classes:
-        raise UserError(f"{folder}: no images in it, expected class sub-folders of images")
-    return classes
-
-
-def _open_folder(config: DataConfig, train: bool, image_size: int) -> Source:
-    del image_size
-    root = Path(config.path).expanduser()
-    if not root.is_dir():
-        reason = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {reason}, expected class sub-folders of images")
-    validation = next((n for n in ("val", "validation") if (root / n).is_dir()), None)
-    if (root / "train").is_dir() and validation:
-        return _open_split(root, train, validation)
-    if (root / "train").is_dir() and any(e.is_dir() for e in os.scandir(root / "train")):
-        raise UserError(
-            f"{root}: has train/ but neither val/ nor validation/; "
-            f"add one, or name {root / 'train'} to hold out some of its images"
-        )
-    classes = _classes(root, "")
-    if not config.holdout:
-        return FolderSource(root, list(classes.values()), list(classes))
-    files, count = [], 0
-    for group in classes.values():
-        held = np.arange(count, count + len(group)) % config.holdout == 0
-        files.append([name for name, out in zip(group, held, strict=True) if out != train])
-        count += len(group)
-    if not any(files):
-        raise UserError(f"{root}: one image only, which is held out for evaluation")
-    return FolderSource(root, files, list(classes))
-
-
-def _open_split(root: Path, train: bool, validation: str) -> Source:
-    if train:
-        classes = _classes(root, "train")
-        return FolderSource(root, list(classes.values()), list(classes))
-    classes = _classes(root, validation)
-    folders = [e for e in os.scandir(root / "train") if e.is_dir() and e.name[0] != "."]
-    if not folders:  # Both without classes.
-        return FolderSource(root, list(classes.values()), list(classes))
-    # Labels are the training images', whose classes have any; one image tells, not a million.
-    names = sorted(e.name for e in folders if next(_walk(root, f"train/{e.name}"), None))
-    unknown = sorted(set(classes) - set(names))
-    if unknown:
-        raise UserError(f"{root / validation / unknown[0]}: no such class in {root / 'train'}")
-    return FolderSource(root, [classes.get(name, []) for name in names], names)
 
 
 class TfdsSource:
@@ -357,7 +219,7 @@ class TfdsSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        index = _checked(index, len(self))
+        index = checked(index, len(self))
         record = self._records[index]
         named = (record[name] for name in FILE_NAME_FEATURES if record.get(name))
         key = next(named, f"{self.split}/{index}")
@@ -367,6 +229,10 @@ class TfdsSource:
         except images.BadImage as error:
             raise images.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(record[self._label_key]), "key": key}
+
+    def version(self) -> str:
+        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
+        return f"{self.split} of {stamp(Path(self.folder), names)}"
 
 
 def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
@@ -399,6 +265,11 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
     except ValueError as error:
         splits = ", ".join(builder.info.splits)
         raise UserError(f"{config.name} has no split {split!r}, expected {splits}") from error
+
+
+def _open_folder(config: DataConfig, train: bool, image_size: int) -> Source:
+    del image_size
+    return folders.open_folder(Path(config.path).expanduser(), train, config.holdout)
 
 
 def _open_codes(config: DataConfig, train: bool, image_size: int) -> Source:

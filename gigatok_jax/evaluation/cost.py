@@ -14,6 +14,7 @@ from gigatok_jax.models import quantizer
 from gigatok_jax.weights import convert
 
 REPEATS = 3
+ENCODER = ("encoder", "cnn_encoder", "quant_conv")  # parts of a tokenizer that do not decode
 
 
 def shares(
@@ -40,7 +41,13 @@ def shares(
     decoding, drawing = {}, {}
     for name, config in configs.items():
         weights = {
-            "params": _random(convert.tokenizer_shapes(config)),
+            "params": _random(
+                {
+                    part: shapes
+                    for part, shapes in convert.tokenizer_shapes(config).items()
+                    if not part.startswith(ENCODER)
+                }
+            ),
             "history": np.array(quantizer.empty_history()),
         }
         tokenizer = api.PretrainedTokenizer(config, weights)

@@ -4,16 +4,13 @@ Sums are float64 on the host, whose memory they take is that of one covariance: 
 batch come from all devices, and neither order nor batch size matters to more than rounding.
 """
 
-from collections.abc import Mapping
 import dataclasses
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import write_npz
 
 NEIGHBOURS = 3
 ROWS = 1_000  # of a distance matrix at once
@@ -191,53 +188,3 @@ def _share_inside(features: jax.Array, others: jax.Array, radii: jax.Array) -> f
         for block in _blocks(features)
     ]
     return float(np.concatenate(inside).mean())
-
-
-SUFFIXES = {"pool": "", "spatial": "_s"}
-
-
-def write_statistics(
-    path: pathlib.Path, gaussians: Mapping[str, Gaussian], others: Mapping[str, np.ndarray]
-) -> None:
-    """ADM's `.npz`: `mu`, `sigma` of "pool", `mu_s`, `sigma_s` of "spatial"; and other arrays."""
-    arrays = dict(others)
-    for name, gaussian in gaussians.items():
-        arrays[f"mu{SUFFIXES[name]}"] = gaussian.mean
-        arrays[f"sigma{SUFFIXES[name]}"] = gaussian.covariance
-    write_npz(path, arrays)
-
-
-def read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
-    """What `write_statistics` or ADM wrote: "pool" and, where it is there, "spatial".
-
-    Raises:
-      UserError: the file cannot be read, or has neither statistics nor images.
-    """
-    with open_npz(path) as file:
-        return {
-            name: Gaussian(
-                np.asarray(file[f"mu{suffix}"], np.float64),
-                np.asarray(file[f"sigma{suffix}"], np.float64),
-            )
-            for name, suffix in SUFFIXES.items()
-            if f"mu{suffix}" in file and f"sigma{suffix}" in file
-        }
-
-
-def open_npz(path: pathlib.Path) -> np.lib.npyio.NpzFile:
-    """Opens an `.npz` of statistics or images.
-
-    Raises:
-      UserError: it cannot be read, or holds neither.
-    """
-    try:
-        file = np.load(path)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not an .npz file ({error})") from error
-    names = getattr(file, "files", [])
-    if "arr_0" not in names and not {"mu", "sigma"} <= set(names):
-        raise UserError(
-            f"{path}: expected images as arr_0, or statistics as mu and sigma, found "
-            f"{', '.join(names) or 'nothing'}"
-        )
-    return file

@@ -23,6 +23,7 @@ class Extractor:
     Attributes:
       distance: what the Fréchet distance of its features is called: "fid", "fd_dinov2", ...
       fingerprint: see `bundles.fingerprint`.
+      widths: number of features by name, see `__call__`.
 
     Args:
       apply: pure function of parameters and uint8 images `[B, H, W, 3]` to features.
@@ -34,7 +35,17 @@ class Extractor:
     ):
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
         self.distance, self.fingerprint = distance, bundles.fingerprint(params)
-        self._apply, self._batch = jax.jit(apply), NamedSharding(mesh, P("data"))
+
+        @jax.jit
+        def exactly(params, images):
+            # TPUs and GPUs would round to bfloat16 or TF32, and distances with them.
+            with jax.default_matmul_precision("highest"):
+                return apply(params, images)
+
+        self._apply, self._batch = exactly, NamedSharding(mesh, P("data"))
+        image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
+        shapes = jax.eval_shape(exactly, params, image)
+        self.widths = {name: shape.shape[1] for name, shape in shapes.items()}
         self._params = jax.device_put(params, NamedSharding(mesh, P()))
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
@@ -81,7 +92,7 @@ def _inception() -> Extractor:
     except UserError as error:
         raise UserError(
             f"{error}; or compare a teacher's features: --features=dinov2_vitb14, "
-            "--features=embedded"
+            "--features=embedded (of a probe --config.features)"
         ) from None
     params = bundles.load(directory, "inception").weights
 

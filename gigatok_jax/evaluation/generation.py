@@ -76,8 +76,9 @@ def evaluate(
       See `sets.compare`; also "images" and "guidance".
 
     Raises:
-      UserError: `out` holds results of something else, or the reference does not fit.
+      UserError: `out` holds results of something else, or `Reference.check`.
     """
+    reference.check(extractor, draw.count)
     record = {
         "sampling": dataclasses.asdict(settings),
         "count": draw.count,

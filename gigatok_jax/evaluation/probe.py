@@ -47,5 +47,7 @@ class ProbeConfig:
         for name in ("batch_size", "shard_batches", "sample_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.data.source == "codes":
+            raise ValueError("data.source must have images, got 'codes'")
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, got {self.samples}")

@@ -1,6 +1,7 @@
 """How well a tokenizer reconstructs: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
 
 from collections.abc import Callable
+import functools
 import logging
 import pathlib
 
@@ -53,7 +54,7 @@ def evaluate(
     """
     config = tokenizer.config
     compare = comparison(ssim_range)
-    batches = pipeline.eval_batches(data, image_size=config.image_size, batch_size=batch_size)
+    batches = pipeline.eval_images(data, image_size=config.image_size, batch_size=batch_size)
     counts = np.zeros(config.codebook_size, np.int64)
     real, fake = FeatureSet(extractor), FeatureSet(extractor)
     sums, shown, seen = {}, [], 0
@@ -98,7 +99,7 @@ def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, j
         logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
 
     @jax.jit
-    def compare(inputs, floats):
+    def compare(inputs, floats, lpips):
         outputs = pictures.to_uint8(floats)
         values = {
             "psnr": metrics.psnr(inputs, outputs),
@@ -106,10 +107,12 @@ def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, j
         }
         if lpips is not None:
             clipped = jnp.clip(floats, -1, 1)
-            values["lpips"] = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
+            with jax.default_matmul_precision("highest"):
+                distance = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
+            values["lpips"] = distance
         return values
 
-    return compare
+    return functools.partial(compare, lpips=lpips)
 
 
 def write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -11,17 +11,21 @@ from tqdm import tqdm
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import distribution
+from gigatok_jax.evaluation import archives, distribution
+from gigatok_jax.evaluation.archives import Archive
 from gigatok_jax.evaluation.distribution import Gaussian, InceptionScore, Moments
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.files import cache_dir
 
 MEMBERS = 10_000  # of a reference, whose features precision and recall need
 GAUSSIANS = ("pool", "spatial")
+FORMAT = 1  # of what is computed of a reference; the cache's older ones are not taken for it
 
 
 class FeatureSet:
-    """Collects what the metrics need of images, in memory that their number does not change.
+    """Collects what the metrics need of images.
+
+    Its memory does not grow with their number, unless `members` are kept: D float32 an image.
 
     Args:
       extractor: of the features.
@@ -72,12 +76,39 @@ class Reference:
     Attributes:
       gaussians: of "pool" and perhaps "spatial".
       members: pool features `[n, D]`, or None where only statistics are known.
-      name: what it was made of.
+      name: tells it from any other.
     """
 
     gaussians: dict[str, Gaussian]
     members: np.ndarray | None
     name: str
+
+    def check(self, extractor: Extractor, count: int) -> None:
+        """Refuses what `compare` could not compare with, before it is drawn.
+
+        Args:
+          extractor: of the samples' features.
+          count: number of samples.
+
+        Raises:
+          UserError: other features, or too few images on either side.
+        """
+        for name, gaussian in self.gaussians.items():
+            width = extractor.widths.get(name, gaussian.mean.size)
+            if width != gaussian.mean.size:
+                raise UserError(
+                    f"{self.name}: statistics of {gaussian.mean.size} features, but "
+                    f"{extractor.distance} is over {width}"
+                )
+        if "pool" not in self.gaussians:
+            raise UserError(f"{self.name}: expected statistics of the pool features, mu and sigma")
+        sizes = {"samples": count}
+        if self.members is not None:
+            sizes["reference"] = len(self.members)
+        least = 2 if self.members is None else distribution.NEIGHBOURS + 1
+        for name, size in sizes.items():
+            if size < least:
+                raise UserError(f"{name}: expected at least {least} images, got {size}")
 
 
 def load_reference(
@@ -100,26 +131,24 @@ def load_reference(
 def reference_of_npz(path: pathlib.Path, extractor: Extractor, batch_size: int) -> Reference:
     """The reference in an `.npz` of ADM's: `arr_0`, images; `mu`, `sigma`, `mu_s`, `sigma_s`.
 
-    Statistics in the file are taken as they are, so they must be of the same features; of images,
-    all that is missing is computed.
+    Statistics in the file go before those of its images, where they are of as many features.
 
     Raises:
       UserError: the file cannot be used.
     """
-    gaussians = distribution.read_statistics(path)
-    with distribution.open_npz(path) as file:
-        images = dict(file).get("arr_0")
-    if images is None:
-        return Reference(gaussians, None, path.name)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-        raise UserError(
-            f"{path}: expected arr_0 to be uint8 [n, H, W, 3], got {images.dtype} "
-            f"{list(images.shape)}"
-        )
+    archive = Archive(path)
+    stored = archive.gaussians()
+    if not archive.images:
+        return Reference(stored, None, archive.name)
     found = FeatureSet(extractor, members=True)
-    for start in tqdm(range(0, len(images), batch_size), desc=path.name, disable=None):
-        found.add(images[start : start + batch_size])
-    return Reference(found.gaussians() | gaussians, found.members(), path.name)
+    steps = -(-archive.images // batch_size)
+    for images in tqdm(archive.batches(batch_size), total=steps, desc=path.name, disable=None):
+        found.add(images)
+    gaussians = found.gaussians()
+    for name, gaussian in stored.items():
+        if name in gaussians and gaussian.mean.shape == gaussians[name].mean.shape:
+            gaussians[name] = gaussian
+    return Reference(gaussians, found.members(), archive.name)
 
 
 def reference_of_data(
@@ -130,30 +159,30 @@ def reference_of_data(
     What was once computed of them is kept in the cache.
 
     Raises:
-      UserError: the data cannot be read.
+      UserError: the data cannot be read, or are codes.
     """
-    batches = pipeline.eval_batches(data, image_size=image_size, batch_size=batch_size, train=train)
-    seen = [batches.examples, batches.class_names]  # the data may have changed in their place
-    identity = [data.content(), seen, image_size, train, extractor.fingerprint]
+    batches = pipeline.eval_images(data, image_size=image_size, batch_size=batch_size, train=train)
+    identity = [FORMAT, batches.version(), image_size, extractor.fingerprint]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
     if not path.exists():
-        stride = max(1, batches.examples // MEMBERS)  # over all classes
+        count = batches.examples
+        # At random: in order, they might all be of the classes that are drawn in turn.
+        kept = np.random.default_rng(0).permutation(count)[:MEMBERS]
         found, members = FeatureSet(extractor), []
-        steps = -(-batches.examples // batch_size)
         with batches:
-            for batch in tqdm(batches, total=steps, desc="reference", disable=None):
-                keep = batch["valid"]
-                if keep.any():
-                    features = extractor(batch["image"][keep])
+            for batch in tqdm(batches, total=-(-count // batch_size), desc=name, disable=None):
+                valid = batch["valid"]
+                if valid.any():
+                    features = extractor(batch["image"][valid])
                     found.add_features(features)
-                    members.append(features["pool"][batch["index"][keep] % stride == 0])
-        arrays = {"members": np.concatenate(members)}
-        distribution.write_statistics(path, found.gaussians(), arrays)
+                    members.append(features["pool"][np.isin(batch["index"][valid], kept)])
+        gaussians = found.gaussians()
+        archives.write_statistics(path, gaussians, {"members": np.concatenate(members)})
     with np.load(path) as file:
         members = file["members"]
-    return Reference(distribution.read_statistics(path), members, name)
+    return Reference(Archive(path).gaussians(), members, name)
 
 
 def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[str, float]:
@@ -168,17 +197,14 @@ def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[st
       "gfid" or its like, "sfid", "inception_score", "precision", "recall".
 
     Raises:
-      UserError: the reference's statistics are of other features.
+      UserError: see `Reference.check`.
     """
     gaussians = samples.gaussians()
-    try:
-        distances = {
-            name: distribution.frechet_distance(gaussians[name], reference.gaussians[name])
-            for name in GAUSSIANS
-            if name in gaussians and name in reference.gaussians
-        }
-    except ValueError as error:
-        raise UserError(f"{reference.name}: {error}") from error
+    distances = {
+        name: distribution.frechet_distance(gaussians[name], reference.gaussians[name])
+        for name in GAUSSIANS
+        if name in gaussians and name in reference.gaussians
+    }
     result = {f"g{distance}": distances["pool"]}
     if "spatial" in distances:
         result[f"s{distance}"] = distances["spatial"]

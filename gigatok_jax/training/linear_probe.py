@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
+from einops import rearrange
 import flax.linen as nn
 import flax.struct
 import jax
@@ -60,6 +61,7 @@ class LinearProbeTraining:
       classes: C.
       optimizer: LARS and its schedule.
       steps: length of the schedule.
+      feature_batch_size: images at once through `features`; divides a larger batch.
     """
 
     features: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
@@ -67,6 +69,7 @@ class LinearProbeTraining:
     classes: int
     optimizer: OptimizerConfig
     steps: int
+    feature_batch_size: int
 
     def init(self, key: jax.Array) -> LinearProbeState:
         """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
@@ -99,7 +102,7 @@ class LinearProbeTraining:
           gradient's norm, the learning rate.
         """
         del phase
-        features = jax.lax.stop_gradient(self.features(frozen, batch))
+        features = jax.lax.stop_gradient(self._features(frozen, batch))
         labels = batch["label"]
 
         def loss(params):
@@ -133,7 +136,7 @@ class LinearProbeTraining:
     ) -> dict[str, jax.Array]:
         """Held-out "accuracy", "top5_accuracy" and "loss" of each image, float32 `[B]`."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        features = self.features(frozen, batch)
+        features = self._features(frozen, batch)
         logits = LinearProbe(self.classes).apply(variables, features, train=False)
         labels = batch["label"]
         rank = jnp.sum(logits > jnp.take_along_axis(logits, labels[:, None], 1), axis=1)
@@ -142,3 +145,13 @@ class LinearProbeTraining:
             "top5_accuracy": (rank < 5).astype(jnp.float32),
             "loss": losses.cross_entropy(logits, labels),
         }
+
+    def _features(self, frozen: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
+        """`features` of a batch, part after part: LARS's batches are larger than a network's."""
+        parts = -(-len(batch["label"]) // self.feature_batch_size)
+        if parts == 1:
+            return self.features(frozen, batch)
+        # Part p takes every so many-th image from p on, so that each has some of every device.
+        divided = jax.tree.map(lambda x: rearrange(x, "(b p) ... -> p b ...", p=parts), batch)
+        features = jax.lax.map(lambda part: self.features(frozen, part), divided)
+        return rearrange(features, "p b w -> (b p) w")

@@ -22,12 +22,12 @@ from gigatok_jax.training.run import RunConfig
 
 FEATURES = ("generator", "encoder", "latents", "decoder")
 
-# MAE's linear probing: rate 0.1 for every 256 images of a batch, 10 of 90 epochs of warm-up.
+RATE, WARMUP_EPOCHS = 0.1 / 256, 10  # MAE's linear probing: rate an image of a batch
 OPTIMIZER = OptimizerConfig(
     algorithm="lars",
-    rate=6.4,
+    rate=RATE * 16_384,
     final_rate=0.0,
-    warmup_steps=782,
+    warmup_steps=WARMUP_EPOCHS * 1_280_000 // 16_384,
     weight_decay=0.0,
     clip=0.0,
 )
@@ -42,6 +42,8 @@ class LinearProbeRun(RunConfig):
         no class given, all codes but the last seen (paper, 3.1); or of the tokenizer: "encoder",
         the encoder transformer's output after its last LayerNorm, width W (appendix F); "latents",
         before the quantizer, width D; "decoder", the output of a layer of the decoder transformer.
+      feature_batch_size: images at once through the frozen network, over all devices; divides a
+        larger `batch_size`.
       layer: of the generator or the decoder, from 1; 0: the generator's middle layer, or the
         decoder's layer with the semantic loss.
       tokenizer, generator: bundles or workdirs. With codes for data a generator needs no tokenizer.
@@ -53,6 +55,7 @@ class LinearProbeRun(RunConfig):
     batch_size: int = 16_384
     average_decay: float = 0.0
     evaluation_images: int = 50_000
+    feature_batch_size: int = 1_024
     features: str = "generator"
     layer: int = 0
     tokenizer: str = ""
@@ -64,6 +67,11 @@ class LinearProbeRun(RunConfig):
             raise ValueError(f"features must be one of {FEATURES}, got {self.features!r}")
         if self.average_decay:
             raise ValueError(f"average_decay must be 0 in a linear probe, got {self.average_decay}")
+        if self.batch_size > self.feature_batch_size and self.batch_size % self.feature_batch_size:
+            raise ValueError(
+                f"feature_batch_size must divide batch_size, {self.batch_size}, got "
+                f"{self.feature_batch_size}"
+            )
         if self.layer < 0:
             raise ValueError(f"layer must not be negative, got {self.layer}")
 
@@ -88,6 +96,7 @@ class LinearProbeRun(RunConfig):
             len(batches.class_names),
             self.optimizer,
             self.total_steps,
+            self.feature_batch_size,
         )
         return Job(
             training=functions,
