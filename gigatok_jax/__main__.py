@@ -1,7 +1,5 @@
 """`python -m gigatok_jax VERB`."""
 
-import sys
+from gigatok_jax.cli import entry
 
-from gigatok_jax.cli import main
-
-sys.exit(main())
+entry()

@@ -11,9 +11,10 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import write_json
 
 FORMAT = 1
 
@@ -23,7 +24,7 @@ class Bundle(NamedTuple):
 
     Attributes:
       config: the architecture.
-      weights: nested dictionaries of arrays.
+      weights: nested dictionaries of NumPy arrays.
       made_by: what made it.
     """
 
@@ -42,6 +43,8 @@ def save(
 ) -> None:
     """Writes a bundle, replacing one that is there only when it is complete.
 
+    All processes of a run call this, and each writes the parts of arrays that it holds.
+
     Args:
       directory: where.
       kind: "tokenizer", "dinov2", "lpips", ...
@@ -50,12 +53,13 @@ def save(
       made_by: what made it, as JSON can hold it.
     """
     config = dataclasses.asdict(config) if config is not None else {}
-    with replacing(directory) as aside:
+    with distributed.replacing(directory) as aside:
         aside = aside.absolute()
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(aside / "weights", weights)
         record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
-        write_json(aside / "config.json", record)
+        if distributed.is_main():
+            write_json(aside / "config.json", record)
 
 
 def fingerprint(params: Any) -> str:
@@ -69,7 +73,7 @@ def fingerprint(params: Any) -> str:
 
 
 def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:
-    """Reads a bundle, its arrays whole on the default device.
+    """Reads a bundle, its arrays whole in the memory of each process.
 
     Args:
       directory: of the bundle, or the workdir of the run that wrote it.
@@ -84,13 +88,12 @@ def load(directory: str | pathlib.Path, kind: str, config_type: type | None = No
     if record["kind"] != kind:
         raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
     path = (directory / "weights").absolute()
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             stored = checkpointer.metadata(path).item_metadata.tree
+            # Orbax takes types and shapes from these; they have no memory.
             abstract = jax.tree.map(
-                lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-                stored,
+                lambda array: np.broadcast_to(np.zeros((), array.dtype), array.shape), stored
             )
             weights = checkpointer.restore(path, abstract)
     except Exception as error:  # Orbax raises half a dozen types for damaged files, bare ones too

@@ -4,6 +4,7 @@ import importlib
 import logging
 import os
 import sys
+import traceback
 
 from ml_collections import ConfigDict
 
@@ -23,6 +24,10 @@ VERBS = {
     "weights": "fetch published weights",
     "demo": "the main job on drawings that the program makes itself",
 }
+
+
+# Those that several processes can share.
+SHARED = ("train", "reconstruct", "encode", "evaluate", "probe", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -45,13 +50,38 @@ def main(argv: list[str] | None = None) -> int:
         return UserError.exit_code
 
 
+def entry() -> None:
+    """The program: `main`, and the end of the process."""
+    try:
+        code = main()
+    except Exception:
+        traceback.print_exc()
+        code = 1
+    if code and _started():
+        # The ordinary way out waits for processes that may be lost.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _started() -> bool:
+    """Whether this process has joined others; JAX need not have been imported."""
+    module = sys.modules.get("gigatok_jax.distributed")
+    return module is not None and module.started()
+
+
 def _run(verb: str, arguments: list[str]) -> int:
     # Compilations are kept between runs; a run that resumes starts in seconds.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compilations"))
     from absl import flags
 
+    from gigatok_jax import distributed
+
     argv, sys.argv = sys.argv, [verb, *arguments]  # where config_flags finds --config.FIELD
     command = _fresh_module(f"gigatok_jax.commands.{verb}")
+    if verb in SHARED:
+        _define_processes(command.FLAGS)
     try:
         if any(argument in ("-h", "--help") for argument in arguments):
             print(command.__doc__)
@@ -64,9 +94,36 @@ def _run(verb: str, arguments: list[str]) -> int:
         raise UserError(_unknown_field(verb, arguments) or _one_line(error)) from error
     finally:
         sys.argv = argv
+    if verb in SHARED:
+        _join(command.FLAGS)
     _log_to_terminal()
-    command.run(positional)
+    with distributed.ending_together():
+        command.run(positional)
     return 0
+
+
+def _define_processes(flag_values) -> None:
+    from absl import flags
+
+    from gigatok_jax import distributed
+
+    for name, default, text in (
+        ("processes", 0, "of this run, where its launcher does not tell"),
+        ("process", -1, "which of them this is, from 0"),
+        ("timeout", distributed.TIMEOUT, "seconds without a sign after which one is given up"),
+    ):
+        flags.DEFINE_integer(name, default, text, flag_values=flag_values)
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0", flag_values=flag_values)
+
+
+def _join(flag_values) -> None:
+    """Makes this process one of several, of which the first alone has something to say."""
+    from gigatok_jax import distributed
+
+    names = ("coordinator", "processes", "process", "timeout")
+    distributed.start(distributed.Processes(*(flag_values[name].value for name in names)))
+    if distributed.started() and not distributed.is_main():
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _unknown_field(verb: str, arguments: list[str]) -> str | None:
@@ -121,13 +178,15 @@ def _log_to_terminal() -> None:
     from absl import flags
     from absl import logging as absl_logging
 
+    from gigatok_jax import distributed
+
     flags.FLAGS.mark_as_parsed()  # Grain and absl's log have flags of their own
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("gigatok_jax")
     logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.INFO if distributed.is_main() else logging.WARNING)
     logger.propagate = False
 
 

@@ -22,6 +22,11 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(parent).expanduser() / "gigatok_jax"
 
 
+def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
+    """Where `replacing` in process `pid` lets `path` be written."""
+    return path.with_name(f".{path.name}.{pid}.partial")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write a file or directory to, then renames it to `path`.
@@ -30,7 +35,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    aside = aside_path(path, os.getpid())
     try:
         yield aside
         if path.is_dir():

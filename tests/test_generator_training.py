@@ -22,7 +22,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training import optimizer
+from gigatok_jax.training import optimizer, partitioning
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.loop import LoopConfig
@@ -48,6 +48,8 @@ MODEL = GeneratorConfig(1, 2, 16, codes=4, codebook_size=512, classes=3, dropout
 OPTIMIZER = OptimizerConfig(
     rate=1e-2, schedule="warmup_stable_decay", warmup_steps=2, decayed="matrices"
 )
+
+MESH = partitioning.make_mesh(partitioning.MeshConfig())
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -249,8 +251,8 @@ def encoded(stable, directory, photos):
 
     The losses are those of the finished run's weights.
     """
-    job = run(photos, tokenizer=str(directory)).job(Path("nowhere"))
-    params = bundles.load(stable[0] / "bundle", "generator").weights["params"]
+    job = run(photos, tokenizer=str(directory)).job(Path("nowhere"), MESH)
+    params = jax.device_put(bundles.load(stable[0] / "bundle", "generator").weights["params"])
     functions = jax.jit(
         lambda batch: (
             job.training.codes(batch, job.frozen),

@@ -12,6 +12,7 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
+from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json, write_json
@@ -62,7 +63,7 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
             f"config.batch_size: expected a multiple of {partitioning.batch_shards(mesh)}, the "
             f"devices that share a batch, got {config.batch_size}"
         )
-    job = config.job(workdir)
+    job = config.job(workdir, mesh)
     _settle(workdir, config)
     loop.run(job, config.loop, mesh, workdir, config.seed)
 
@@ -81,7 +82,9 @@ def _settle(workdir: pathlib.Path, config) -> None:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
-    write_json(path, new)
+    distributed.barrier("config")  # all have read the old one
+    if distributed.is_main():
+        write_json(path, new)
 
 
 def _plain(config) -> dict:

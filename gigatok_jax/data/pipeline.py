@@ -289,7 +289,6 @@ def _cores() -> int:
 
 def train_batches(
     config: DataConfig,
-    *,
     image_size: int,
     batch_size: int,
     seed: int,
@@ -321,11 +320,11 @@ def train_batches(
 
 def eval_batches(
     config: DataConfig,
-    *,
     image_size: int,
     batch_size: int,
     process_index: int = 0,
     process_count: int = 1,
+    *,
     train: bool = False,
     crop_factors: tuple[float, ...] = (),
 ) -> Batches:

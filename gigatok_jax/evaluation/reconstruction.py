@@ -112,7 +112,7 @@ def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, j
             values["lpips"] = distance
         return values
 
-    return functools.partial(compare, lpips=lpips)
+    return functools.partial(compare, lpips=jax.device_put(lpips))
 
 
 def write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:

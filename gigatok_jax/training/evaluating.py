@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from gigatok_jax import distributed
 from gigatok_jax.errors import UserError
 
 ARRAYS = ("image", "codes", "label")  # what devices get of a batch
@@ -17,11 +18,12 @@ def held_out_means(
     batches: Iterable[Mapping[str, Any]],
     images: int,
 ) -> dict[str, float]:
-    """Means over the first so many readable images of an evaluation pass.
+    """Means over the first so many readable images of an evaluation pass, of all processes.
 
     Args:
-      measure: arrays of a batch to values of each image, `[B]` each, by name.
-      batches: see `pipeline.eval_batches`.
+      measure: arrays of this process's part of a batch to values of each image, `[B/P]` each, by
+        name.
+      batches: this process's, see `pipeline.eval_batches`.
       images: how many at most.
 
     Raises:
@@ -29,10 +31,15 @@ def held_out_means(
     """
     sums, count = collections.Counter(), 0
     for batch in batches:
-        keep = np.flatnonzero(batch["valid"])[: images - count]
         values = measure({name: batch[name] for name in ARRAYS if name in batch})
-        for name, value in values.items():
-            sums[name] += float(np.asarray(value, np.float64)[keep].sum())
+        rows = {name: np.asarray(value, np.float64) for name, value in values.items()}
+        place = {"index": batch["index"], "valid": batch["valid"]}
+        gathered = distributed.gather_rows(rows | place)
+        # In the order of the source; processes that share a block have the same rows.
+        index, first = np.unique(gathered["index"], return_index=True)
+        keep = first[gathered["valid"][first] & (index >= 0)][: images - count]
+        for name in rows:
+            sums[name] += float(gathered[name][keep].sum())
         count += len(keep)
         if count >= images:
             break

@@ -7,6 +7,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from gigatok_jax import bundles, pictures, precision, sampling
@@ -18,6 +19,7 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import generator as training
+from gigatok_jax.training import partitioning
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -111,7 +113,7 @@ class GeneratorRun(RunConfig):
             tokenizer=tokenizer,
         )
 
-    def job(self, workdir: pathlib.Path) -> Job:
+    def job(self, workdir: pathlib.Path, mesh: Mesh) -> Job:
         """Reads the tokenizer, opens the data, and puts the run together.
 
         Raises:
@@ -123,10 +125,9 @@ class GeneratorRun(RunConfig):
                 "encodes the images, or config.data.source=codes"
             )
         tokenizer = _tokenizer(self) if self.tokenizer else None
-        place = dict(process_index=jax.process_index(), process_count=jax.process_count())
         size = tokenizer.config.image_size if tokenizer else 0
         batches = pipeline.train_batches(
-            self.data, image_size=size, batch_size=self.batch_size, seed=self.seed, **place
+            self.data, size, self.batch_size, self.seed, *partitioning.batch_block(mesh)
         )
         if len(batches.class_names) > self.model.classes:
             raise UserError(
@@ -151,7 +152,7 @@ class GeneratorRun(RunConfig):
             training=functions,
             frozen=None if self.data.source == "codes" else tokenizer.weights["params"],
             batches=batches,
-            evaluate=_Evaluation(self, functions, tokenizer, batches.class_names),
+            evaluate=_Evaluation(self, functions, tokenizer, batches.class_names, mesh),
             advise=lambda row: None,
             finish=functools.partial(_write_bundle, self, workdir, fingerprint),
             identity={"tokenizer": fingerprint},
@@ -202,31 +203,40 @@ class _Evaluation:
         functions: training.GeneratorTraining,
         tokenizer: bundles.Bundle | None,
         class_names: tuple[str, ...],
+        mesh: Mesh,
     ):
-        self._run, self._dtype = run, functions.dtype
-        self._loss, self._decode = jax.jit(functions.validation_loss), jax.jit(functions.decode)
+        self._run, self._mesh, self._dtype = run, mesh, functions.dtype
+        shared = partitioning.batch_sharding(mesh)
+        self._loss = jax.jit(functions.validation_loss, out_shardings=shared)
+        decode = jax.jit(functions.decode)
+        self._decode = tokenizer and functools.partial(
+            decode, jax.device_put(tokenizer.weights["params"])
+        )
         self._classes = np.arange(COLUMNS) * len(class_names) // COLUMNS
-        self._tokenizer = tokenizer
         size = tokenizer.config.image_size if tokenizer else 0
-        self._batches = pipeline.eval_batches(run.data, image_size=size, batch_size=run.batch_size)
+        self._batches = pipeline.eval_batches(
+            run.data, size, run.batch_size, *partitioning.batch_block(mesh)
+        )
 
     def __call__(self, state: training.GeneratorState, frozen):
         params = training.params_for_use(state)
+
+        def measure(batch):
+            loss = self._loss(params, partitioning.put_batch(self._mesh, batch), frozen)
+            return {"held_out/loss": partitioning.local_block(loss)}
+
         self._batches.set_state({"next_batch": 0})
         with self._batches:
-            means = held_out_means(
-                lambda batch: {"held_out/loss": self._loss(params, batch, frozen)},
-                self._batches,
-                self._run.evaluation_images,
-            )
-        return means, {"samples": self._samples(params)} if self._tokenizer else {}
+            means = held_out_means(measure, self._batches, self._run.evaluation_images)
+        return means, {"samples": self._samples(params)} if self._decode else {}
 
     def _samples(self, params) -> np.ndarray:
         run = self._run
         classes = jnp.asarray(np.tile(self._classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         drawn = sampling.sample(run.model, params, classes, keys, run.sampling, self._dtype)
-        images = self._decode(self._tokenizer.weights["params"], np.asarray(drawn))
+        drawn = np.asarray(partitioning.replicate(self._mesh, drawn))
+        images = self._decode(drawn)
         return pictures.grid(np.split(np.asarray(images), ROWS))
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from gigatok_jax import bundles, pictures, precision
 from gigatok_jax.data import codes, pipeline
@@ -14,6 +15,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import linear_probe as training
+from gigatok_jax.training import partitioning
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import batch_codes
 from gigatok_jax.training.loop import Job
@@ -75,20 +77,19 @@ class LinearProbeRun(RunConfig):
         if self.layer < 0:
             raise ValueError(f"layer must not be negative, got {self.layer}")
 
-    def job(self, workdir: pathlib.Path) -> Job:
+    def job(self, workdir: pathlib.Path, mesh: Mesh) -> Job:
         """Reads the networks, opens the data, and puts the run together.
 
         Raises:
           UserError: a network or the data are missing, or do not fit each other.
         """
         probed = _probed(self)
-        place = dict(process_index=jax.process_index(), process_count=jax.process_count())
         batches = pipeline.train_batches(
             self.data,
-            image_size=probed.image_size,
-            batch_size=self.batch_size,
-            seed=self.seed,
-            **place,
+            probed.image_size,
+            self.batch_size,
+            self.seed,
+            *partitioning.batch_block(mesh),
         )
         functions = training.LinearProbeTraining(
             probed.apply,
@@ -102,7 +103,7 @@ class LinearProbeRun(RunConfig):
             training=functions,
             frozen=probed.frozen,
             batches=batches,
-            evaluate=_Evaluation(self, functions, probed.image_size),
+            evaluate=_Evaluation(self, functions, probed.image_size, mesh),
             advise=lambda row: None,
             finish=functools.partial(_write_bundle, self, workdir, probed.description),
             identity={"features": probed.description, "networks": probed.fingerprint},
@@ -218,19 +219,27 @@ class _Evaluation:
     """Held-out accuracy and loss."""
 
     def __init__(
-        self, run: LinearProbeRun, functions: training.LinearProbeTraining, image_size: int
+        self,
+        run: LinearProbeRun,
+        functions: training.LinearProbeTraining,
+        image_size: int,
+        mesh: Mesh,
     ):
-        self._images, self._judge = run.evaluation_images, jax.jit(functions.judge)
+        self._images, self._mesh = run.evaluation_images, mesh
+        shared = partitioning.batch_sharding(mesh)
+        self._judge = jax.jit(functions.judge, out_shardings=shared)
         self._batches = pipeline.eval_batches(
-            run.data, image_size=image_size, batch_size=run.batch_size
+            run.data, image_size, run.batch_size, *partitioning.batch_block(mesh)
         )
 
     def __call__(self, state: training.LinearProbeState, frozen: Any):
+        def measure(batch):
+            values = self._judge(state, partitioning.put_batch(self._mesh, batch), frozen)
+            return jax.tree.map(partitioning.local_block, values)
+
         self._batches.set_state({"next_batch": 0})
         with self._batches:
-            means = held_out_means(
-                lambda batch: self._judge(state, batch, frozen), self._batches, self._images
-            )
+            means = held_out_means(measure, self._batches, self._images)
         return {f"held_out/{name}": value for name, value in means.items()}, {}
 
 

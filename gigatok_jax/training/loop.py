@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import logging
 import pathlib
-import signal
-import sys
 import time
 from typing import Any, Protocol
 
@@ -17,6 +15,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_jax import distributed
 from gigatok_jax.data.pipeline import Batches, prefetch_to_device
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.training import partitioning
@@ -125,7 +124,7 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
     """
     with contextlib.ExitStack() as stack:
         # Once for the whole run, on every device; a step would move host arrays each time.
-        frozen = jax.device_put(job.frozen, partitioning.replicated(mesh))
+        frozen = partitioning.put_replicated(mesh, job.frozen)
         job = dataclasses.replace(job, frozen=frozen)
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
@@ -145,10 +144,10 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
             job.batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("going on from step %d in %s", start, workdir)
-        telemetry = Telemetry(workdir, start) if jax.process_index() == 0 else None
+        telemetry = Telemetry(workdir, start) if distributed.is_main() else None
         if telemetry:
             stack.callback(telemetry.close)
-        stop = stack.enter_context(_stop_signals())
+        stop = stack.enter_context(distributed.stop_signals())
         _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged)
 
 
@@ -177,10 +176,7 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
         static_argnames="phase",
         out_shardings=(shardings, None),
     )
-    put = functools.partial(
-        jax.make_array_from_process_local_data, partitioning.batch_sharding(mesh)
-    )
-    batches = prefetch_to_device(job.batches, functools.partial(jax.tree.map, put))
+    batches = prefetch_to_device(job.batches, functools.partial(partitioning.put_batch, mesh))
     meter = _Meter(unlogged)
     bar = tqdm(
         initial=start, total=steps, unit="step", disable=None if telemetry else True, mininterval=1
@@ -221,7 +217,7 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
     with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
         # A kill may have come between this checkpoint and the end of its evaluation.
         resumed = checkpoints.latest == start and due(config.evaluate_every, start)
-        if resumed and telemetry and not telemetry.evaluated(start):
+        if resumed and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
             evaluate(start)
         for step in range(start + 1, steps + 1):
             batch = meter.wait(batches)
@@ -238,11 +234,11 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
             if due(config.evaluate_every, step):
                 meter.check(step, checkpoints.latest)
                 evaluate(step)
-            if stop and step < steps:
+            if stop.after(step) and step < steps:
                 save(step)
                 job.finish(state)
                 raise RunStopped(
-                    f"stopped by {stop[0]} after step {step} of {steps}; all is saved, and the "
+                    f"stopped by {stop.signal} after step {step} of {steps}; all is saved, and the "
                     "same command goes on from there"
                 )
         job.finish(state)
@@ -311,24 +307,3 @@ class _Meter:
 
 def _describe(values: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-
-
-@contextlib.contextmanager
-def _stop_signals():
-    """A list that gets the name of the first SIGTERM or SIGINT; a second one acts at once."""
-    received: list[str] = []
-    previous = {}
-
-    def handle(number, frame):
-        received.append(signal.Signals(number).name)
-        print(f"\n{received[0]}: finishing the step, then saving", file=sys.stderr)
-        for other, handler in previous.items():
-            signal.signal(other, handler)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        previous[number] = signal.signal(number, handle)
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

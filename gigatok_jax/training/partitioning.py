@@ -1,6 +1,8 @@
 """The one place that names mesh axes, and the table that maps logical axes to them."""
 
 import dataclasses
+import functools
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -60,6 +62,52 @@ def make_mesh(config: MeshConfig) -> Mesh:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sharding of an array whose leading axis is the batch."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def batch_block(mesh: Mesh) -> tuple[int, int]:
+    """Which block of each global batch this process reads, and of how many.
+
+    Processes whose devices differ along `tensor` only read the same one.
+
+    Raises:
+      ValueError: its devices' parts of a batch do not lie side by side.
+    """
+    shards = batch_shards(mesh)
+    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
+    rows = sorted({place[0].start or 0 for place in places})
+    first, length = rows[0], len(rows)
+    if rows != list(range(first, first + length)) or first % length or shards % length:
+        raise ValueError(f"mesh: process {jax.process_index()} has parts {rows} of {shards}")
+    return first // length, shards // length
+
+
+def put_batch(mesh: Mesh, local: Any) -> Any:
+    """Global arrays of all processes' blocks, pytrees of host arrays `[B/P, ...]`."""
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(put, local)
+
+
+def local_block(array: jax.Array) -> np.ndarray:
+    """This process's block `[B/P, ...]` of an array that is sharded like a batch."""
+    rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([rows[start] for start in sorted(rows)])
+
+
+def put_replicated(mesh: Mesh, tree: Any) -> Any:
+    """Arrays that all processes have, on every device."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, replicated(mesh))
+
+    def put(array):
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
+
+    return jax.tree.map(put, tree)
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Arrays of any sharding, whole on every device."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
 
 
 def batch_shards(mesh: Mesh) -> int:

@@ -8,6 +8,7 @@ import math
 import pathlib
 
 import jax
+from jax.sharding import Mesh
 import numpy as np
 
 from gigatok_jax import bundles, pictures, precision, teachers
@@ -15,6 +16,7 @@ from gigatok_jax.data import pipeline
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import discriminators, quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
+from gigatok_jax.training import partitioning
 from gigatok_jax.training import tokenizer as training
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
@@ -74,7 +76,7 @@ class TokenizerRun(RunConfig):
             teacher=teacher,
         )
 
-    def job(self, workdir: pathlib.Path) -> Job:
+    def job(self, workdir: pathlib.Path, mesh: Mesh) -> Job:
         """Reads the frozen networks, opens the data, and puts the run together.
 
         Raises:
@@ -88,16 +90,15 @@ class TokenizerRun(RunConfig):
             )
         teacher_config, frozen = _frozen(self)
         functions = self.training(teacher_config)
-        place = dict(process_index=jax.process_index(), process_count=jax.process_count())
         size = self.model.image_size
         batches = pipeline.train_batches(
-            self.data, image_size=size, batch_size=self.batch_size, seed=self.seed, **place
+            self.data, size, self.batch_size, self.seed, *partitioning.batch_block(mesh)
         )
         return Job(
             training=functions,
             frozen=frozen,
             batches=batches,
-            evaluate=_Evaluation(self, functions),
+            evaluate=_Evaluation(self, functions, mesh),
             advise=_UsageAdvice(self),
             finish=functools.partial(_write_bundle, self, workdir),
         )
@@ -123,21 +124,30 @@ def _frozen(run: TokenizerRun) -> tuple[vit.ViTConfig | None, training.Frozen]:
 class _Evaluation:
     """Held-out reconstruction metrics, and a picture of inputs over reconstructions."""
 
-    def __init__(self, run: TokenizerRun, functions: training.TokenizerTraining):
-        self._run = run
-        self._reconstruct = jax.jit(functions.reconstruct)
+    def __init__(self, run: TokenizerRun, functions: training.TokenizerTraining, mesh: Mesh):
+        def reconstruct(state, images, frozen):
+            outputs, values = functions.reconstruct(state, images, frozen)
+            return (images[:PICTURES], outputs[:PICTURES]), values
+
+        self._run, self._mesh = run, mesh
+        shardings = (partitioning.replicated(mesh), partitioning.batch_sharding(mesh))
+        self._reconstruct = jax.jit(reconstruct, out_shardings=shardings)
         self._batches = pipeline.eval_batches(
-            run.data, image_size=run.model.image_size, batch_size=run.batch_size
+            run.data, run.model.image_size, run.batch_size, *partitioning.batch_block(mesh)
         )
 
     def __call__(self, state: training.TokenizerState, frozen: training.Frozen):
         shown = []
 
         def measure(batch):
-            images, values = self._reconstruct(state, batch["image"], frozen)
+            images = partitioning.put_batch(self._mesh, batch["image"])
+            first, values = self._reconstruct(state, images, frozen)
             if not shown:
-                shown.extend([batch["image"][:PICTURES], np.asarray(images)[:PICTURES]])
-            return {f"held_out/{name}": value for name, value in values.items()}
+                shown.extend(map(np.asarray, first))
+            return {
+                f"held_out/{name}": partitioning.local_block(value)
+                for name, value in values.items()
+            }
 
         self._batches.set_state({"next_batch": 0})
         with self._batches:
