@@ -8,6 +8,7 @@ import re
 import shutil
 
 import numpy as np
+from PIL import Image
 import pytest
 
 from gigatok_jax import bundles, cli
@@ -15,7 +16,7 @@ from gigatok_jax.commands import probe
 from gigatok_jax.data import codes
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import generation, maps, sets
+from gigatok_jax.evaluation import generation, maps, probe_page, sets
 from gigatok_jax.evaluation.probe import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
@@ -64,7 +65,8 @@ def cache_and_chunks(tmp_path_factory):
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> str:
     directory = tmp_path_factory.mktemp("tokenizer")
-    bundles.save(directory, "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
+    made_by = {"run": {"batch_size": 7, "model": {}}, "step": 3}
+    bundles.save(directory, "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), made_by)
     return str(directory)
 
 
@@ -85,6 +87,8 @@ def test_probe_measures_all(whole):
     expected = {"psnr", "ssim", "codebook_usage", "rfd_teacher", "loss", "guidance", "gfd_teacher"}
     assert expected | {"precision", "recall", "linear_accuracy", "parameters"} <= found.keys()
     assert found["gfd_teacher"] == min(row["gfd_teacher"] for row in found["search"])
+    images = {name: found[name] for name in found if "images" in name}
+    assert images == {"reconstruction_images": 24, "loss_images": 24, "generation_images": 16}
     assert found["loss"] > 0 and 0 <= found["linear_accuracy"] <= 1
     assert bundles.load(whole / "generator", "generator").config["codes"] == TOKENIZER.latents
 
@@ -167,14 +171,59 @@ def test_report_holds_everything(whole):
     assert f"{results(whole)['loss']:.4f}" in html
     assert "generator, output of layer 1 of 1, width 16" in html
     assert "linear_probe.steps" in html
+    for name, value in (("model.codebook_size", 64), ("run.batch_size", 7), ("step", 3)):
+        assert f"<div><span>{name}</span><span>{value}</span></div>" in html
 
 
-def test_report_puts_probes_side_by_side(whole, tmp_path, capsys):
+def test_samples_have_their_classes_names_before_them(whole):
+    with Image.open(whole / "samples" / "grid.png") as grid:
+        margin = grid.width - (probe.PER_CLASS * 100 + 4)
+    assert margin > 60  # 40 with numbers alone
+
+
+def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
+    """First cell to the other cells by heading."""
+    found = [probe_page.read(workdir, f"own{i}") for i, workdir in enumerate(workdirs)]
+    headings, rows = probe_page.make(found).table
+    return {row.cells[0]: dict(zip(headings, row.cells, strict=True)) for row in rows}
+
+
+def test_table_says_where_the_papers_rows_are_from(whole):
+    rows = table(whole)
+    settings = {name: (row["generator trained"], row["guidance"]) for name, row in rows.items()}
+    assert settings.pop("own0") == ("6 steps", f"{results(whole)['guidance']:.2f}, constant")
+    assert settings["B-L (Table 2)"] == ("50 epochs", "constant")
+    assert settings["B-L (Tables 3, 10)"] == ("300 epochs", "step")
+    assert settings["LlamaGen-Tok. (Table 10)"] == ("-", "-")
+    assert all("(Table" in name for name in settings)
+    html = (whole / "report.html").read_text()
+    assert "system-level comparison" in html and "ssim_range is 2" in re.sub(r"\s+", " ", html)
+
+
+def test_ssim_of_both_ranges_are_in_columns_of_their_own(whole, tmp_path):
+    ssim = f"{results(whole)['ssim']:.3f}"
+    other = shutil.copytree(whole, tmp_path / "probe")
+    record = json.loads((other / "probe.json").read_text())
+    (other / "probe.json").write_text(json.dumps(record | {"config.ssim_range": 2}))
+    rows, names = table(whole, other), ("SSIM, range 1", "SSIM, range 2")
+    assert [rows["own0"][name] for name in names] == [ssim, "-"]
+    assert [rows["own1"][name] for name in names] == ["-", ssim]
+    assert [rows["B-L (Tables 3, 10)"][name] for name in names] == ["-", "0.685"]
+
+
+def test_probe_measures_ssim_of_the_range_asked_for(tokenizer, tmp_path, monkeypatch):
+    def evaluate(*args, ssim_range, **kwargs):
+        raise InterruptedError(ssim_range)
+
+    monkeypatch.setattr(probe.reconstruction, "evaluate", evaluate)
+    with pytest.raises(InterruptedError, match="2"):
+        probe.probe(tokenizer, dataclasses.replace(CONFIG, ssim_range=2), tmp_path)
+
+
+def test_report_puts_probes_side_by_side(whole, tmp_path):
     out = tmp_path / "both.html"
     assert cli.main(["report", str(whole), str(whole), f"--out={out}"]) == 0
     assert "Against the tokenizer" in out.read_text()
-    assert cli.main(["report", str(tmp_path)]) == 2
-    assert "no results of a probe" in capsys.readouterr().err
 
 
 def test_maps_give_equal_features_equal_colours():

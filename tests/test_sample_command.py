@@ -149,6 +149,12 @@ def test_grid_has_a_class_a_row(whole):
             np.testing.assert_array_equal(place, images[i])
 
 
+def test_grid_names_classes_that_have_names():
+    assert sample._label(1, ("cat", "dog")) == "1: dog"
+    assert sample._label(1, ("0", "1")) == sample._label(1, ()) == "1"
+    assert len(sample._label(0, ("n" * 200,))) < 30
+
+
 def test_batch_size_changes_no_image(whole, draw, tmp_path):
     draw(tmp_path, batch_size=3)
     assert_same(drawn(tmp_path), drawn(whole))

@@ -74,7 +74,9 @@ def demo(workdir: pathlib.Path, tokenizer_config: dict, probe_config: ProbeConfi
     settings = dataclasses.replace(probe_config.sampling, guidance=results["guidance"])
     out = workdir / "samples"
     shutil.rmtree(out, ignore_errors=True)
-    sample.sample(generator, tokenizer, classes, settings, out, seed=0, batch_size=100)
+    place = {"seed": 0, "batch_size": 100}
+    names = EmbeddedSource.class_names
+    sample.sample(generator, tokenizer, classes, settings, out, class_names=names, **place)
     images = np.load(out / "samples.npz")["arr_0"]
     share = np.mean(_classify(images) == classes)
     print(f"a classifier of real drawings finds the intended class in {share:.1%} of the samples")

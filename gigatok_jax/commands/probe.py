@@ -10,6 +10,7 @@ skipped when its result is there, so that a kill costs little:
   linear_probe/    the run of the linear probe of its features
   samples/         samples by class
   maps.png         principal components of the decoder's features (Fig. 8)
+tokenizer.json says what was probed, results.json what was found,
 and report.html, all of it in one file.
 """
 
@@ -72,6 +73,8 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     extractor = features.load(config.features)
     record = {"tokenizer": bundle.fingerprint, **_decisive(config)}
     claim(workdir / "probe.json", record, "a probe")
+    tokenizer_record = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
+    write_json(workdir / "tokenizer.json", tokenizer_record)
     tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
 
     def once(name: str, step) -> dict[str, Any]:
@@ -81,12 +84,15 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
             result = step(workdir / name)
             evaluate.print_metrics(result)
             write_json(path, result)
-        return read_json(path, f"the result of {name}")
+        found = read_json(path, f"the result of {name}")
+        return {f"{name}_images" if key == "images" else key: v for key, v in found.items()}
 
     batch = {"batch_size": config.batch_size}
     results = once(
         "reconstruction",
-        lambda out: reconstruction.evaluate(tokenizer, extractor, config.data, out, **batch),
+        lambda out: reconstruction.evaluate(
+            tokenizer, extractor, config.data, out, ssim_range=config.ssim_range, **batch
+        ),
     )
     print("codes ...", flush=True)
     codes = workdir / "codes"
@@ -102,11 +108,12 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     data = dataclasses.replace(
         config.data, source="codes", path=str(codes), length=0, eval_length=0
     )
+    class_names = stored.find_info(codes).class_names
     model = dataclasses.replace(
         config.generator.model,
         codes=bundle.config.latents,
         codebook_size=bundle.config.codebook_size,
-        classes=len(stored.find_info(codes).class_names),
+        classes=len(class_names),
     )
     generator_run = dataclasses.replace(
         config.generator, model=model, data=data, tokenizer=str(directory)
@@ -133,7 +140,7 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     rows = read_metrics(workdir / "linear_probe" / "metrics.jsonl")
     results["linear_accuracy"] = rows[-1]["held_out/accuracy"]
 
-    _samples(config, generator, tokenizer, results["guidance"], workdir / "samples")
+    _samples(config, generator, tokenizer, class_names, results["guidance"], workdir / "samples")
     if not (workdir / "maps.png").exists():
         _maps(tokenizer, config.data, workdir / "maps.png")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(bundle.weights["params"]))
@@ -178,7 +185,7 @@ def _generation(config: ProbeConfig, generator, tokenizer, extractor, out) -> di
     return generation.evaluate_best(draw, extractor, reference, config.sampling, out)
 
 
-def _samples(config: ProbeConfig, generator, tokenizer, guidance: float, out) -> None:
+def _samples(config: ProbeConfig, generator, tokenizer, class_names, guidance: float, out) -> None:
     """Pictures of evenly spaced classes, at the guidance that was found best."""
     count = generator.config.classes
     shown = np.arange(min(CLASSES, count)) * count // min(CLASSES, count)
@@ -190,6 +197,7 @@ def _samples(config: ProbeConfig, generator, tokenizer, guidance: float, out) ->
         classes,
         settings,
         out,
+        class_names=class_names,
         seed=config.seed,
         batch_size=config.sample_batch_size,
     )

@@ -1,6 +1,8 @@
 """gigatok report DIR [DIR ...] [--out=FILE.html]
 
-Puts finished probes, what `gigatok probe` left in DIR, side by side in one HTML file.
+Shows what `gigatok probe` or `gigatok train` left in DIR in one HTML file: tables, curves, pictures
+and settings. A probe must be finished, a training run need not be. Several of one kind are put side
+by side: probes in the paper's table and figures, training runs in one chart a metric.
 """
 
 import pathlib
@@ -18,7 +20,7 @@ flags.DEFINE_string(
 
 def run(positional: list[str]) -> None:
     if not positional:
-        raise UserError("expected the workdir of a probe, or of several")
+        raise UserError("expected the workdir of a probe or a training run, or of several")
     workdirs = [pathlib.Path(workdir) for workdir in positional]
     out = pathlib.Path(FLAGS.out) if FLAGS.out else workdirs[0] / "report.html"
     report.write(workdirs, out)

@@ -5,13 +5,14 @@ Draws images by class. OUT gets grid.png (a class a row), images/ (one PNG each)
 after a kill goes on; image n is the same whatever was drawn before it.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import pathlib
 import zipfile
 
 from absl import flags
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from gigatok_jax import api, bundles, pictures
@@ -40,6 +41,7 @@ sampling_flags.define(FLAGS)
 flags.mark_flags_as_required(["generator", "tokenizer", "out"], flag_values=FLAGS)
 
 ROWS, COLUMNS = 12, 8  # of the grid, at most: classes, and samples of each
+LABEL = 24  # letters of a class's name that the grid has room for
 
 
 def run(positional: list[str]) -> None:
@@ -92,6 +94,7 @@ def sample(
     settings: SamplingConfig,
     out: pathlib.Path,
     *,
+    class_names: Sequence[str] = (),
     seed: int,
     batch_size: int,
 ) -> None:
@@ -102,6 +105,7 @@ def sample(
       classes: `[n]`, of each image.
       settings: how to draw.
       out: folder; images that it has of the same settings are kept.
+      class_names: by class, for the grid; none: it has numbers alone.
       seed: image n's key is folded from it.
       batch_size: images at once.
     """
@@ -123,7 +127,7 @@ def sample(
                 pictures.save_png(paths[number], image)
             bar.update(len(numbers))
     _write_npz(out / "samples.npz", paths, classes)
-    _write_grid(out / "grid.png", paths, classes)
+    _write_grid(out / "grid.png", paths, classes, class_names)
     print(f"{len(paths)} images ({len(paths) - len(missing)} were there)")
     print(out)
 
@@ -160,8 +164,13 @@ def _write_npz(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarra
             np.lib.format.write_array(array, np.asarray(classes, np.int64))
 
 
-def _write_grid(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarray) -> None:
-    """A class a row, its number before it; classes are evenly spaced where there are many."""
+def _write_grid(
+    path: pathlib.Path,
+    paths: list[pathlib.Path],
+    classes: np.ndarray,
+    class_names: Sequence[str],
+) -> None:
+    """A class a row, named before it; classes are evenly spaced where there are many."""
     known = np.unique(classes)
     shown = known[np.arange(min(ROWS, len(known))) * len(known) // min(ROWS, len(known))]
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
@@ -170,10 +179,18 @@ def _write_grid(path: pathlib.Path, paths: list[pathlib.Path], classes: np.ndarr
         chosen = np.flatnonzero(classes == c)[:columns]
         rows.append(np.stack([np.asarray(Image.open(paths[i])) for i in chosen]))
     grid = pictures.grid(rows)
-    margin = 40
+    labels = [_label(c, class_names) for c in shown]
+    font = ImageFont.load_default(14)
+    margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))
     labelled = Image.new("RGB", (grid.shape[1] + margin, grid.shape[0]), "white")
     labelled.paste(Image.fromarray(grid), (margin, 0))
     draw, height = ImageDraw.Draw(labelled), grid.shape[0] / len(rows)
-    for row, c in enumerate(shown):
-        draw.text((6, (row + 0.5) * height), str(c), fill="black", anchor="lm")
+    for row, label in enumerate(labels):
+        draw.text((6, (row + 0.5) * height), label, fill="black", anchor="lm", font=font)
     pictures.save_png(path, np.asarray(labelled))
+
+
+def _label(number: int, class_names: Sequence[str]) -> str:
+    """A class's number and, where it has another name, that."""
+    name = class_names[number] if number < len(class_names) else str(number)
+    return str(number) if name == str(number) else f"{number}: {name[:LABEL]}"

@@ -17,9 +17,7 @@ from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json, write_json
 from gigatok_jax.training import loop, partitioning
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.tasks import TASKS
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +25,6 @@ FLAGS = flags.FlagValues()
 config_flags.DEFINE_config_file("config", None, "what to train", flag_values=FLAGS)
 flags.DEFINE_string("workdir", None, "where the run lives", flag_values=FLAGS)
 flags.mark_flags_as_required(["config", "workdir"], flag_values=FLAGS)
-
-TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun, "linear_probe": LinearProbeRun}
 
 # How fields begin that what is in a checkpoint depends on; of the average, only whether it is kept.
 STRUCTURE = ("config.task", "config.model", "config.objective.discriminator")

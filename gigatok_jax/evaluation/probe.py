@@ -20,6 +20,7 @@ class ProbeConfig:
       linear_probe: the run of the linear probe, likewise.
       features: whose features judge pictures, see `evaluation.features.load`.
       reference: an `.npz` of real images or their statistics; "": the evaluation images.
+      ssim_range: data_range of SSIM, 1 or the reference's 2, see `metrics.ssim`.
       samples: images drawn at each guidance.
       sampling: how they are drawn; the search for guidance starts at its scale.
       batch_size: images at once in encoding and metrics.
@@ -34,6 +35,7 @@ class ProbeConfig:
     crop_factors: tuple[float, ...] = (1.1,)
     features: str = "inception"
     reference: str = ""
+    ssim_range: int = 1
     samples: int = 50_000
     sampling: SamplingConfig = dataclasses.field(
         default_factory=lambda: SamplingConfig(guidance=2.0)
@@ -49,5 +51,7 @@ class ProbeConfig:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.data.source == "codes":
             raise ValueError("data.source must have images, got 'codes'")
+        if self.ssim_range not in (1, 2):
+            raise ValueError(f"ssim_range must be 1 or 2, got {self.ssim_range}")
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, got {self.samples}")
