@@ -84,7 +84,7 @@ def probe() -> ProbeConfig:
         samples=400,
         sampling=SamplingConfig(guidance=3.0, temperature=0.8),
         batch_size=100,
-        shard_batches=40,
+        shard_images=4_000,
         sample_batch_size=100,
     )
 

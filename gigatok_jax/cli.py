@@ -27,7 +27,7 @@ VERBS = {
 
 
 # Those that several processes can share.
-SHARED = ("train", "reconstruct", "encode", "evaluate", "probe", "sample")
+SHARED = ("train", "encode", "evaluate", "probe", "sample")
 
 
 def main(argv: list[str] | None = None) -> int:

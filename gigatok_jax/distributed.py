@@ -22,6 +22,7 @@ from gigatok_jax import files
 from gigatok_jax.errors import RunStopped, UserError
 
 TIMEOUT = 120  # seconds
+WORKING = 7 * 24 * 3600
 GRACE = 10  # seconds in which all processes that fail alike do
 CAUSES = "gigatok_causes/"
 
@@ -110,19 +111,28 @@ def is_main() -> bool:
     return not started() or jax.process_index() == 0
 
 
-def barrier(name: str) -> None:
+def place() -> tuple[int, int]:
+    """Which process this is, and of how many."""
+    return (jax.process_index(), jax.process_count()) if started() else (0, 1)
+
+
+def barrier(name: str, *, working: bool = False) -> None:
     """Waits until all processes are here.
+
+    Args:
+      name: what it follows, for messages.
+      working: the others may be at work for long; only a silent process is given up.
 
     Raises:
       RunStopped: one does not come.
     """
-    if jax.process_count() > 1:
-        _wait(name, _timeout)
+    if started():
+        _wait(name, WORKING if working else _timeout)
 
 
 def agree(value: int) -> int:
     """Process 0's value, in all processes."""
-    if jax.process_count() == 1:
+    if not started():
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
@@ -133,11 +143,22 @@ def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     Args:
       arrays: host arrays `[n, ...]`, n the same in all processes.
     """
-    if jax.process_count() == 1:
+    if not started():
         return dict(arrays)
     bits = {name: np.ascontiguousarray(x).view(np.uint8) for name, x in arrays.items()}
     gathered = multihost_utils.process_allgather(bits, tiled=True)
     return {name: np.asarray(x).view(arrays[name].dtype) for name, x in gathered.items()}
+
+
+def sums(values: Mapping[str, float | np.ndarray]) -> dict[str, np.ndarray]:
+    """Sums over all processes, in the order of processes."""
+    rows = gather_rows({name: np.asarray(value)[None] for name, value in values.items()})
+    return {name: row.sum(axis=0) for name, row in rows.items()}
+
+
+def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
+    """`files.claim`, of which process 0 alone writes."""
+    files.claim(path, record, describes, write=is_main())
 
 
 @contextlib.contextmanager
@@ -163,7 +184,7 @@ class Stop:
         self.signal: str | None = None
 
     def after(self, step: int) -> bool:
-        if jax.process_count() == 1:
+        if not started():
             return self.signal is not None
         if multihost_utils.reached_preemption_sync_point(step):
             self.signal = "SIGTERM"
@@ -187,7 +208,7 @@ def stop_signals() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if jax.process_count() == 1:
+    if not started():
         handlers = {signal.SIGTERM: handle, signal.SIGINT: handle}
     else:
         # SIGTERM is the runtime's, which tells the other processes and finds a common step.

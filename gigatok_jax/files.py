@@ -64,20 +64,24 @@ def read_json(path: pathlib.Path, describes: str) -> Any:
         raise UserError(f"{path}: not JSON ({error}); it describes {describes}") from None
 
 
-def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
+def claim(
+    path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
+) -> None:
     """Writes `record`, or refuses a place where another one is.
 
     Args:
       path: a JSON file that says what lies beside it.
       record: what will lie there.
       describes: what that is, for messages.
+      write: False only refuses.
 
     Raises:
       UserError: it says something else; the message names the first field that differs.
     """
     if path.exists():
         refuse_other(path.parent, read_json(path, describes), record, describes)
-    write_json(path, record)
+    if write:
+        write_json(path, record)
 
 
 def refuse_other(

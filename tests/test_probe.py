@@ -49,7 +49,7 @@ CONFIG = ProbeConfig(
     samples=16,
     sampling=SamplingConfig(guidance=1.5),
     batch_size=8,
-    shard_batches=2,
+    shard_images=16,
     sample_batch_size=8,
 )
 
@@ -136,7 +136,7 @@ def test_probe_killed_in_every_step_ends_in_the_same_numbers(
 def test_probe_goes_on_with_other_batches_and_workers(tokenizer, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "probe")
     data = dataclasses.replace(CONFIG.data, workers=1, prefetch=3)
-    other = dataclasses.replace(CONFIG, data=data, sample_batch_size=4)
+    other = dataclasses.replace(CONFIG, data=data, sample_batch_size=4, batch_size=4)
     probe.probe(tokenizer, other, tmp_path / "probe")
     assert results(tmp_path / "probe") == results(whole)
 

@@ -13,13 +13,11 @@ import pathlib
 
 from absl import flags
 from einops import rearrange
-import jax
-from jax.experimental import multihost_utils
 from ml_collections import config_flags
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, bundles
+from gigatok_jax import api, bundles, distributed
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
@@ -107,11 +105,12 @@ def encode(
     )
     _settle(out, info)
     encode_batch = _encoder(api.PretrainedTokenizer(bundle.config, bundle.weights), batch_size)
+    process, processes = distributed.place()
     counts = {}
     for split, batches in splits.items():
         shards = -(-batches.examples // shard_images)
         paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
-        mine = np.array_split(range(shards), jax.process_count())[jax.process_index()]
+        mine = np.array_split(range(shards), processes)[process]
         bar = tqdm(total=batches.examples, unit="image", desc=split, disable=None)
         with batches, bar:
             for shard in mine:
@@ -125,12 +124,13 @@ def encode(
                 bar.update(images)
                 if bar.disable:
                     logger.info("%s: shard %d of %d", split, shard + 1, shards)
-        multihost_utils.sync_global_devices(f"encoded {split}")
+        distributed.barrier(f"codes of {split}", working=True)
         counts[split] = tuple(map(stored.count, paths))
         skipped = batches.examples - sum(counts[split])
         print(f"{split}: {sum(counts[split])} images ({skipped} skipped) in {shards} shards")
-    if jax.process_index() == 0:
+    if distributed.is_main():
         stored.write_info(out, dataclasses.replace(info, images=counts))
+    distributed.barrier("codes")
     print(out)
 
 
@@ -165,5 +165,5 @@ def _settle(out: pathlib.Path, info: stored.CodesInfo) -> None:
         before, new = (json.loads(json.dumps(dataclasses.asdict(i))) for i in (old, info))
         del new["images"]  # which come last
         refuse_other(out, before, new, "codes")
-    elif jax.process_index() == 0:
+    elif distributed.is_main():
         stored.write_info(out, info)

@@ -24,7 +24,7 @@ import jax
 from ml_collections import config_flags
 from tqdm import tqdm
 
-from gigatok_jax import api
+from gigatok_jax import api, distributed
 from gigatok_jax.commands import sampling_flags
 from gigatok_jax.commands.sample import load_matching_tokenizer
 from gigatok_jax.data import codes, pipeline
@@ -70,7 +70,8 @@ def run(positional: list[str]) -> None:
     out = pathlib.Path(FLAGS.out)
     result = measures[positional[0]](out)
     print_metrics(result)
-    write_json(out / "metrics.json", result)
+    if distributed.is_main():
+        write_json(out / "metrics.json", result)
     print(out)
 
 
@@ -159,7 +160,7 @@ def evaluate_loss(
     """
     config = generator.config
     size = tokenizer.config.image_size if tokenizer else 0
-    batches = pipeline.eval_batches(data, image_size=size, batch_size=batch_size)
+    batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
     if len(batches.class_names) > config.classes:
         raise UserError(
             f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
@@ -180,4 +181,5 @@ def evaluate_loss(
     with batches:
         progress = tqdm(batches, total=-(-batches.examples // batch_size), disable=None)
         means = held_out_means(loss, progress, batches.examples)
-    return {"images": batches.examples - batches.bad_count, **means}
+    bad = distributed.sums({"bad": batches.bad_count})["bad"]
+    return {"images": batches.examples - int(bad), **means}

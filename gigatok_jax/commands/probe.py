@@ -23,7 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from gigatok_jax import api, bundles, pictures
+from gigatok_jax import api, bundles, distributed, pictures
 from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes as stored
@@ -32,7 +32,7 @@ from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets
 from gigatok_jax.evaluation.probe import ProbeConfig
-from gigatok_jax.files import claim, read_json, write_json
+from gigatok_jax.files import read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.telemetry import read_metrics
@@ -72,9 +72,10 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
     record = {"tokenizer": bundle.fingerprint, **_decisive(config)}
-    claim(workdir / "probe.json", record, "a probe")
-    tokenizer_record = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
-    write_json(workdir / "tokenizer.json", tokenizer_record)
+    distributed.claim(workdir / "probe.json", record, "a probe")
+    if distributed.is_main():
+        tokenizer_record = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
+        write_json(workdir / "tokenizer.json", tokenizer_record)
     tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
 
     def once(name: str, step) -> dict[str, Any]:
@@ -83,7 +84,9 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
             print(f"{name} ...", flush=True)
             result = step(workdir / name)
             evaluate.print_metrics(result)
-            write_json(path, result)
+            if distributed.is_main():
+                write_json(path, result)
+        distributed.barrier(name)
         found = read_json(path, f"the result of {name}")
         return {f"{name}_images" if key == "images" else key: v for key, v in found.items()}
 
@@ -101,7 +104,7 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
         config.data,
         codes,
         crop_factors=config.crop_factors,
-        shard_images=config.shard_batches * config.batch_size,
+        shard_images=config.shard_images,
         **batch,
     )
     print("generator ...", flush=True)
@@ -141,6 +144,8 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     results["linear_accuracy"] = rows[-1]["held_out/accuracy"]
 
     _samples(config, generator, tokenizer, class_names, results["guidance"], workdir / "samples")
+    if not distributed.is_main():
+        return results
     if not (workdir / "maps.png").exists():
         _maps(tokenizer, config.data, workdir / "maps.png")
     parameters = sum(leaf.size for leaf in jax.tree.leaves(bundle.weights["params"]))

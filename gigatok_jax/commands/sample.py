@@ -15,10 +15,10 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from gigatok_jax import api, bundles, pictures
+from gigatok_jax import api, bundles, distributed, pictures
 from gigatok_jax.commands import sampling_flags
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import claim, replacing
+from gigatok_jax.files import replacing
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 
@@ -115,20 +115,27 @@ def sample(
         "generator": generator.fingerprint,
         "tokenizer": tokenizer.fingerprint,
     }
-    if not (out / "images").exists():
-        (out / "sampling.json").unlink(missing_ok=True)
-    claim(out / "sampling.json", record, "images")  # their classes are in their names
     paths = [out / "images" / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
-    missing = np.array([i for i, path in enumerate(paths) if not path.exists()], int)
+    if distributed.is_main() and not (out / "images").exists():
+        (out / "sampling.json").unlink(missing_ok=True)
+    there = sum(path.exists() for path in paths)
+    distributed.barrier("what was there before")
+    distributed.claim(out / "sampling.json", record, "images")  # their classes are in their names
+    process, processes = distributed.place()
+    mine = np.array_split(range(len(paths)), processes)[process]
+    missing = np.array([i for i in mine if not paths[i].exists()], int)
     place = {"seed": seed, "batch_size": batch_size}
     with tqdm(total=len(missing), unit="image", disable=None) as bar:
         for numbers, images in api.draw(generator, tokenizer, classes, missing, settings, **place):
             for number, image in zip(numbers, images, strict=True):
                 pictures.save_png(paths[number], image)
             bar.update(len(numbers))
+    distributed.barrier("images", working=True)
+    if not distributed.is_main():
+        return
     _write_npz(out / "samples.npz", paths, classes)
     _write_grid(out / "grid.png", paths, classes, class_names)
-    print(f"{len(paths)} images ({len(paths) - len(missing)} were there)")
+    print(f"{len(paths)} images ({there} were there)")
     print(out)
 
 

@@ -356,7 +356,7 @@ def eval_batches(
     return Batches(reader, config)
 
 
-def eval_images(config: DataConfig, **kwargs) -> Batches:
+def eval_images(config: DataConfig, *args, **kwargs) -> Batches:
     """`eval_batches` of a source that must have images.
 
     Raises:
@@ -364,7 +364,7 @@ def eval_images(config: DataConfig, **kwargs) -> Batches:
     """
     if config.source == "codes":
         raise UserError("config.data.source: expected images, got 'codes'")
-    return eval_batches(config, **kwargs)
+    return eval_batches(config, *args, **kwargs)
 
 
 class _Resumable(Protocol):

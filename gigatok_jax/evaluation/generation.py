@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, pictures
+from gigatok_jax import api, distributed, pictures
 from gigatok_jax.evaluation import sets
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.sets import FeatureSet, Reference
-from gigatok_jax.files import claim, read_json, write_json, write_npz
+from gigatok_jax.files import read_json, write_json, write_npz
 from gigatok_jax.sampling import SamplingConfig
 
-CHUNK = 5_000  # images between two savings of their features
+CHUNK = 512  # images between two savings of their features
 GUIDANCE_STEP = 0.25
 SHOWN, COLUMNS = 64, 8  # samples in the grid
 
@@ -88,26 +88,38 @@ def evaluate(
         "features": extractor.fingerprint,
         "reference": reference.name,
     }
-    claim(out / "evaluation.json", record, "results")
+    distributed.claim(out / "evaluation.json", record, "results")
     path = out / "metrics.json"
     if path.exists():
         return read_json(path, "the metrics")
-    samples = FeatureSet(extractor, members=reference.members is not None)
-    bar = tqdm(total=draw.count, unit="image", desc=f"guidance {settings.guidance:g}", disable=None)
+    starts = range(0, draw.count, CHUNK)
+    chunks = [out / "features" / f"{start:06d}.npz" for start in starts]
+    process, processes = distributed.place()
+    mine = slice(process, None, processes)
+    bar = tqdm(
+        total=sum(min(CHUNK, draw.count - start) for start in starts[mine]),
+        unit="image",
+        desc=f"guidance {settings.guidance:g}",
+        disable=None,
+    )
     with bar:
-        for start in range(0, draw.count, CHUNK):
+        for start, chunk in zip(starts[mine], chunks[mine], strict=True):
             stop = min(start + CHUNK, draw.count)
-            chunk = out / "features" / f"{start:06d}.npz"
-            if not chunk.exists():
+            if chunk.exists():
+                bar.update(stop - start)
+            else:
                 _write_chunk(chunk, draw, extractor, settings, (start, stop), bar)
-            bar.update(stop - bar.n)
+    distributed.barrier("samples", working=True)
+    if distributed.is_main():
+        samples = FeatureSet(extractor, members=reference.members is not None)
+        for chunk in chunks:
             with np.load(chunk) as file:
                 samples.add_features(dict(file))
-    result = {"images": draw.count, "guidance": settings.guidance}
-    result |= sets.compare(samples, reference, extractor.distance)
-    write_json(path, result)
-    shutil.rmtree(out / "features")
-    return result
+        result = {"images": draw.count, "guidance": settings.guidance}
+        write_json(path, result | sets.compare(samples, reference, extractor.distance))
+        shutil.rmtree(out / "features")
+    distributed.barrier("metrics", working=True)
+    return read_json(path, "the metrics")
 
 
 def _write_chunk(path, draw: Draw, extractor, settings, place: tuple[int, int], bar: tqdm) -> None:

@@ -24,7 +24,7 @@ class ProbeConfig:
       samples: images drawn at each guidance.
       sampling: how they are drawn; the search for guidance starts at its scale.
       batch_size: images at once in encoding and metrics.
-      shard_batches: such batches that a shard of codes holds.
+      shard_images: images a shard of codes holds, a multiple of `batch_size`.
       sample_batch_size: images at once in sampling.
       seed: of the samples.
     """
@@ -41,14 +41,19 @@ class ProbeConfig:
         default_factory=lambda: SamplingConfig(guidance=2.0)
     )
     batch_size: int = 32
-    shard_batches: int = 128
+    shard_images: int = 4_096
     sample_batch_size: int = 64
     seed: int = 0
 
     def __post_init__(self):
-        for name in ("batch_size", "shard_batches", "sample_batch_size"):
+        for name in ("batch_size", "shard_images", "sample_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.shard_images % self.batch_size:
+            raise ValueError(
+                f"shard_images must be a multiple of batch_size={self.batch_size}, got "
+                f"{self.shard_images}"
+            )
         if self.data.source == "codes":
             raise ValueError("data.source must have images, got 'codes'")
         if self.ssim_range not in (1, 2):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, metrics, pictures, teachers
+from gigatok_jax import api, distributed, metrics, pictures, teachers
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation.distribution import frechet_distance
@@ -54,11 +54,14 @@ def evaluate(
     """
     config = tokenizer.config
     compare = comparison(ssim_range)
-    batches = pipeline.eval_images(data, image_size=config.image_size, batch_size=batch_size)
+    process, processes = distributed.place()
+    batches = pipeline.eval_images(data, config.image_size, batch_size, process, processes)
     counts = np.zeros(config.codebook_size, np.int64)
-    real, fake = FeatureSet(extractor), FeatureSet(extractor)
+    real, fake = (FeatureSet(extractor, names=["pool"]) for _ in range(2))
     sums, shown, seen = {}, [], 0
-    wanted = set(np.linspace(0, batches.examples - 1, min(SHOWN, batches.examples)).astype(int))
+    wanted = np.linspace(0, batches.examples - 1, min(SHOWN, batches.examples)).astype(int)
+    # Process 0 shows of each batch what it has itself.
+    wanted = set(wanted - wanted % batch_size + wanted % (batch_size // processes))
     steps = -(-batches.examples // batch_size)
     with batches:
         for batch in tqdm(batches, total=steps, unit="batch", disable=None):
@@ -67,10 +70,9 @@ def evaluate(
             floats = tokenizer.decode(codes)
             values = jax.device_get(compare(batch["image"], floats))
             outputs = np.asarray(pictures.to_uint8(floats))
-            if not keep.any():
-                continue
-            for found, images in ((real, batch["image"]), (fake, outputs)):
-                found.add_features({"pool": extractor(images[keep])["pool"]})
+            if keep.any():
+                real.add(batch["image"][keep])
+                fake.add(outputs[keep])
             counts += np.bincount(np.asarray(codes)[keep].ravel(), minlength=len(counts))
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + float(value[keep].astype(np.float64).sum())
@@ -80,13 +82,18 @@ def evaluate(
                 for i, index in enumerate(batch["index"])
                 if keep[i] and index in wanted
             ]
+    real.gather()
+    fake.gather()
     distance = frechet_distance(real.gaussians()["pool"], fake.gaussians()["pool"])
-    write_grid(out / "grid.png", shown)
-    with replacing(out / "code_counts.npy") as aside, aside.open("wb") as file:
-        np.save(file, counts)
+    totals = distributed.sums({"images": seen, "counts": counts, **sums})
+    counts, seen = totals.pop("counts"), int(totals.pop("images"))
+    if distributed.is_main():
+        write_grid(out / "grid.png", shown)
+        with replacing(out / "code_counts.npy") as aside, aside.open("wb") as file:
+            np.save(file, counts)
     return {
         "images": seen,
-        **{name: total / seen for name, total in sums.items()},
+        **{name: float(total) / seen for name, total in totals.items()},
         "codebook_usage": float(np.mean(counts > 0)),
         f"r{extractor.distance}": distance,
     }

@@ -1,5 +1,6 @@
 """A set of images as its features tell of it, and the sets that others are compared with."""
 
+from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
@@ -8,6 +9,7 @@ import pathlib
 import numpy as np
 from tqdm import tqdm
 
+from gigatok_jax import distributed
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -29,12 +31,19 @@ class FeatureSet:
 
     Args:
       extractor: of the features.
+      names: of the features whose Gaussians are wanted, as far as the extractor has them.
       members: whether the pool features of all images are kept, for precision and recall.
     """
 
-    def __init__(self, extractor: Extractor, *, members: bool = False):
+    def __init__(
+        self, extractor: Extractor, *, names: Sequence[str] = GAUSSIANS, members: bool = False
+    ):
         self._extractor = extractor
-        self._moments: dict[str, Moments] = {}
+        self._moments = {
+            name: Moments.empty(extractor.widths[name])
+            for name in names
+            if name in extractor.widths
+        }
         self._inception_score: InceptionScore | None = None
         self._members: list[np.ndarray] | None = [] if members else None
 
@@ -44,10 +53,8 @@ class FeatureSet:
 
     def add_features(self, features: dict[str, np.ndarray]) -> None:
         """Takes in what the extractor gives."""
-        for name in GAUSSIANS:
-            if name in features:
-                width = features[name].shape[1]
-                self._moments.setdefault(name, Moments.empty(width)).add(features[name])
+        for name, moments in self._moments.items():
+            moments.add(features[name])
         if "log_probabilities" in features:
             self._inception_score = self._inception_score or InceptionScore()
             self._inception_score.add(features["log_probabilities"])
@@ -56,9 +63,12 @@ class FeatureSet:
 
     def gaussians(self) -> dict[str, Gaussian]:
         """Of "pool" and, where the extractor has it, "spatial"."""
-        if not self._moments:
-            raise UserError("a covariance needs at least 2 images, got 0")
         return {name: moments.gaussian() for name, moments in self._moments.items()}
+
+    def gather(self) -> None:
+        """Takes in what the other processes have, members and Inception Score apart."""
+        for name, moments in self._moments.items():
+            self._moments[name] = Moments(**distributed.sums(dataclasses.asdict(moments)))
 
     def inception_score(self) -> float | None:
         """None where the extractor predicts no classes."""
@@ -156,7 +166,7 @@ def reference_of_data(
 ) -> Reference:
     """The evaluation (or training) images of a data set, centre crops.
 
-    What was once computed of them is kept in the cache.
+    What was once computed of them, by process 0, is kept in the cache.
 
     Raises:
       UserError: the data cannot be read, or are codes.
@@ -166,7 +176,7 @@ def reference_of_data(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
-    if not path.exists():
+    if distributed.is_main() and not path.exists():
         count = batches.examples
         # At random: in order, they might all be of the classes that are drawn in turn.
         kept = np.random.default_rng(0).permutation(count)[:MEMBERS]
@@ -180,6 +190,7 @@ def reference_of_data(
                     members.append(features["pool"][np.isin(batch["index"][valid], kept)])
         gaussians = found.gaussians()
         archives.write_statistics(path, gaussians, {"members": np.concatenate(members)})
+    distributed.barrier("reference", working=True)
     with np.load(path) as file:
         members = file["members"]
     return Reference(Archive(path).gaussians(), members, name)

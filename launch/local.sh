@@ -1,0 +1,75 @@
+#!/usr/bin/env bash
+# Runs one command in N processes of this machine, on CPU or GPUs, as on N machines of a cluster:
+#   bash launch/local.sh 2 train --config=configs/tokenizer.py:s_s --workdir=runs/s_s
+#   bash launch/local.sh 2 train --config=configs/generator.py:b --workdir=runs/b \
+#     --config.tokenizer=runs/s_s
+#   bash launch/local.sh 2 probe --config=configs/probe.py --tokenizer=runs/s_s --workdir=runs/probe
+# GPUs are shared out evenly. On a CPU each process is one device, DEVICES=4 makes it four.
+# Process 0 writes to the terminal, the others to LOGS (by default a new folder under /tmp). A
+# process that ends with an error, or is killed, is named; the others then end by themselves.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
+  echo "usage: bash launch/local.sh N VERB [FLAGS]" >&2
+  exit 2
+fi
+source launch/environment.sh
+count=$1
+shift
+logs="${LOGS:-$(mktemp -d /tmp/gigatok.XXXXXX)}"
+mkdir -p "$logs"
+port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
+gpus=0
+if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
+  gpus="$(nvidia-smi --list-gpus | wc -l)"
+fi
+if ((gpus == 0)); then
+  export JAX_PLATFORMS=cpu
+  export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
+elif ((gpus % count)); then
+  echo "local.sh: $count processes cannot share $gpus GPUs evenly" >&2
+  exit 2
+fi
+
+pids=()
+for ((i = 0; i < count; i++)); do
+  place=(--coordinator="localhost:$port" --processes="$count" --process="$i")
+  if ((gpus)); then
+    each=$((gpus / count))
+    CUDA_VISIBLE_DEVICES="$(seq -s, $((i * each)) $(((i + 1) * each - 1)))"
+    export CUDA_VISIBLE_DEVICES
+  fi
+  if ((i == 0)); then
+    python -m gigatok_jax "$@" "${place[@]}" &
+  else
+    python -m gigatok_jax "$@" "${place[@]}" >"$logs/$i.log" 2>&1 &
+  fi
+  pids+=($!)
+done
+echo "local.sh: processes 0 to $((count - 1)) are ${pids[*]}; logs in $logs" >&2
+
+# A notice to this script is one to a process, which tells the others.
+trap 'kill -TERM "${pids[0]}" 2>/dev/null || true' TERM
+trap : INT # the terminal sends it to all processes
+
+code=0
+for ((left = count; left > 0; left--)); do
+  status=0 ended=
+  wait -n -p ended "${pids[@]}" || status=$?
+  while [ -z "${ended:-}" ]; do # a signal to this script interrupted the wait
+    status=0
+    wait -n -p ended "${pids[@]}" || status=$?
+  done
+  for i in "${!pids[@]}"; do
+    if [ "${pids[i]}" = "$ended" ]; then break; fi
+  done
+  unset "pids[i]"
+  if ((status > 128)); then
+    echo "local.sh: process $i was ended by signal $((status - 128))" >&2
+  elif ((status)); then
+    echo "local.sh: process $i ended with $status" >&2
+    if ((i)); then tail -n 3 "$logs/$i.log" >&2; fi
+  fi
+  if ((status && !code)); then code=$status; fi
+done
+exit "$code"
