@@ -114,6 +114,22 @@ def fresh_state(training: Training, abstract: Any, seed: int) -> Any:
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
 
 
+def compiled_step(training: Training, abstract: Any) -> Callable:
+    """The task's step, which gives its state's memory to the next one.
+
+    Args:
+      training: the task.
+      abstract: see `abstract_state`.
+    """
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    return jax.jit(
+        training.step,
+        donate_argnums=0,
+        static_argnames="phase",
+        out_shardings=(shardings, None),
+    )
+
+
 def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.Path, seed: int):
     """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
 
@@ -169,13 +185,7 @@ def _branch(job: Job, abstract: Any) -> Restored | None:
 
 def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
     steps = job.training.steps
-    shardings = jax.tree.map(lambda array: array.sharding, state)
-    step_function = jax.jit(
-        job.training.step,
-        donate_argnums=0,
-        static_argnames="phase",
-        out_shardings=(shardings, None),
-    )
+    step_function = compiled_step(job.training, state)
     batches = prefetch_to_device(job.batches, functools.partial(partitioning.put_batch, mesh))
     meter = _Meter(unlogged)
     bar = tqdm(

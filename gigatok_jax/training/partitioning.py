@@ -1,5 +1,6 @@
 """The one place that names mesh axes, and the table that maps logical axes to them."""
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -43,20 +44,20 @@ class MeshConfig:
             raise ValueError(f"data, fsdp, tensor must be positive, one may be -1; got {sizes}")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """The mesh over all devices of all processes.
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`; by default all of all processes.
 
     Raises:
       ValueError: the number of devices is not what the config asks for.
     """
     sizes = list(dataclasses.astuple(config))
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
     if np.prod(sizes) != count:
         raise ValueError(f"mesh {sizes} needs {np.prod(sizes)} devices, there are {count}")
     # Linen's logical constraints want Auto axes; Explicit ones are jax.make_mesh's default.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
