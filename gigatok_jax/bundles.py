@@ -84,9 +84,7 @@ def load(directory: str | pathlib.Path, kind: str, config_type: type | None = No
       UserError: there is no bundle, or one of another kind.
     """
     directory = _find(pathlib.Path(directory))
-    record = read_config(directory)
-    if record["kind"] != kind:
-        raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
+    config, made_by = _describe(directory, kind, config_type)
     path = (directory / "weights").absolute()
     try:
         with ocp.StandardCheckpointer() as checkpointer:
@@ -99,10 +97,23 @@ def load(directory: str | pathlib.Path, kind: str, config_type: type | None = No
     except Exception as error:  # Orbax raises half a dozen types for damaged files, bare ones too
         reason = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"{path}: unreadable weights ({reason[0]})") from error
+    return Bundle(config, weights, made_by)
+
+
+def load_config(directory: str | pathlib.Path, kind: str, config_type: type) -> Any:
+    """Reads a bundle's architecture only; arguments and errors are those of `load`."""
+    return _describe(_find(pathlib.Path(directory)), kind, config_type)[0]
+
+
+def _describe(directory: pathlib.Path, kind: str, config_type: type | None):
+    """A bundle's architecture, and what made it."""
+    record = read_config(directory)
+    if record["kind"] != kind:
+        raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
     config = record["config"]
     if config_type is not None:
         config = from_mapping(config_type, config, f"{directory}/config.json: config")
-    return Bundle(config, weights, record["made_by"])
+    return config, record["made_by"]
 
 
 def _find(directory: pathlib.Path) -> pathlib.Path:

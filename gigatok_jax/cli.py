@@ -20,6 +20,7 @@ VERBS = {
     "probe": "AR probing: judge a tokenizer by a small generator trained on it",
     "report": "probes side by side in one HTML file",
     "sample": "draw images by class from a generator",
+    "plan": "compile a run for devices that are not there: memory, FLOPs, time",
     "convert": "turn a reference checkpoint into a bundle, or back",
     "weights": "fetch published weights",
     "demo": "the main job on drawings that the program makes itself",

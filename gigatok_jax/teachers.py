@@ -91,6 +91,11 @@ def load_teacher(name: str) -> Teacher:
     raise UserError(f"teacher is {name!r}, expected one of {known}, or a teacher's directory")
 
 
+def architecture(name: str) -> vit.ViTConfig:
+    """A teacher's architecture; of a published one no file is needed. See `load_teacher`."""
+    return vit.PUBLISHED[name] if name in vit.PUBLISHED else load_teacher(name).config
+
+
 def _bundled(directory: Path) -> Teacher:
     kind = bundles.read_config(directory)["kind"]
     if kind not in vit.FAMILIES:

@@ -52,16 +52,13 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:
         mesh = partitioning.make_mesh(config.mesh)
+        partitioning.check_batch(config.batch_size, mesh)
     except ValueError as error:
         raise UserError(f"config.{error}") from error
-    if config.batch_size % partitioning.batch_shards(mesh):
-        raise UserError(
-            f"config.batch_size: expected a multiple of {partitioning.batch_shards(mesh)}, the "
-            f"devices that share a batch, got {config.batch_size}"
-        )
     job = config.job(workdir, mesh)
     _settle(workdir, config)
-    loop.run(job, config.loop, mesh, workdir, config.seed)
+    shard_frozen = config.mesh.shard_frozen
+    loop.run(job, config.loop, mesh, workdir, config.seed, shard_frozen=shard_frozen)
 
 
 def _settle(workdir: pathlib.Path, config) -> None:

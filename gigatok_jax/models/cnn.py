@@ -54,6 +54,7 @@ def remat_blocks(remat: str) -> type[nn.Module]:
 def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, name: str):
     """A square convolution that keeps the extent (`padding` defaults to size // 2)."""
     padding = ((size // 2, size // 2),) * 2 if padding is None else padding
+    axes = (None, None, "conv_in", "conv_out")
     return nn.Conv(
         features,
         (size, size),
@@ -61,7 +62,8 @@ def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, 
         padding=padding,
         dtype=dtype,
         conv_general_dilated=conv_general_dilated,
-        kernel_init=layers.partitioned(layers.default_init, None, None, "conv_in", "conv_out"),
+        kernel_init=layers.partitioned(layers.default_init, *axes),
+        promote_dtype=layers.promote(*axes),
         bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
         name=name,
     )

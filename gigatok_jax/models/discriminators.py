@@ -71,6 +71,7 @@ class PatchGAN(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = True) -> jax.Array:
         def conv(features, stride, bias, name):
+            axes = (None, None, "conv_in", "conv_out")
             return nn.Conv(
                 features,
                 (4, 4),
@@ -79,9 +80,8 @@ class PatchGAN(nn.Module):
                 use_bias=bias,
                 dtype=self.dtype,
                 conv_general_dilated=conv_general_dilated,
-                kernel_init=layers.partitioned(
-                    nn.initializers.normal(0.02), None, None, "conv_in", "conv_out"
-                ),
+                kernel_init=layers.partitioned(nn.initializers.normal(0.02), *axes),
+                promote_dtype=layers.promote(*axes),
                 bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
                 name=name,
             )
@@ -160,6 +160,7 @@ class SpectralConv(nn.Module):
         init = layers.torch_uniform(self.window * x.shape[-1])
         kernel_init = layers.partitioned(init, None, "conv_in", "conv_out")
         kernel = self.param("kernel", kernel_init, shape)
+        kernel = layers.gather(kernel, None, "conv_in", "conv_out")
         bias = self.param("bias", layers.partitioned(init, "norm"), (self.features,))
 
         def random_unit():

@@ -140,7 +140,8 @@ class Block(nn.Module):
             self.modulation = _modulation(config, 6, dtype, "modulation")
         if config.adaln == "shared":
             init = layers.partitioned(nn.initializers.normal(config.width**-0.5), None, "embed")
-            self.offset = self.param("offset", init, (6, config.width))
+            offset = self.param("offset", init, (6, config.width))
+            self.offset = layers.gather(offset, None, "embed")
 
     def __call__(self, x, rotation=None, condition=None):
         """Maps `[B, T, W]` to its like; `condition` is what `Generator.condition` gives."""
@@ -196,7 +197,7 @@ class Generator(nn.Module):
 
         def table(name, rows, axis, std=layers.INIT_STD):
             init = layers.partitioned(nn.initializers.normal(std), axis, "embed")
-            return self.param(name, init, (rows, config.width))
+            return layers.gather(self.param(name, init, (rows, config.width)), axis, "embed")
 
         self.class_embedding = table("class_embedding", config.classes + 1, None)
         self.embedding = table("embedding", config.codebook_size, "vocab")

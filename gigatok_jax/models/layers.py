@@ -5,6 +5,7 @@ to the mesh.  Parameters are float32; `dtype` is the type of the computation bet
 """
 
 from collections.abc import Callable
+import contextvars
 import functools
 from typing import Any, NamedTuple
 
@@ -38,6 +39,48 @@ def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
+# What a run on several devices sets while its program is traced: logical axes of an array to its
+# sharding. Flax's own constraints do nothing but under `jax.set_mesh`, where DenseGeneral breaks.
+placement: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None] = (
+    contextvars.ContextVar("placement", default=None)
+)
+
+# Axes that parameters are divided over in memory only: where they are used they are whole, as
+# partial sums of activations would be far larger.
+STORED = ("embed", "conv_out")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather(x, sharding):
+    return jax.lax.with_sharding_constraint(x, sharding)
+
+
+# The gradient is left to find its own way: where the state is divided, it is scattered.
+_gather.defvjp(lambda x, sharding: (_gather(x, sharding), None), lambda sharding, _, g: (g,))
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter of the given logical axes, whole along those of `STORED`."""
+    place = placement.get()
+    if place is None:
+        return x
+    return _gather(x, place(tuple(None if axis in STORED else axis for axis in axes)))
+
+
+def promote(*axes: str | None) -> Callable:
+    """For the `promote_dtype` of a Linen layer whose kernel has the given logical axes.
+
+    Kernel and bias are gathered in the type of the computation, which may be half as wide.
+    """
+
+    def promote_and_gather(x, kernel, bias, *, dtype):
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
+        kernel = gather(kernel, *axes)
+        return x, kernel, bias if bias is None else gather(bias, *axes[-bias.ndim :])
+
+    return promote_and_gather
+
+
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
     """Wraps `module` so that its activations are recomputed in the backward pass.
 
@@ -61,6 +104,7 @@ def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, n
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
         bias_init=partitioned(bias_init, axes[1]),
+        promote_dtype=promote(*axes),
         name=name,
         **kwargs,
     )
@@ -114,7 +158,10 @@ def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
 
 def constrain(x: jax.Array) -> jax.Array:
     """Pins the sharding of activations `[B, T, W]`."""
-    return nn.with_logical_constraint(x, ("batch", "length", "activation_embed"))
+    place = placement.get()
+    if place is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, place(("batch", "length", "activation_embed")))
 
 
 class Cache(NamedTuple):
@@ -175,19 +222,23 @@ class Attention(nn.Module):
         kernel_init = self.kernel_init or packed_xavier_uniform(self.width)
 
         def project(name):
+            axes = ("embed", "heads", "head_dim")
             return nn.DenseGeneral(
                 (self.heads, self.width // self.heads),
-                kernel_init=partitioned(kernel_init, "embed", "heads", "head_dim"),
+                kernel_init=partitioned(kernel_init, *axes),
+                promote_dtype=promote(*axes),
                 bias_init=partitioned(nn.initializers.zeros, "heads", "head_dim"),
                 name=name,
                 **common,
             )
 
         self.query, self.key, self.value = project("query"), project("key"), project("value")
+        axes = ("heads", "head_dim", "embed")
         self.out = nn.DenseGeneral(
             self.width,
             axis=(-2, -1),
-            kernel_init=partitioned(default_init, "heads", "head_dim", "embed"),
+            kernel_init=partitioned(default_init, *axes),
+            promote_dtype=promote(*axes),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="out",
             **common,

@@ -24,14 +24,14 @@ class VGG16(nn.Module):
             if stage > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for i, width in enumerate(widths, start=1):
+                axes = (None, None, "conv_in", "conv_out")
                 x = nn.Conv(
                     width,
                     (3, 3),
                     padding=1,
                     dtype=self.dtype,
-                    kernel_init=layers.partitioned(
-                        nn.initializers.he_normal(), None, None, "conv_in", "conv_out"
-                    ),
+                    kernel_init=layers.partitioned(nn.initializers.he_normal(), *axes),
+                    promote_dtype=layers.promote(*axes),
                     name=f"conv{stage}_{i}",
                 )(x)
                 x = nn.relu(x)

@@ -179,7 +179,7 @@ class TokenTransformer(nn.Module):
 
         def positions(name, length):
             init = layers.partitioned(nn.initializers.normal(size.width**-0.5), None, "embed")
-            return self.param(name, init, (length, size.width))
+            return layers.gather(self.param(name, init, (length, size.width)), None, "embed")
 
         grid_positions = positions("grid_positions", config.grid**2)
         x = layers.layer_norm(dtype=self.dtype, name="norm_in")(x)

@@ -160,6 +160,7 @@ class ViT(nn.Module):
             use_bias=not config.norm_in,
             dtype=self.dtype,
             kernel_init=layers.partitioned(layers.default_init, *axes),
+            promote_dtype=layers.promote(*axes),
             name="patch_embed",
         )(images.astype(self.dtype))
         x = rearrange(x, "b h w c -> b (h w) c")

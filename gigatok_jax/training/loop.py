@@ -94,11 +94,29 @@ class Job:
 def abstract_state(training: Training, mesh: jax.sharding.Mesh) -> Any:
     """Shapes, types and shardings of a task's state; nothing is allocated."""
     boxed = jax.eval_shape(training.init, jax.random.key(0))
-    shardings = partitioning.state_shardings(boxed, mesh)
-    return jax.tree.map(
-        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
-        nn.meta.unbox(boxed),
-        shardings,
+    return partitioning.abstract(nn.meta.unbox(boxed), partitioning.state_shardings(boxed, mesh))
+
+
+def jit_step(training: Training, state: Any, mesh: jax.sharding.Mesh) -> Callable:
+    """The compiled step, `(state, batch, frozen, *, phase) -> (state, metrics)`.
+
+    It takes over the memory of the state that it gets.
+
+    Args:
+      training: the task's functions.
+      state: arrays, or their shapes, whose shardings the next state has too.
+      mesh: what it runs on.
+    """
+
+    def step(state, batch, frozen, *, phase):
+        with partitioning.use(mesh):
+            return training.step(state, batch, frozen, phase)
+
+    return jax.jit(
+        step,
+        donate_argnums=0,
+        static_argnames="phase",
+        out_shardings=(jax.tree.map(lambda array: array.sharding, state), None),
     )
 
 
@@ -114,24 +132,24 @@ def fresh_state(training: Training, abstract: Any, seed: int) -> Any:
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
 
 
-def compiled_step(training: Training, abstract: Any) -> Callable:
-    """The task's step, which gives its state's memory to the next one.
+def run(
+    job: Job,
+    config: LoopConfig,
+    mesh: jax.sharding.Mesh,
+    workdir: pathlib.Path,
+    seed: int,
+    *,
+    shard_frozen: bool = False,
+):
+    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
 
     Args:
-      training: the task.
-      abstract: see `abstract_state`.
-    """
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    return jax.jit(
-        training.step,
-        donate_argnums=0,
-        static_argnames="phase",
-        out_shardings=(shardings, None),
-    )
-
-
-def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.Path, seed: int):
-    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
+      job: what to train.
+      config: how often things happen.
+      mesh: where arrays lie.
+      workdir: where the run lives.
+      seed: of a fresh state.
+      shard_frozen: see `partitioning.MeshConfig`.
 
     Raises:
       RunStopped: a loss became non-finite (nothing is saved), or the process was asked to stop
@@ -140,7 +158,8 @@ def run(job: Job, config: LoopConfig, mesh: jax.sharding.Mesh, workdir: pathlib.
     """
     with contextlib.ExitStack() as stack:
         # Once for the whole run, on every device; a step would move host arrays each time.
-        frozen = partitioning.put_replicated(mesh, job.frozen)
+        shardings = partitioning.frozen_shardings(job.frozen, mesh, shard=shard_frozen)
+        frozen = partitioning.put(job.frozen, shardings)
         job = dataclasses.replace(job, frozen=frozen)
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
@@ -185,7 +204,7 @@ def _branch(job: Job, abstract: Any) -> Restored | None:
 
 def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
     steps = job.training.steps
-    step_function = compiled_step(job.training, state)
+    step_function = jit_step(job.training, state, mesh)
     batches = prefetch_to_device(job.batches, functools.partial(partitioning.put_batch, mesh))
     meter = _Meter(unlogged)
     bar = tqdm(
@@ -223,8 +242,7 @@ def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged
 
     if telemetry and start < steps:
         logger.info("compiling the step; on a CPU this can take minutes")
-    # Not jax.set_mesh: Flax would then constrain DenseGeneral's kernels before it shapes them.
-    with bar, mesh, nn.logical_axis_rules(partitioning.RULES):
+    with bar:
         # A kill may have come between this checkpoint and the end of its evaluation.
         resumed = checkpoints.latest == start and due(config.evaluate_every, start)
         if resumed and not distributed.agree(telemetry is None or telemetry.evaluated(start)):

@@ -1,16 +1,22 @@
 """The one place that names mesh axes, and the table that maps logical axes to them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any
 
 from flax import linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
+from gigatok_jax.models import layers
+
 AXES = ("data", "fsdp", "tensor")
+# Linen's logical constraints want Auto axes; Explicit ones are jax.make_mesh's default.
+TYPES = (AxisType.Auto,) * len(AXES)
 
 # Logical axis (as modules name it) to mesh axes; earlier rules win where two want the same axis.
 RULES = (
@@ -29,35 +35,71 @@ RULES = (
     ("activation_embed", None),
 )
 
+SMALL = 2**16  # elements below which an array without axis names is not worth dividing
+
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one of them may be -1: all that are left."""
+    """How a run's arrays lie on its devices.
+
+    Attributes:
+      data, fsdp, tensor: devices along each mesh axis; one of them may be -1: all that are left.
+      shard_frozen: frozen networks are divided over `fsdp` as parameters are, and gathered where a
+        step needs them; otherwise each device has all of them.
+    """
 
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    shard_frozen: bool = False
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along each of `AXES`."""
+        return self.data, self.fsdp, self.tensor
 
     def __post_init__(self):
-        sizes = dataclasses.astuple(self)
+        sizes = self.sizes
         if sizes.count(-1) > 1 or any(size < 1 and size != -1 for size in sizes):
             raise ValueError(f"data, fsdp, tensor must be positive, one may be -1; got {sizes}")
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`; by default all of all processes.
+    """The mesh over all devices of all processes, or over those given.
 
     Raises:
       ValueError: the number of devices is not what the config asks for.
     """
-    sizes = list(dataclasses.astuple(config))
     count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh(_sizes(config, count), AXES, axis_types=TYPES, devices=devices)
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """The mesh over as many devices, none of which there needs to be; see `make_mesh`."""
+    return AbstractMesh(_sizes(config, count), AXES, axis_types=TYPES)
+
+
+def _sizes(config: MeshConfig, count: int) -> tuple[int, ...]:
+    sizes = list(config.sizes)
     if -1 in sizes:
         sizes[sizes.index(-1)] = max(count // -int(np.prod(sizes)), 1)
     if np.prod(sizes) != count:
         raise ValueError(f"mesh {sizes} needs {np.prod(sizes)} devices, there are {count}")
-    # Linen's logical constraints want Auto axes; Explicit ones are jax.make_mesh's default.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return tuple(sizes)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Where programs that name logical axes are traced for the mesh."""
+
+    def place(axes):
+        return nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, RULES)
+
+    token = layers.placement.set(place)
+    try:
+        yield
+    finally:
+        layers.placement.reset(token)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -94,16 +136,16 @@ def local_block(array: jax.Array) -> np.ndarray:
     return np.concatenate([rows[start] for start in sorted(rows)])
 
 
-def put_replicated(mesh: Mesh, tree: Any) -> Any:
-    """Arrays that all processes have, on every device."""
+def put(tree: Any, shardings: Any) -> Any:
+    """Arrays that all processes have, where `shardings`, of the same structure, say."""
     if jax.process_count() == 1:
-        return jax.device_put(tree, replicated(mesh))
+        return jax.device_put(tree, shardings)
 
-    def put(array):
+    def place(array, sharding):
         host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, replicated(mesh), lambda index: host[index])
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(place, tree, shardings)
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
@@ -114,6 +156,19 @@ def replicate(mesh: Mesh, tree: Any) -> Any:
 def batch_shards(mesh: Mesh) -> int:
     """Number of devices that a batch is divided over."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a batch that devices cannot share equally.
+
+    Raises:
+      ValueError: `batch_size` is not a multiple of `batch_shards`.
+    """
+    if batch_size % batch_shards(mesh):
+        raise ValueError(
+            f"batch_size: expected a multiple of {batch_shards(mesh)}, the devices that share a "
+            f"batch, got {batch_size}"
+        )
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -136,6 +191,35 @@ def state_shardings(abstract_state, mesh: Mesh):
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(fit, specs, shapes)
+
+
+def frozen_shardings(frozen: Any, mesh: Mesh, *, shard: bool) -> Any:
+    """Shardings of arrays without axis names: whole, or with the longest axis that fits divided.
+
+    Args:
+      frozen: arrays, or their shapes.
+      mesh: what they lie on.
+      shard: see `MeshConfig.shard_frozen`; small arrays stay whole.
+    """
+
+    def place(array):
+        shape = np.shape(array)
+        spec = [None] * len(shape)
+        fits = [i for i, length in enumerate(shape) if length % mesh.shape["fsdp"] == 0]
+        if shard and fits and math.prod(shape) >= SMALL:
+            spec[max(fits, key=lambda i: shape[i])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(place, frozen)
+
+
+def abstract(arrays: Any, shardings: Any) -> Any:
+    """Shapes and types of arrays, with where they shall lie."""
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        arrays,
+        shardings,
+    )
 
 
 def _extent(mesh: Mesh, axes) -> int:

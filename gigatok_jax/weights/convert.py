@@ -210,6 +210,11 @@ def siglip_to_torch(params: Mapping, config: vit.ViTConfig) -> dict[str, np.ndar
     return layout.to_torch(params, names.siglip(config))
 
 
+def lpips_shapes() -> dict:
+    """Shapes of LPIPS's parameters."""
+    return shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
+
+
 def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
     """LPIPS's parameters from a whole module, or torchvision's VGG-16 plus the linear layers.
 
@@ -219,8 +224,7 @@ def lpips_from_torch(tensors: Mapping[str, np.ndarray]) -> dict:
     whole = any(name.startswith("net.") for name in tensors)
     entries = names.lpips_whole() if whole else names.vgg16() + names.lpips_linear()
     _refuse_unknown(tensors, entries, "classifier.*", "scaling_layer.*", "lins.*")
-    template = shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))["params"]
-    return layout.from_torch(tensors, entries, template)
+    return layout.from_torch(tensors, entries, lpips_shapes())
 
 
 def lpips_to_torch(params: Mapping) -> dict[str, np.ndarray]:

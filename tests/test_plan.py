@@ -1,0 +1,177 @@
+"""Plans: what is counted, what is compiled, and what is said of it."""
+
+import dataclasses
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from gigatok_jax import cli
+from gigatok_jax.config import from_mapping
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.planning import chips, flops, hlo, plan, programs
+from gigatok_jax.training import partitioning
+from gigatok_jax.training.generator_run import OPTIMIZER, GeneratorRun
+from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.training.tokenizer_run import TokenizerRun
+
+from jaxprs import equations
+import train_config
+
+GENERATOR = GeneratorRun(
+    model=GeneratorConfig(
+        depth=3, heads=2, width=64, codes=16, codebook_size=128, classes=10, dropout=0.0
+    ),
+    optimizer=dataclasses.replace(OPTIMIZER, warmup_steps=2),
+    steps=10,
+    batch_size=8,
+    dtype="float32",
+    remat="full",
+)
+CPU = chips.Topology("cpu", chips.CHIPS["v5e"], 1, jax.devices()[:1])
+CONFIG = f"--config={train_config.__file__}"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
+)
+
+
+def layers(x, weights, *, scanned):
+    def layer(x, w):
+        return jnp.tanh(x @ w), None
+
+    if scanned:
+        return jax.lax.scan(layer, x, weights)[0]
+    for w in weights:
+        x, _ = layer(x, w)
+    return x
+
+
+SHAPES = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 32), (5, 32, 32))]
+FORWARD = 5 * 2 * 4 * 32 * 32
+
+
+def gradient(scanned):
+    return jax.grad(lambda *x: layers(*x, scanned=scanned).sum(), argnums=(0, 1))
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_traced_flops_count_every_turn_of_a_scan(scanned):
+    assert flops.count(jax.make_jaxpr(gradient(scanned))(*SHAPES).jaxpr) == 3 * FORWARD
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_compiled_flops_count_every_turn_of_a_loop(scanned):
+    text = jax.jit(gradient(scanned)).lower(*SHAPES).compile().as_text()
+    assert (" while(" in text) == scanned
+    assert hlo.Program(text).cost().flops == 3 * FORWARD
+
+
+def test_flops_that_no_result_needs_are_not_counted():
+    def function(x, w):
+        _, unused = jax.lax.scan(lambda c, w: (c, x @ w), 0, w)
+        del unused
+        return x @ w[0]
+
+    assert flops.count(jax.make_jaxpr(function)(*SHAPES).jaxpr) == FORWARD / 5
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_convolution_flops_are_those_of_xla(stride):
+    def convolve(x, kernel):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, kernel, (stride, stride), ((0, 1), (1, 0)), dimension_numbers=dimensions
+        )
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 9, 9, 4), (3, 3, 4, 8))]
+    lowered = jax.jit(convolve).lower(*shapes)
+    expected = lowered.cost_analysis()["flops"]
+    assert flops.count(jax.make_jaxpr(convolve)(*shapes).jaxpr) == expected
+    assert hlo.Program(lowered.compile().as_text()).cost().flops == expected
+
+
+def test_traced_and_compiled_flops_of_a_training_step_agree():
+    made = plan.make(GENERATOR, CPU)
+    assert made.compiled_flops == pytest.approx(made.traced_flops, rel=0.02)
+    assert made.traced_flops > 1.2 * made.model_flops
+    assert made.fits
+
+
+def test_parts_are_divided_as_the_mesh_says():
+    mesh = MeshConfig(data=1, fsdp=-1)
+    whole = programs.training(GENERATOR, partitioning.abstract_mesh(MeshConfig(), 1))
+    shared = programs.training(GENERATOR, partitioning.abstract_mesh(mesh, 8))
+    sizes = [programs.device_bytes(program.parts["parameters"]) for program in (whole, shared)]
+    assert sizes[1] < sizes[0] / 4
+
+
+def test_weights_are_gathered_and_activations_shared_by_batch():
+    mesh = partitioning.abstract_mesh(MeshConfig(data=1, fsdp=-1), 8)
+    program = programs.training(GENERATOR, mesh)
+    jaxpr = jax.make_jaxpr(lambda *x: program.jitted(*x, phase=None))(*program.arguments)
+    specs = {
+        (equation.invars[0].aval.ndim, tuple(equation.params["sharding"].spec))
+        for equation in equations(jaxpr)
+        if equation.primitive.name == "sharding_constraint"
+    }
+    assert (3, (("data", "fsdp"), None, None)) in specs  # [B, T, W]
+    assert (2, (None, "tensor")) in specs  # a kernel [W, hidden]
+    assert not any("fsdp" in spec for _, spec in specs)
+
+
+def test_frozen_networks_are_divided_if_asked_for():
+    mapping = train_config.get_config().to_dict()
+    mapping["objective"] |= {"perceptual": 1.0}
+    run = from_mapping(TokenizerRun, mapping)
+    sizes = []
+    for shard in (False, True):
+        mesh = MeshConfig(data=1, fsdp=-1, shard_frozen=shard)
+        changed = dataclasses.replace(run, mesh=mesh)
+        program = programs.training(changed, partitioning.abstract_mesh(mesh, 8))
+        sizes.append(programs.device_bytes(program.parts["frozen networks"]))
+    assert sizes[1] < sizes[0] / 7
+
+
+def test_sampling_is_planned():
+    run = dataclasses.replace(GENERATOR, batch_size=2)
+    made = plan.make(run, CPU, "sample")
+    assert made.compiled_flops == pytest.approx(made.traced_flops, rel=0.05)
+    assert made.steps == 1
+
+
+@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "h100:0"])
+def test_unknown_topologies_are_refused(name):
+    with pytest.raises(UserError, match="--topology: expected"):
+        chips.topology(name)
+
+
+def test_command_says_what_fits(capsys):
+    assert cli.main(["plan", CONFIG, "--topology=h100:2"]) == 0
+    out = capsys.readouterr().out
+    assert "estimated from shapes" in out and "to spare" in out and "days" in out
+
+
+def test_command_says_what_does_not_fit_and_what_does(capsys, monkeypatch):
+    small = dataclasses.replace(chips.CHIPS["h100"], memory=1.7e6)
+    monkeypatch.setitem(chips.CHIPS, "h100", small)
+    assert cli.main(["plan", CONFIG, "--config.batch_size=64", "--topology=h100:8"]) == 1
+    captured = capsys.readouterr()
+    assert "does NOT fit" in captured.out
+    assert "settings that by estimate fit" in captured.out
+    assert captured.err.count("\n") == 1
+
+
+def test_command_refuses_a_batch_that_the_devices_cannot_share(capsys):
+    assert cli.main(["plan", CONFIG, "--topology=h100:3"]) == 2
+    assert "config.batch_size: expected a multiple of 3" in capsys.readouterr().err
+
+
+@needs_libtpu
+def test_a_tpu_program_divides_parameters_and_repeats_no_work():
+    run = dataclasses.replace(
+        GENERATOR, dtype="bfloat16", mesh=MeshConfig(data=1, fsdp=-1), batch_size=16
+    )
+    made = plan.make(run, chips.topology("v5e:2x2"))
+    assert 4 * made.compiled_flops == pytest.approx(made.traced_flops, rel=0.15)
