@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by the other scripts: creates .venv if it is not there, installs into it, activates it.
 # An accelerator's JAX comes with EXTRAS, for example EXTRAS=cuda bash launch/demo.sh.
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -12,6 +13,7 @@ if [ ! -e "$stamp" ] || [ "$root/pyproject.toml" -nt "$stamp" ]; then
   constraints=()
   # What CI runs with; elsewhere the ranges of pyproject.toml decide.
   if [ -n "${CI:-}" ]; then constraints=(--constraint "$root/.ci/lock.txt"); fi
-  python -m pip install --quiet --disable-pip-version-check "${constraints[@]}" --editable "$root[$extras]"
+  python -m pip install --quiet --disable-pip-version-check "${constraints[@]}" \
+    --editable "${root}[$extras]"
   touch "$stamp"
 fi

@@ -1,0 +1,91 @@
+#!/usr/bin/env bash
+# What tpu_pod.sh runs on each worker of a TPU slice; not meant to be called by hand.
+#   install             Python, the package, the shared disk
+#   start VERB [FLAGS]  a run in the background, its log in $SHARED/logs/$NAME
+#   stop | log | status
+set -euo pipefail
+cd "$(dirname "$0")/.."
+name="${NAME:-gigatok}"
+export SHARED="${SHARED:-/shared}" EXTRAS="${EXTRAS:-tpu}"
+logs="$SHARED/logs/$name"
+log="$logs/worker-${HOSTNAME##*-w-}.log" # hosts are named t1v-n-...-w-0, by the worker's number
+state="$HOME/.gigatok"
+mkdir -p "$state"
+
+running() { [ -e "$state/pid" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
+
+mount_shared() {
+  # Each time: a host that was restarted has lost it.
+  if [ -n "${NFS:-}" ] && ! mountpoint -q "$SHARED"; then
+    if ! command -v mount.nfs >/dev/null; then
+      sudo apt-get -qq update
+      sudo apt-get -qq install -y nfs-common
+    fi
+    sudo mkdir -p "$SHARED"
+    sudo mount -t nfs -o nconnect=4 "$NFS" "$SHARED"
+  fi
+  if [ ! -d "$SHARED" ]; then
+    sudo mkdir -p "$SHARED"
+    sudo chown "$(id -u)" "$SHARED"
+  fi
+  mkdir -p "$logs"
+}
+
+python_at_least_311() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+case "${1:-}" in
+  install)
+    mount_shared
+    PYTHON=python3
+    if ! python_at_least_311 "$PYTHON"; then # the images of TPUs come with 3.10
+      python3 -m pip install --quiet --user uv
+      "$HOME/.local/bin/uv" python install --quiet 3.12
+      PYTHON="$("$HOME/.local/bin/uv" python find 3.12)"
+    fi
+    export PYTHON
+    source launch/environment.sh
+    ;;
+  start)
+    shift
+    mount_shared
+    # Large pages shorten the TPU runtime's start by minutes; a host that restarts forgets them.
+    sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled' || true
+    # Of a session of its own, so that it outlives this connection.
+    setsid nohup bash "$0" attached "$@" >>"$log" 2>&1 </dev/null &
+    echo "$!" >"$state/pid"
+    ;;
+  attached)
+    shift
+    source launch/environment.sh
+    trap : TERM # of a host that shuts down; gigatok gets its own, and saves
+    echo "== $(date '+%F %T') gigatok $*"
+    bash launch/accelerator.sh tpu gigatok "$@" &
+    echo "$!" >"$state/program"
+    code=0
+    wait "$!" || code=$?
+    while kill -0 "$(cat "$state/program")" 2>/dev/null; do
+      code=0
+      wait "$(cat "$state/program")" || code=$?
+    done
+    rm -f "$state/pid" "$state/program"
+    echo "== $(date '+%F %T') ended with $code"
+    exit "$code"
+    ;;
+  stop)
+    if running && [ -e "$state/program" ]; then kill -TERM "$(cat "$state/program")"; fi
+    ;;
+  log)
+    # Until the run ends.
+    follow=()
+    if running; then follow=(--follow=name --retry --pid="$(cat "$state/pid")"); fi
+    tail --lines=20 "${follow[@]}" "$log"
+    ;;
+  status)
+    if running; then what=running; else what="not running"; fi
+    echo "$HOSTNAME: $what: $(tail --lines=1 "$log" 2>/dev/null || echo 'no log yet')"
+    ;;
+  *)
+    echo "tpu_worker.sh: unknown command: ${1:-}" >&2
+    exit 2
+    ;;
+esac
