@@ -69,7 +69,7 @@ def start(processes: Processes) -> None:
     and GKE), SLURM's srun, Open MPI. Where it does not, this process is alone.
 
     Raises:
-      UserError: the others do not come.
+      RunStopped: the others do not come.
     """
     global _timeout
     if not processes.coordinator and not _several(os.environ):
@@ -87,7 +87,7 @@ def start(processes: Processes) -> None:
             shutdown_timeout_seconds=processes.timeout,
         )
     except (RuntimeError, ValueError) as error:
-        raise UserError(f"the processes of this run did not come together: {error}") from error
+        raise RunStopped(f"the processes of this run did not come together: {error}") from error
 
 
 def _several(environment: Mapping[str, str]) -> bool:
@@ -238,7 +238,7 @@ def ending_together() -> Iterator[None]:
         _client().key_value_set(f"{CAUSES}{jax.process_index()}", str(error) if own else "")
         try:
             # The others of an error that only this process has go on until it ends.
-            _wait("end", GRACE if own else _timeout)
+            _wait("end", GRACE if own else _timeout // 2)  # before the runtime ends us
         except RunStopped as lost:
             if not own:
                 raise lost from error

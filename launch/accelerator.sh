@@ -38,8 +38,9 @@ case "$kind" in
     ;;
   tpu)
     export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
-    # No LIBTPU_INIT_ARGS: latency hiding and asynchronous collectives are libtpu's defaults, for
-    # v5e, v5p and v6e programs come out the same with their flags and without.
+    # No LIBTPU_INIT_ARGS: with the flags for latency hiding that older guides list, a sharded step
+    # compiles to the same program for v5e, v5p and v6e, and with those for asynchronous collectives
+    # to one with the same collectives.
     ;;
   cpu) export JAX_PLATFORMS=cpu ;;
 esac

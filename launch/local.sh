@@ -19,16 +19,17 @@ shift
 logs="${LOGS:-$(mktemp -d /tmp/gigatok.XXXXXX)}"
 mkdir -p "$logs"
 port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-gpus=0
+kind=cpu gpus=0
 if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
   gpus="$(nvidia-smi --list-gpus | wc -l)"
 fi
 if ((gpus == 0)); then
-  export JAX_PLATFORMS=cpu
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
 elif ((gpus % count)); then
   echo "local.sh: $count processes cannot share $gpus GPUs evenly" >&2
   exit 2
+else
+  kind=cuda
 fi
 
 pids=()
@@ -40,9 +41,9 @@ for ((i = 0; i < count; i++)); do
     export CUDA_VISIBLE_DEVICES
   fi
   if ((i == 0)); then
-    python -m gigatok_jax "$@" "${place[@]}" &
+    bash launch/accelerator.sh "$kind" python -m gigatok_jax "$@" "${place[@]}" &
   else
-    python -m gigatok_jax "$@" "${place[@]}" >"$logs/$i.log" 2>&1 &
+    bash launch/accelerator.sh "$kind" python -m gigatok_jax "$@" "${place[@]}" >"$logs/$i.log" 2>&1 &
   fi
   pids+=($!)
 done

@@ -100,11 +100,6 @@ def main(path):
                 state.params,
                 single.params,
             )
-            for path, d in jax.tree_util.tree_leaves_with_path(distance):
-                if d > 1e-5:
-                    print(jax.tree_util.keystr(path), d)
-            if sizes == MESHES[0]: first = rows
-            print(max((abs(a[k]-b[k])/max(abs(b[k]),1e-8),k,i) for i,(a,b) in enumerate(zip(rows,first)) for k in a))
             results[f"{task.__name__} {sizes}"] = {
                 "rows": rows,
                 "distance": max(jax.tree.leaves(distance)),

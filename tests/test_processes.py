@@ -1,0 +1,169 @@
+"""Several processes as one run, real ones on this machine, started by launch/local.sh."""
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gigatok_jax import distributed
+from gigatok_jax.errors import UserError
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.training.telemetry import read_metrics
+
+import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = ROOT / "tests" / "train_config.py"
+TIMEOUT = 20  # seconds
+TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
+TRAIN = [
+    "train",
+    f"--config={CONFIG}",
+    "--config.steps=12",
+    "--config.objective.adversarial=0",
+    "--config.loop.log_every=1",
+    "--config.loop.checkpoint_every=2",
+]
+
+
+def command(count: int, arguments: list[str]) -> list[str]:
+    if count == 1:
+        return [sys.executable, "-m", "gigatok_jax", *arguments]
+    flags = [f"--timeout={TIMEOUT}"]
+    return ["bash", str(ROOT / "launch" / "local.sh"), str(count), *arguments, *flags]
+
+
+def gigatok(count: int, arguments: list[str], tmp_path: pathlib.Path) -> subprocess.Popen:
+    """Starts a command in so many processes; the logs of all but the first go to `tmp_path`."""
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they run for a second
+        "GIGATOK_CACHE": str(tmp_path / "cache"),
+        "LOGS": str(tmp_path / "logs"),
+    }
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command(count, arguments), cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen) -> str:
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    return output
+
+
+def rows(workdir: pathlib.Path) -> list[dict]:
+    timing = {"images_per_second", "input_wait"}
+    return [
+        {name: value for name, value in row.items() if name not in timing}
+        for row in read_metrics(workdir / "metrics.jsonl")
+    ]
+
+
+def test_run_of_two_processes_loses_one_and_goes_on_alone(tmp_path):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    alone = gigatok(1, [*TRAIN, f"--workdir={whole}"], tmp_path)
+    finish(alone)
+    # Nothing is slow here but the end of the run: it is far, and comes never.
+    long = [*TRAIN, "--config.optimizer.schedule=constant", "--config.steps=100000"]
+    two = gigatok(2, [*long, f"--workdir={broken}"], tmp_path)
+    line = two.stdout.readline()
+    while "are " not in line:
+        line = two.stdout.readline()
+    victim = int(re.search(r"are (\d+) (\d+);", line)[2])
+    while not (broken / "checkpoints" / "4").exists():
+        assert two.poll() is None, two.stdout.read()
+        time.sleep(0.1)
+    os.kill(victim, signal.SIGKILL)
+    killed = time.monotonic()
+    output, _ = two.communicate(timeout=300)
+    assert time.monotonic() - killed < TIMEOUT + 15
+    assert two.returncode != 0
+    assert "process 1 was ended by signal 9" in output
+    assert re.search(r"gigatok: error: lost process 1 of 0 to 1, not at", output), output
+
+
+def test_restored_state_is_the_same_on_any_number_of_processes(tmp_path):
+    constant = [*TRAIN, "--config.optimizer.schedule=constant"]
+    for counts in ((1,), (2, 1), (1, 2)):
+        workdir = tmp_path / "-".join(map(str, counts))
+        for steps, count in zip((6, 12)[-len(counts) :], counts, strict=True):
+            finish(
+                gigatok(
+                    count, [*constant, f"--config.steps={steps}", f"--workdir={workdir}"], tmp_path
+                )
+            )
+    expected = rows(tmp_path / "1")
+    for name in ("2-1", "1-2"):
+        found = [row for row in rows(tmp_path / name) if "total" in row]
+        for one, other in zip([r for r in expected if "total" in r], found, strict=True):
+            assert one == pytest.approx(other, rel=1e-5), name
+
+
+def test_codes_and_metrics_are_those_of_one_process(tmp_path):
+    networks = tiny.save_networks(tmp_path / "networks", TOKENIZER, GENERATOR)
+    data = [f"--config={CONFIG}", "--config.data.eval_length=20", "--batch_size=8"]
+    tokenizer, generator = (f"--{name}={networks[name]}" for name in ("tokenizer", "generator"))
+    jobs = {
+        "encode": ["encode", tokenizer, *data, "--crop_factors=", "--shard_images=16"],
+        "reconstruction": ["evaluate", "reconstruction", tokenizer, *data, "--features=embedded"],
+        "loss": ["evaluate", "loss", tokenizer, generator, *data],
+        "generation": [
+            *("evaluate", "generation", tokenizer, generator, *data, "--features=embedded"),
+            *("--count=20",),
+        ],
+    }
+    for name, job in jobs.items():
+        for count in (1, 2):
+            finish(gigatok(count, [*job, f"--out={tmp_path / name / str(count)}"], tmp_path))
+        if name == "encode":
+            digests = [
+                {
+                    path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+                    for path in (tmp_path / name / str(count)).iterdir()
+                }
+                for count in (1, 2)
+            ]
+            assert digests[0] == digests[1] and len(digests[0]) >= 5
+        else:
+            one, two = (
+                json.loads((tmp_path / name / str(count) / "metrics.json").read_text())
+                for count in (1, 2)
+            )
+            assert one == pytest.approx(two, rel=1e-5), name
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (("", 2, 0), "--coordinator, --processes and --process: expected all of them or none"),
+        (("host", 2, 0), "expected HOST:PORT"),
+        (("host:1", 2, 2), "a number and a smaller one"),
+        (("host:1", 2, 1, 3), "--timeout: expected at least 10 seconds, got 3"),
+    ],
+)
+def test_impossible_processes_are_refused(fields, message):
+    with pytest.raises(UserError, match=message):
+        distributed.Processes(*fields)
+
+
+@pytest.mark.parametrize(
+    "environment, several",
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, True),
+        ({"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}, False),  # the batch script around srun
+        ({"TPU_WORKER_HOSTNAMES": "a,b"}, True),
+        ({"TPU_WORKER_HOSTNAMES": "a"}, False),
+    ],
+)
+def test_launchers_are_told_by_the_environment(environment, several):
+    assert distributed._several(environment) == several
