@@ -6,10 +6,7 @@ parameters are from those of one device, and the bytes of the largest replicated
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    # Programs run for seconds: it would take longer to optimize them.
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
@@ -65,7 +62,7 @@ def generator():
     training = GeneratorTraining(model, OPTIMIZER, STEPS, average_decay=0.9, accumulate=2)
 
     def batch(rng):
-        codes = rng.integers(0, 64, (BATCH, 1, 16), np.int32)
+        codes = rng.integers(0, 64, (BATCH, 16), np.int32)
         return {"codes": codes, "label": rng.integers(0, 8, BATCH, np.int32)}
 
     return training, None, batch

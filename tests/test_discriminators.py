@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax.models import discriminators, resize, vit
+from gigatok_jax.models import batch_norm, discriminators, resize, vit
 
 import tiny
 
@@ -68,16 +68,16 @@ def test_longer_kernel_has_the_same_output_and_no_gradient_along_itself(conv):
 @pytest.mark.parametrize("batch, size", [(2, 2), (8, 8), (12, 6), (16, 8)])
 def test_local_batch_norm_normalizes_groups_of_eight_at_most(batch, size):
     x = tokens(batch) * 3 + 1
-    module = discriminators.LocalBatchNorm()
+    module = batch_norm.LocalBatchNorm()
     y = np.asarray(module.apply(module.init(KEY, x), x)).reshape(batch // size, -1, 6)
     np.testing.assert_allclose(y.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(y.var(1), 1, atol=1e-5)
 
 
 def test_batch_of_unequal_groups_is_refused():
-    assert discriminators.batch_groups(256) == 32
+    assert batch_norm.batch_groups(256) == 32
     with pytest.raises(ValueError, match=r"^batch_size must split into equal groups .* got 13"):
-        discriminators.batch_groups(13)
+        batch_norm.batch_groups(13)
 
 
 def test_area_resize_averages_every_pixel_that_is_touched():
@@ -125,3 +125,21 @@ def test_heads_judge_every_token_of_every_feature():
         own = jax.tree.map(lambda x, i=i: x[i], {k: v["head"] for k, v in variables.items()})
         expected = one(own, features[i])
         np.testing.assert_allclose(logits[:, 12 * i : 12 * i + 12], expected, atol=1e-5)
+
+
+def test_groups_of_a_batch_are_normalised_apart():
+    x = np.random.default_rng(0).standard_normal((6, 4, 4, 3), np.float32)
+    variables = batch_norm.BatchNorm().init(jax.random.key(0), x, train=True)
+
+    def apply(groups, x):
+        module = batch_norm.BatchNorm(groups=groups)
+        return module.apply(variables, x, train=True, mutable=["batch_stats"])
+
+    y, updated = apply(3, x)
+    for i in range(3):
+        part, statistics = apply(1, x[2 * i : 2 * i + 2])
+        np.testing.assert_allclose(y[2 * i : 2 * i + 2], part, atol=1e-5)
+        if i == 0:  # PyTorch's data parallelism keeps those of the first process
+            jax.tree.map(np.testing.assert_array_equal, updated, statistics)
+    whole, _ = apply(1, x)
+    assert np.abs(whole - y).max() > 0.01

@@ -10,52 +10,8 @@ from jax import lax
 import jax.numpy as jnp
 
 from gigatok_jax.models import layers, resize, vit
+from gigatok_jax.models.batch_norm import BatchNorm, LocalBatchNorm
 from gigatok_jax.models.convolution import conv_general_dilated
-
-GROUP = 8  # most samples that share statistics in the heads on DINO
-
-
-class BatchNorm(nn.Module):
-    """BatchNorm with PyTorch's running statistics: momentum 0.1, unbiased variance.
-
-    Under `jit` the statistics are those of the global batch on any mesh; the reference, under
-    data parallelism, normalised each device's share on its own.
-
-    Attributes:
-      epsilon: added to the variance.
-      affine: whether there are a gain and a bias.
-    """
-
-    epsilon: float = 1e-5
-    affine: bool = True
-    dtype: layers.Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        width = x.shape[-1]
-
-        def scale_init(key, shape):
-            return 1 + 0.02 * jax.random.normal(key, shape)
-
-        scale, bias = 1.0, 0.0
-        if self.affine:
-            scale = self.param("scale", layers.partitioned(scale_init, "norm"), (width,))
-            bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
-        running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
-        running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
-        if train:
-            y = x.astype(jnp.float32)
-            axes = tuple(range(x.ndim - 1))
-            mean, var = y.mean(axes), y.var(axes)
-            count = x.size // width
-            if not self.is_initializing():
-                running_mean.value += 0.1 * (lax.stop_gradient(mean) - running_mean.value)
-                unbiased = lax.stop_gradient(var) * count / (count - 1)
-                running_var.value += 0.1 * (unbiased - running_var.value)
-        else:
-            mean, var = running_mean.value, running_var.value
-        gain = scale * lax.rsqrt(var + self.epsilon)
-        return (x * gain + (bias - mean * gain)).astype(self.dtype)
 
 
 class PatchGAN(nn.Module):
@@ -63,9 +19,11 @@ class PatchGAN(nn.Module):
 
     Attributes:
       channels: width of each layer; all but the last two halve the extent.
+      groups: see `BatchNorm`.
     """
 
     channels: tuple[int, ...] = (64, 128, 256, 512)
+    groups: int = 1
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
@@ -91,43 +49,10 @@ class PatchGAN(nn.Module):
             stride = 1 if i == len(self.channels) - 1 else 2
             x = conv(features, stride, i == 0, f"conv{i}")(x)
             if i > 0:
-                x = BatchNorm(dtype=self.dtype, name=f"norm{i}")(x, train=train)
+                norm = BatchNorm(groups=self.groups, dtype=self.dtype, name=f"norm{i}")
+                x = norm(x, train=train)
             x = nn.leaky_relu(x, 0.2)
         return conv(1, 1, True, "conv_out")(x).astype(jnp.float32)
-
-
-def batch_groups(batch_size: int) -> int:
-    """Number of groups, of at most `GROUP` samples, that `LocalBatchNorm` splits a batch into.
-
-    Raises:
-      ValueError: the groups would differ in size.
-    """
-    groups = -(-batch_size // GROUP)
-    if batch_size % groups:
-        raise ValueError(
-            f"batch_size must split into equal groups of at most {GROUP} images for the dino "
-            f"discriminator, got {batch_size}"
-        )
-    return groups
-
-
-class LocalBatchNorm(nn.Module):
-    """BatchNorm of each group of consecutive samples, always by its own statistics; eps 1e-6.
-
-    Under `jit` groups are formed of the global batch, so that results are the same on any mesh.
-    """
-
-    dtype: layers.Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        width, groups = x.shape[-1], batch_groups(len(x))
-        scale = self.param("scale", layers.partitioned(nn.initializers.ones, "norm"), (width,))
-        bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
-        y = rearrange(x.astype(jnp.float32), "(g n) t w -> g (n t) w", g=groups)
-        mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
-        y = (y - mean) * lax.rsqrt(var + 1e-6) * scale + bias
-        return rearrange(y, "g (n t) w -> (g n) t w", n=len(x) // groups).astype(self.dtype)
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import optax
 
 from gigatok_jax import losses
 from gigatok_jax.models import layers
-from gigatok_jax.models.discriminators import BatchNorm
+from gigatok_jax.models.batch_norm import BatchNorm
 from gigatok_jax.training import optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 

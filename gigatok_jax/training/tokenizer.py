@@ -35,6 +35,8 @@ class ObjectiveConfig:
       discriminator: "patchgan", or "dino": heads on a frozen DINO's features of augmented images.
       disc_start: step from which the discriminator trains and judges.
       discriminator_channels: widths of PatchGAN's layers.
+      patchgan_groups: parts of a batch that PatchGAN's BatchNorm normalises apart, the same on any
+        mesh; the reference's are what each GPU had.
       auxiliary_steps: first steps that train the CNN decoder on the CNN encoder's features too,
         and the decoder transformer to reproduce them (the older recipe's 15,000).
     """
@@ -51,6 +53,7 @@ class ObjectiveConfig:
     discriminator: str = "patchgan"
     disc_start: int = 20_000
     discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)
+    patchgan_groups: int = 1
     auxiliary_steps: int = 0
 
     def __post_init__(self):
@@ -58,6 +61,8 @@ class ObjectiveConfig:
         for name in (*terms, "disc_start", "auxiliary_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.patchgan_groups < 1:
+            raise ValueError(f"patchgan_groups must be positive, got {self.patchgan_groups}")
         if self.perceptual_distance not in PERCEPTUAL:
             raise ValueError(
                 f"perceptual_distance must be one of {PERCEPTUAL}, got {self.perceptual_distance!r}"
@@ -155,7 +160,10 @@ class TokenizerTraining:
     def discriminator(self) -> discriminators.PatchGAN | discriminators.DinoHeads:
         if self.objective.discriminator == "dino":
             return discriminators.DinoHeads(self.dtype)
-        return discriminators.PatchGAN(self.objective.discriminator_channels, self.dtype)
+        objective = self.objective
+        return discriminators.PatchGAN(
+            objective.discriminator_channels, objective.patchgan_groups, self.dtype
+        )
 
     def init(self, key: jax.Array) -> TokenizerState:
         """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""

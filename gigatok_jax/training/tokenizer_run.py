@@ -14,7 +14,7 @@ import numpy as np
 from gigatok_jax import bundles, pictures, precision, teachers
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import discriminators, quantizer, vit
+from gigatok_jax.models import batch_norm, quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import partitioning
 from gigatok_jax.training import tokenizer as training
@@ -53,7 +53,12 @@ class TokenizerRun(RunConfig):
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         if self.objective.needs_dino:
-            discriminators.batch_groups(self.batch_size)
+            batch_norm.batch_groups(self.batch_size)
+        if self.batch_size % self.objective.patchgan_groups:
+            raise ValueError(
+                f"objective.patchgan_groups must divide batch_size={self.batch_size}, got "
+                f"{self.objective.patchgan_groups}"
+            )
         patchgan = self.objective.adversarial > 0 and self.objective.discriminator == "patchgan"
         channels = self.objective.discriminator_channels
         extent = self.model.image_size >> (len(channels) - 1)  # of the last two layers' input
