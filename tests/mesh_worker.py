@@ -18,6 +18,7 @@ import numpy as np
 
 from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.training import loop, partitioning
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -33,9 +34,16 @@ OPTIMIZER = OptimizerConfig(rate=1e-4, warmup_steps=2)
 
 def tokenizer():
     """Every loss there is, the older recipe's auxiliary ones too."""
-    teacher = vit.ViTConfig(depth=4, heads=2, width=16, patch_size=4, grid=8)
+    teacher = vit.ViTConfig(depth=1, heads=2, width=16, patch_size=4, grid=8)
     training = TokenizerTraining(
-        tiny.config(semantic_dim=16, gradient="rotation"),
+        tiny.config(
+            image_size=16,
+            latents=4,
+            channel_multipliers=(1, 1),
+            decoder=TransformerSize(1, 2, 16),
+            semantic_dim=16,
+            gradient="rotation",
+        ),
         ObjectiveConfig(
             entropy=0.1, disc_start=5, discriminator_channels=(8, 16), auxiliary_steps=STEPS
         ),
@@ -44,7 +52,7 @@ def tokenizer():
         average_decay=0.9,
         teacher=teacher,
     )
-    images = np.zeros((1, 32, 32, 3), np.float32)
+    images = np.zeros((1, 16, 16, 3), np.float32)
     shapes = [
         nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
         for module, inputs in ((vit.ViT(teacher), (images,)), (lpips.LPIPS(), (images, images)))
@@ -52,7 +60,7 @@ def tokenizer():
     frozen = Frozen(*map(tiny.fill, shapes))
 
     def batch(rng):
-        return {"image": rng.integers(0, 256, (BATCH, 32, 32, 3), np.uint8)}
+        return {"image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)}
 
     return training, frozen, batch
 

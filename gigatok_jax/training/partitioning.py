@@ -36,6 +36,7 @@ RULES = (
 )
 
 SMALL = 2**16  # elements below which an array without axis names is not worth dividing
+LARGE = 2**18  # elements, 1 MiB of float32, from which no parameter stays whole under `fsdp`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,7 +179,8 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def state_shardings(abstract_state, mesh: Mesh):
     """Shardings of a state whose parameters carry logical axis names (`nn.Partitioned` boxes).
 
-    An axis that the mesh does not divide is left whole.
+    An axis that the mesh does not divide is left whole. A large array that this leaves whole along
+    `fsdp` is divided along its longest axis that has no other use, where the mesh divides one.
     """
     specs = nn.logical_to_mesh_sharding(nn.get_partition_spec(abstract_state), mesh, RULES)
     shapes = nn.meta.unbox(abstract_state)
@@ -188,9 +190,22 @@ def state_shardings(abstract_state, mesh: Mesh):
             axes if axes is None or length % _extent(mesh, axes) == 0 else None
             for axes, length in zip(sharding.spec, array.shape, strict=False)
         ]
+        spec += [None] * (len(array.shape) - len(spec))
+        whole = not any("fsdp" in (axes or ()) for axes in spec)
+        if whole and math.prod(array.shape) >= LARGE:
+            _divide(spec, array.shape, mesh)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(fit, specs, shapes)
+
+
+def _divide(spec: list, shape: tuple[int, ...], mesh: Mesh) -> None:
+    """Gives the longest free axis of an array to `fsdp`, if that divides one."""
+    fits = [
+        i for i, length in enumerate(shape) if spec[i] is None and length % mesh.shape["fsdp"] == 0
+    ]
+    if fits:
+        spec[max(fits, key=lambda i: shape[i])] = "fsdp"
 
 
 def frozen_shardings(frozen: Any, mesh: Mesh, *, shard: bool) -> Any:
@@ -205,9 +220,8 @@ def frozen_shardings(frozen: Any, mesh: Mesh, *, shard: bool) -> Any:
     def place(array):
         shape = np.shape(array)
         spec = [None] * len(shape)
-        fits = [i for i, length in enumerate(shape) if length % mesh.shape["fsdp"] == 0]
-        if shard and fits and math.prod(shape) >= SMALL:
-            spec[max(fits, key=lambda i: shape[i])] = "fsdp"
+        if shard and math.prod(shape) >= SMALL:
+            _divide(spec, shape, mesh)
         return NamedSharding(mesh, PartitionSpec(*spec))
 
     return jax.tree.map(place, frozen)
