@@ -1,6 +1,7 @@
 """ADM's `.npz` files, whole and damaged."""
 
 import tracemalloc
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ from gigatok_jax.evaluation.distribution import Gaussian
 
 def test_statistics_come_back(tmp_path):
     rng, path = np.random.default_rng(0), tmp_path / "a.npz"
-    written = {name: Gaussian(rng.random(n), rng.random((n, n))) for name, n in SIZES.items()}
+    written = {
+        name: Gaussian(rng.random(n), np.cov(rng.random((n, 9)))) for name, n in SIZES.items()
+    }
     archives.write_statistics(path, written, {})
     read = Archive(path).gaussians()
     assert read.keys() == written.keys()
@@ -45,6 +48,11 @@ def whole(path):
     return path.read_bytes()
 
 
+def no_extension(path):
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("arr_0", b"")
+
+
 def saved(**arrays):
     return lambda path: np.savez(path, **arrays)
 
@@ -62,6 +70,11 @@ def saved(**arrays):
         (saved(mu=np.zeros(3), sigma=np.eye(2)), r"mu \[D\] and sigma \[D, D\], got \[3\] and"),
         (saved(mu=np.array([np.nan]), sigma=np.eye(1)), "mu or sigma is not finite"),
         (saved(mu=np.zeros(1), sigma=np.full((1, 1), np.inf)), "mu or sigma is not finite"),
+        (saved(mu=np.zeros(2), sigma=-np.eye(2)), "sigma to be a covariance"),
+        (saved(mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0, 1]])), "sigma to be a covariance"),
+        (saved(mu=np.zeros(1, complex), sigma=np.eye(1)), "not of real numbers"),
+        (saved(arr_0=np.zeros((3, 0, 0, 3), np.uint8)), r"uint8 \[3, 0, 0, 3\]"),
+        (no_extension, "expected images as arr_0, .* found nothing"),
     ],
 )
 def test_files_of_other_things_are_refused(write, message, tmp_path):

@@ -189,14 +189,14 @@ def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):
 def test_images_of_an_npz_serve_as_reference(networks, draw, extractor, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=images)
-    reference = sets.reference_of_npz(tmp_path / "real.npz", extractor, 8)
+    reference = sets.reference_of_npz(tmp_path / "real.npz", extractor, 8, 16)
     assert reference.members.shape == (20, 96)
     np.testing.assert_allclose(reference.gaussians["pool"].mean, reference.members.mean(0), 1e-4)
     np.savez(tmp_path / "wrong.npz", arr_0=images.astype(np.float32))
     with pytest.raises(UserError, match=r"wrong\.npz: expected arr_0 to be uint8 \[n, H, W, 3\]"):
-        sets.reference_of_npz(tmp_path / "wrong.npz", extractor, 8)
+        sets.reference_of_npz(tmp_path / "wrong.npz", extractor, 8, 16)
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
-    other = sets.reference_of_npz(tmp_path / "other.npz", extractor, 8)
+    other = sets.reference_of_npz(tmp_path / "other.npz", extractor, 8, 16)
     with pytest.raises(UserError, match=r"other\.npz .*: statistics of 7 features, but .* 96"):
         generation.evaluate(draw, extractor, other, SamplingConfig(), tmp_path / "out")
     assert not (tmp_path / "out").exists()  # nothing was drawn
@@ -207,7 +207,7 @@ def test_stored_statistics_go_before_those_of_images_if_they_fit(extractor, tmp_
     for width, taken in ((96, True), (2048, False)):
         path = tmp_path / f"{width}.npz"
         np.savez(path, arr_0=images, mu=np.full(width, 7.0), sigma=np.eye(width))
-        mean = sets.reference_of_npz(path, extractor, 8).gaussians["pool"].mean
+        mean = sets.reference_of_npz(path, extractor, 8, 16).gaussians["pool"].mean
         assert mean.shape == (96,) and (mean[0] == 7) == taken
 
 
@@ -216,7 +216,7 @@ def test_references_are_told_by_their_content(extractor, tmp_path):
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         np.savez(tmp_path / folder / "real.npz", mu=rng.random(96), sigma=np.eye(96))
-        names.append(sets.reference_of_npz(tmp_path / folder / "real.npz", extractor, 8).name)
+        names.append(sets.reference_of_npz(tmp_path / folder / "real.npz", extractor, 8, 16).name)
     assert names[0] != names[1]
 
 

@@ -164,6 +164,14 @@ def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
     assert not any(tmp_path.iterdir())
 
 
+def test_probe_refuses_a_reference_before_it_trains(tokenizer, tmp_path):
+    np.savez(tmp_path / "real.npz", mu=np.zeros(7), sigma=np.eye(7))
+    other = dataclasses.replace(CONFIG, reference=str(tmp_path / "real.npz"))
+    with pytest.raises(UserError, match="statistics of 7 features, but fd_teacher is over 96"):
+        probe.probe(tokenizer, other, tmp_path / "probe")
+    assert not (tmp_path / "probe").exists()
+
+
 def test_report_holds_everything(whole):
     html = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file

@@ -128,7 +128,8 @@ def _generation(out: pathlib.Path) -> dict:
 
 def _cost(out: pathlib.Path) -> dict:
     del out
-    size = {"batch_size": FLAGS.batch_size, "guidance": FLAGS.guidance}
+    guidance = sampling_flags.settings(FLAGS).guidance
+    size = {"batch_size": FLAGS.batch_size, "guidance": guidance}
     table = cost.shares(FLAGS.decoders, FLAGS.generators, **size)
     print("decoder / generator" + "".join(f"{name:>10}" for name in FLAGS.generators))
     for decoder, row in table.items():

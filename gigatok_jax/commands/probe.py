@@ -23,7 +23,7 @@ import jax
 from ml_collections import config_flags
 import numpy as np
 
-from gigatok_jax import api, bundles, distributed, pictures
+from gigatok_jax import api, bundles, distributed, files, pictures
 from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes as stored
@@ -72,6 +72,16 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
     record = {"tokenizer": bundle.fingerprint, **_decisive(config)}
+    files.claim(workdir / "probe.json", record, "a probe", write=False)
+    reference = sets.load_reference(
+        config.reference,
+        config.data,
+        extractor,
+        batch_size=config.batch_size,
+        image_size=bundle.config.image_size,
+    )
+    reference.check(extractor, config.samples)
+    # What could not work has been refused: from here on the folder is this probe's.
     distributed.claim(workdir / "probe.json", record, "a probe")
     if distributed.is_main():
         tokenizer_record = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
@@ -128,7 +138,8 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
         "loss", lambda out: evaluate.evaluate_loss(generator, None, data, config.batch_size)
     )
     results |= once(
-        "generation", lambda out: _generation(config, generator, tokenizer, extractor, out)
+        "generation",
+        lambda out: _generation(config, generator, tokenizer, extractor, reference, out),
     )
 
     print("linear_probe ...", flush=True)
@@ -176,14 +187,9 @@ def _flat(mapping: dict[str, Any], path: str) -> dict[str, Any]:
     return flat
 
 
-def _generation(config: ProbeConfig, generator, tokenizer, extractor, out) -> dict[str, Any]:
-    reference = sets.load_reference(
-        config.reference,
-        config.data,
-        extractor,
-        batch_size=config.batch_size,
-        image_size=tokenizer.config.image_size,
-    )
+def _generation(
+    config: ProbeConfig, generator, tokenizer, extractor, reference, out
+) -> dict[str, Any]:
     draw = generation.Draw(
         generator, tokenizer, config.samples, config.seed, config.sample_batch_size
     )

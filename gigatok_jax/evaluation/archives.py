@@ -15,6 +15,7 @@ from gigatok_jax.evaluation.distribution import Gaussian
 from gigatok_jax.files import write_npz
 
 SUFFIXES = {"pool": "", "spatial": "_s"}
+ROUNDING = 1e-4  # of a covariance's largest entry, as float32 statistics may be off
 
 
 def write_statistics(
@@ -33,7 +34,8 @@ class Archive:
 
     Attributes:
       name: of the file, and sixteen hex digits of its content.
-      images: number of images in it; 0 where it has none.
+      image_shape: `(n, H, W, 3)`; n is 0 where it has no images.
+      images: n.
 
     Raises (its methods too):
       UserError: it cannot be read, holds neither statistics nor images, or not such ones.
@@ -44,14 +46,19 @@ class Archive:
         with self._reading(), path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             with zipfile.ZipFile(path) as archive:
-                self._members = {name.removesuffix(".npy") for name in archive.namelist()}
+                self._members = {
+                    name.removesuffix(".npy")
+                    for name in archive.namelist()
+                    if name.endswith(".npy")
+                }
         self.name = f"{path.name} {digest[:16]}"
         if "arr_0" not in self._members and not {"mu", "sigma"} <= self._members:
             raise UserError(
                 f"{path}: expected images as arr_0, or statistics as mu and sigma, found "
                 f"{', '.join(sorted(self._members)) or 'nothing'}"
             )
-        self.images = self._image_shape()[0] if "arr_0" in self._members else 0
+        self.image_shape = self._image_shape() if "arr_0" in self._members else (0, 0, 0, 3)
+        self.images = self.image_shape[0]
 
     def gaussians(self) -> dict[str, Gaussian]:
         """Those stored: "pool" and "spatial", or less."""
@@ -60,9 +67,10 @@ class Archive:
             if not {f"mu{suffix}", f"sigma{suffix}"} <= self._members:
                 continue
             with self._reading(), np.load(self._path) as file:
-                mean, covariance = (
-                    np.asarray(file[f"{part}{suffix}"], np.float64) for part in ("mu", "sigma")
-                )
+                mean, covariance = (file[f"{part}{suffix}"] for part in ("mu", "sigma"))
+            if not {mean.dtype.kind, covariance.dtype.kind} <= set("fiu"):
+                raise UserError(f"{self._path}: mu{suffix} or sigma{suffix} is not of real numbers")
+            mean, covariance = mean.astype(np.float64), covariance.astype(np.float64)
             if mean.ndim != 1 or covariance.shape != 2 * mean.shape:
                 raise UserError(
                     f"{self._path}: expected mu{suffix} [D] and sigma{suffix} [D, D], got "
@@ -70,12 +78,19 @@ class Archive:
                 )
             if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
                 raise UserError(f"{self._path}: mu{suffix} or sigma{suffix} is not finite")
+            scale = np.abs(covariance).max(initial=0)
+            asymmetric = np.abs(covariance - covariance.T).max(initial=0) > ROUNDING * scale
+            if asymmetric or np.linalg.eigvalsh(covariance).min() < -ROUNDING * scale:
+                raise UserError(
+                    f"{self._path}: expected sigma{suffix} to be a covariance, symmetric and "
+                    "without negative eigenvalues"
+                )
             found[name] = Gaussian(mean, covariance)
         return found
 
     def batches(self, batch_size: int) -> Iterator[np.ndarray]:
         """Images, uint8 `[b, H, W, 3]`; no more than a batch is held at once."""
-        count, *shape = self._image_shape()
+        count, *shape = self.image_shape
         with self._reading(), self._open_images() as file:
             _header(file)
             for start in range(0, count, batch_size):
@@ -88,7 +103,7 @@ class Archive:
     def _image_shape(self) -> tuple[int, ...]:
         with self._reading(), self._open_images() as file:
             shape, fortran_order, dtype = _header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or fortran_order:
+        if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape or fortran_order:
             raise UserError(
                 f"{self._path}: expected arr_0 to be uint8 [n, H, W, 3], got {dtype} {list(shape)}"
             )

@@ -1,6 +1,7 @@
 """What decoding the codes costs beside drawing them (Table 4)."""
 
 from collections.abc import Callable, Sequence
+import logging
 import statistics
 import time
 from typing import Any
@@ -11,7 +12,10 @@ import numpy as np
 
 from gigatok_jax import api, recipes
 from gigatok_jax.models import quantizer
+from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert
+
+logger = logging.getLogger(__name__)
 
 REPEATS = 3
 ENCODER = ("encoder", "cnn_encoder", "quant_conv")  # parts of a tokenizer that do not decode
@@ -35,11 +39,14 @@ def shares(
 
     Raises:
       UserError: a name is unknown.
+      ValueError: the guidance is impossible.
     """
+    SamplingConfig(guidance=guidance)  # refuses what is impossible before anything is timed
     configs = {name: recipes.tokenizer_model(name) for name in decoders}
     models = {name: recipes.generator_model(name) for name in generators}
     decoding, drawing = {}, {}
     for name, config in configs.items():
+        logger.info("timing the decoder of %s", name)
         weights = {
             "params": _random(
                 {
@@ -54,6 +61,7 @@ def shares(
         codes = np.zeros((batch_size, config.latents), np.int32)
         decoding[name] = _seconds(lambda t=tokenizer, c=codes: t.decode(c))
     for name, config in models.items():
+        logger.info("timing generator %s", name)
         weights = {"params": _random(convert.generator_shapes(config))}
         generator = api.PretrainedGenerator(config, weights)
         classes, key = np.zeros(batch_size, np.int32), jax.random.key(0)

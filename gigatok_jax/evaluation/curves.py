@@ -36,6 +36,8 @@ def draw(axes, rows: Sequence[Mapping[str, Any]], trained: str, held_out: str, c
         (held_out, "held out", colours[1], dots),
     ):
         steps, values = series(rows, name)
+        if len(steps) == 1:
+            style = dots
         if len(steps):
             axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
     axes.set(xlabel="step")

@@ -73,7 +73,10 @@ def load(name: str) -> Extractor:
     """
     if name == INCEPTION:
         return _inception()
-    config, params = teachers.load_teacher(name)
+    try:
+        config, params = teachers.load_teacher(name)
+    except UserError as error:
+        raise UserError(f"features: {error}; {INCEPTION} and embedded are others") from None
     dinov2 = config in vit.DINOV2.values()
     grid = DINOV2_GRID if dinov2 else config.grid
     params["positions"] = vit.resize_positions(params["positions"], grid)

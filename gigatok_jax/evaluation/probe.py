@@ -58,5 +58,10 @@ class ProbeConfig:
             raise ValueError("data.source must have images, got 'codes'")
         if self.ssim_range not in (1, 2):
             raise ValueError(f"ssim_range must be 1 or 2, got {self.ssim_range}")
+        if self.sampling.schedule != "constant" and self.sampling.guidance == 1:
+            raise ValueError(
+                "sampling.guidance must be more than 1 with sampling.schedule="
+                f"{self.sampling.schedule}, got 1"
+            )
         if self.samples < 2:
             raise ValueError(f"samples must be at least 2, got {self.samples}")

@@ -52,8 +52,9 @@ ON_THE_PAPER = (
     that gives higher values than 1, their true range. A probe measures it
     where its setting ssim_range is 2.""",
 )
-OTHER_IMAGES = """The paper's rows are of ImageNet at 256 pixels and FID's Inception: of the metrics
-here, only those with the same name can be set beside them, and other images make other values."""
+OTHER_IMAGES = """The paper's rows are of ImageNet at 256 pixels and FID's Inception. These probes
+are of other features, over which precision and recall are too: no distance, precision or recall here
+can be set beside the paper's, and nothing else where the images are others."""
 
 
 def read(workdir: pathlib.Path, label: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation.distribution import frechet_distance
 from gigatok_jax.evaluation.features import Extractor
-from gigatok_jax.evaluation.sets import FeatureSet
+from gigatok_jax.evaluation.sets import FeatureSet, check_count
 from gigatok_jax.files import replacing
 from gigatok_jax.models.lpips import LPIPS
 
@@ -56,6 +56,7 @@ def evaluate(
     compare = comparison(ssim_range)
     process, processes = distributed.place()
     batches = pipeline.eval_images(data, config.image_size, batch_size, process, processes)
+    check_count(batches.examples, "eval_length")
     counts = np.zeros(config.codebook_size, np.int64)
     real, fake = (FeatureSet(extractor, names=["pool"]) for _ in range(2))
     sums, shown, seen = {}, [], 0

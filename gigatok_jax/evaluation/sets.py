@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import dataclasses
 import hashlib
 import json
+import logging
 import pathlib
 
 import numpy as np
@@ -18,6 +19,8 @@ from gigatok_jax.evaluation.archives import Archive
 from gigatok_jax.evaluation.distribution import Gaussian, InceptionScore, Moments
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.files import cache_dir
+
+logger = logging.getLogger(__name__)
 
 MEMBERS = 10_000  # of a reference, whose features precision and recall need
 GAUSSIANS = ("pool", "spatial")
@@ -114,7 +117,7 @@ class Reference:
             raise UserError(f"{self.name}: expected statistics of the pool features, mu and sigma")
         sizes = {"samples": count}
         if self.members is not None:
-            sizes["reference"] = len(self.members)
+            sizes[self.name] = len(self.members)
         least = 2 if self.members is None else distribution.NEIGHBOURS + 1
         for name, size in sizes.items():
             if size < least:
@@ -132,16 +135,20 @@ def load_reference(
 ) -> Reference:
     """What `reference_of_npz` reads; where `npz` is "", what `reference_of_data` does."""
     if npz:
-        return reference_of_npz(pathlib.Path(npz), extractor, batch_size)
+        return reference_of_npz(pathlib.Path(npz), extractor, batch_size, image_size)
     return reference_of_data(
         data, extractor, image_size=image_size, batch_size=batch_size, train=train
     )
 
 
-def reference_of_npz(path: pathlib.Path, extractor: Extractor, batch_size: int) -> Reference:
+def reference_of_npz(
+    path: pathlib.Path, extractor: Extractor, batch_size: int, image_size: int
+) -> Reference:
     """The reference in an `.npz` of ADM's: `arr_0`, images; `mu`, `sigma`, `mu_s`, `sigma_s`.
 
     Statistics in the file go before those of its images, where they are of as many features.
+    Images of another size than `image_size`, that of the samples, are resized like these, with a
+    warning.
 
     Raises:
       UserError: the file cannot be used.
@@ -150,6 +157,9 @@ def reference_of_npz(path: pathlib.Path, extractor: Extractor, batch_size: int) 
     stored = archive.gaussians()
     if not archive.images:
         return Reference(stored, None, archive.name)
+    if archive.image_shape[1:3] != (image_size, image_size):
+        height, width = archive.image_shape[1:3]
+        logger.warning("%s: images of %dx%d, samples of %d pixels", path, height, width, image_size)
     found = FeatureSet(extractor, members=True)
     steps = -(-archive.images // batch_size)
     for images in tqdm(archive.batches(batch_size), total=steps, desc=path.name, disable=None):
@@ -172,6 +182,7 @@ def reference_of_data(
       UserError: the data cannot be read, or are codes.
     """
     batches = pipeline.eval_images(data, image_size=image_size, batch_size=batch_size, train=train)
+    check_count(batches.examples, "length" if train else "eval_length")
     identity = [FORMAT, batches.version(), image_size, extractor.fingerprint]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
@@ -194,6 +205,12 @@ def reference_of_data(
     with np.load(path) as file:
         members = file["members"]
     return Reference(Archive(path).gaussians(), members, name)
+
+
+def check_count(examples: int, field: str) -> None:
+    """Refuses data of one image, which has no covariance."""
+    if examples < 2:
+        raise UserError(f"config.data.{field}: expected at least 2 images, there is {examples}")
 
 
 def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[str, float]:

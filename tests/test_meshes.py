@@ -1,0 +1,60 @@
+"""Training is the same on any mesh, and `fsdp` divides all that is large."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+from jax.sharding import AbstractMesh, AxisType
+import pytest
+
+from gigatok_jax import recipes
+from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training.generator import GeneratorTraining
+from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerTraining
+
+WORKER = pathlib.Path(__file__).parent / "mesh_worker.py"
+AGREEMENT = 1e-5
+
+
+@pytest.mark.parametrize("task", ["tokenizer", "generator"])
+def test_ten_steps_are_the_same_on_any_mesh(task, tmp_path):
+    # `python tests/mesh_worker.py OUT.json tokenizer all` has more meshes.
+    subprocess.run([sys.executable, WORKER, tmp_path / "out.json", task], check=True)
+    results = json.loads((tmp_path / "out.json").read_text())
+    single = results.pop("1x1x1")
+    assert len(single["rows"]) == 10 and len(results) >= 2
+    if task == "tokenizer":
+        terms = {"l2", "perceptual", "semantic", "entropy", "adversarial", "discriminator"}
+        assert terms | {"codebook", "commitment", "auxiliary_feature"} <= single["rows"][-1].keys()
+    for mesh, found in results.items():
+        for one, other in zip(single["rows"], found["rows"], strict=True):
+            assert one == pytest.approx(other, rel=AGREEMENT, abs=AGREEMENT), mesh
+        for name, distance in found["distances"].items():
+            assert distance < AGREEMENT, (mesh, name)
+
+
+@pytest.mark.parametrize("name", ["xl_xxl", "s_s", "b_l_2d", "generator:xxl", "generator:b,2d"])
+def test_no_large_parameter_is_whole_under_fsdp(name):
+    kind, _, size = name.rpartition(":")
+    if kind:
+        training = GeneratorTraining(recipes.generator_model(size), OptimizerConfig(), 10)
+    else:
+        model = recipes.tokenizer_model(size)
+        training = TokenizerTraining(model, ObjectiveConfig(), OptimizerConfig(), 10)
+    mesh = partitioning.abstract_mesh(MeshConfig(1, 8, 1), 8)
+    state = loop.abstract_state(training, mesh)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        whole = leaf.sharding.is_fully_replicated
+        assert not (whole and leaf.size * leaf.dtype.itemsize > 2**20), (path, leaf.shape)
+
+
+def test_an_axis_that_the_mesh_does_not_divide_is_left_whole():
+    mesh = AbstractMesh((1, 3, 1), partitioning.AXES, axis_types=(AxisType.Auto,) * 3)
+    training = GeneratorTraining(recipes.generator_model("b"), OptimizerConfig(), 10)
+    state = loop.abstract_state(training, mesh)
+    for leaf in jax.tree.leaves(state.params):
+        leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide
