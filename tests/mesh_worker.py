@@ -16,11 +16,12 @@ import sys
 from flax import linen as nn
 import jax
 import numpy as np
+import optax
 
 from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training import loop, optimizer, partitioning
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.partitioning import MeshConfig
@@ -32,13 +33,20 @@ STEPS, BATCH = 10, 8
 MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
 MORE = [(8, 1, 1), (4, 2, 1)]
 ADAMW = OptimizerConfig(rate=1e-4, warmup_steps=2)
-# Linear in the gradient: AdamW makes steps of full size of gradients that are rounding alone, as
-# those of keys' biases, and with codes that flip no two summation orders stay together for long.
-LARS = OptimizerConfig(algorithm="lars", rate=1.0, warmup_steps=2, weight_decay=0.0, clip=1e-3)
+
+
+def _sgd(config, steps, start=0):
+    """In place of AdamW, which makes full steps of gradients that are nothing but rounding.
+
+    A tokenizer has many: keys' biases, biases before norms, attention that is even at first.
+    """
+    del config, steps, start
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(3e-4, momentum=0.9))
 
 
 def tokenizer():
     """Every loss there is, the older recipe's auxiliary ones too."""
+    optimizer.optimizer = _sgd
     teacher = vit.ViTConfig(depth=1, heads=2, width=16, patch_size=4, grid=8)
     training = TokenizerTraining(
         tiny.config(
@@ -50,9 +58,9 @@ def tokenizer():
             gradient="rotation",
         ),
         ObjectiveConfig(
-            entropy=0.1, disc_start=5, discriminator_channels=(8, 16), auxiliary_steps=STEPS
+            entropy=0.005, disc_start=0, discriminator_channels=(8, 16), auxiliary_steps=STEPS
         ),
-        LARS,
+        ADAMW,
         STEPS,
         average_decay=0.9,
         teacher=teacher,

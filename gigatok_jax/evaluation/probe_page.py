@@ -53,8 +53,8 @@ ON_THE_PAPER = (
     where its setting ssim_range is 2.""",
 )
 OTHER_IMAGES = """The paper's rows are of ImageNet at 256 pixels and FID's Inception. These probes
-are of other features, over which precision and recall are too: no distance, precision or recall here
-can be set beside the paper's, and nothing else where the images are others."""
+are of other features, over which precision and recall are too: no distance, precision or recall
+here can be set beside the paper's, and nothing else where the images are others."""
 
 
 def read(workdir: pathlib.Path, label: str) -> dict[str, Any]:
