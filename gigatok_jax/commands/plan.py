@@ -31,6 +31,14 @@ flags.DEFINE_float(
     upper_bound=1.0,
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "effort",
+    -1.0,
+    "of the compiler: -1 is quick, 0 what a run itself takes",
+    lower_bound=-1.0,
+    upper_bound=1.0,
+    flag_values=FLAGS,
+)
 flags.mark_flags_as_required(["config", "topology"], flag_values=FLAGS)
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
@@ -64,7 +72,7 @@ def run(positional: list[str]) -> None:
         config = dataclasses.replace(config, dtype="bfloat16")
     topology = chips.topology(FLAGS.topology)
     try:
-        made = plan.make(config, topology, FLAGS.job)
+        made = plan.make(config, topology, FLAGS.job, FLAGS.effort)
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     print("\n".join(describe(made, FLAGS.utilisation)))
