@@ -72,8 +72,8 @@ GENERATORS = {
     "tiny": GeneratorRecipe("tiny"),
     "b": GeneratorRecipe("b"),
     "l": GeneratorRecipe("l", remat="dots"),
-    "xl": GeneratorRecipe("xl", remat="full", sharded=True),
-    "xxl": GeneratorRecipe("xxl", batch_size=512, remat="full", sharded=True),
+    "xl": GeneratorRecipe("xl", remat="dots", sharded=True),
+    "xxl": GeneratorRecipe("xxl", batch_size=512, remat="dots", sharded=True),
 }
 
 GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}

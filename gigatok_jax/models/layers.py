@@ -22,8 +22,8 @@ INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT = ("none", *REMAT_POLICIES)
 
