@@ -19,7 +19,9 @@ def get_config(argument="s_s"):
     config = to_config_dict(TokenizerRun(model=model, objective=objective))
     config.epochs = float(recipe.epochs)
     config.batch_size = recipe.batch_size
-    config.remat = "dots"
+    config.remat = recipe.remat
+    if recipe.sharded:
+        config.mesh.data, config.mesh.fsdp = 1, -1
 
     # What the paper recommends for every size (appendix C): warm-up and entropy loss, ...
     config.optimizer.warmup_steps = 5_000

@@ -22,13 +22,18 @@ SIZES = {
 
 @dataclasses.dataclass(frozen=True)
 class TokenizerRecipe:
-    """A row of Table 9: transformer sizes, layout, and length of training."""
+    """A row of Table 9: transformer sizes, layout, length of training; and how it is laid out.
+
+    `remat` and `sharded` are what `gigatok plan` finds to fit from eight H100s or a v5p slice up.
+    """
 
     encoder: str
     decoder: str
     epochs: int
     batch_size: int
     layout: str = "1d"
+    remat: str = "dots"  # see `training.run.RunConfig`
+    sharded: bool = False  # parameters are divided over all devices, not only the batch
 
     @property
     def model(self) -> TokenizerConfig:
@@ -39,22 +44,24 @@ TOKENIZERS = {
     "tiny_tiny": TokenizerRecipe("tiny", "tiny", epochs=100, batch_size=128),
     "s_s": TokenizerRecipe("s", "s", epochs=100, batch_size=128),
     "s_b": TokenizerRecipe("s", "b", epochs=200, batch_size=128),
-    "s_l": TokenizerRecipe("s", "l", epochs=200, batch_size=256),
+    "s_l": TokenizerRecipe("s", "l", epochs=200, batch_size=256, sharded=True),
     "b_s": TokenizerRecipe("b", "s", epochs=200, batch_size=256),
-    "b_l": TokenizerRecipe("b", "l", epochs=200, batch_size=256),
-    "xl_xxl": TokenizerRecipe("xl", "xxl", epochs=300, batch_size=256),
+    "b_l": TokenizerRecipe("b", "l", epochs=200, batch_size=256, sharded=True),
+    "xl_xxl": TokenizerRecipe("xl", "xxl", epochs=300, batch_size=256, remat="full", sharded=True),
     "s_s_2d": TokenizerRecipe("s", "s", epochs=100, batch_size=128, layout="2d"),
     "s_b_2d": TokenizerRecipe("s", "b", epochs=200, batch_size=128, layout="2d"),
-    "b_l_2d": TokenizerRecipe("b", "l", epochs=200, batch_size=256, layout="2d"),
+    "b_l_2d": TokenizerRecipe("b", "l", epochs=200, batch_size=256, layout="2d", sharded=True),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class GeneratorRecipe:
-    """Size of a generator, and its batch (paper, appendix C)."""
+    """Size of a generator, its batch (paper, appendix C), and how it is laid out."""
 
     size: str
     batch_size: int = 256
+    remat: str = "none"
+    sharded: bool = False
 
     @property
     def model(self) -> GeneratorConfig:
@@ -64,9 +71,9 @@ class GeneratorRecipe:
 GENERATORS = {
     "tiny": GeneratorRecipe("tiny"),
     "b": GeneratorRecipe("b"),
-    "l": GeneratorRecipe("l"),
-    "xl": GeneratorRecipe("xl"),
-    "xxl": GeneratorRecipe("xxl", batch_size=512),
+    "l": GeneratorRecipe("l", remat="dots"),
+    "xl": GeneratorRecipe("xl", remat="dots", sharded=True),
+    "xxl": GeneratorRecipe("xxl", batch_size=512, remat="dots", sharded=True),
 }
 
 GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}

@@ -31,6 +31,14 @@ flags.DEFINE_float(
     upper_bound=1.0,
     flag_values=FLAGS,
 )
+flags.DEFINE_float(
+    "effort",
+    -1.0,
+    "of the compiler: -1 is quick, 0 what a run itself takes",
+    lower_bound=-1.0,
+    upper_bound=1.0,
+    flag_values=FLAGS,
+)
 flags.mark_flags_as_required(["config", "topology"], flag_values=FLAGS)
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
@@ -64,7 +72,7 @@ def run(positional: list[str]) -> None:
         config = dataclasses.replace(config, dtype="bfloat16")
     topology = chips.topology(FLAGS.topology)
     try:
-        made = plan.make(config, topology, FLAGS.job)
+        made = plan.make(config, topology, FLAGS.job, FLAGS.effort)
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     print("\n".join(describe(made, FLAGS.utilisation)))
@@ -75,7 +83,7 @@ def run(positional: list[str]) -> None:
         found = plan.alternatives(config, topology)
         lines = [
             f"  --config.remat={s.remat} --config.mesh.data=-1 --config.mesh.fsdp={s.fsdp}: "
-            f"{s.bytes / 1e9:.1f} GB"
+            f"{_size(s.bytes)}"
             for s in found
         ]
         print("\n".join(lines) or "  none: more devices or a smaller batch_size are needed")
@@ -95,9 +103,9 @@ def describe(made: plan.Plan, utilisation: float) -> list[str]:
         parts["activations and gradients"] = made.temporaries
     if made.code:
         parts["compiled program"] = made.code
-    lines += [f"  {name:<26} {size / 1e9:9.3f} GB" for name, size in parts.items()]
+    lines += [f"  {name:<26} {_size(size):>12}" for name, size in parts.items()]
     lines.append(
-        f"  {'total':<26} {made.bytes / 1e9:9.3f} GB of {chip.memory / 1e9:.1f} GB: "
+        f"  {'total':<26} {_size(made.bytes):>12} of {_size(chip.memory)}: "
         + (f"fits, {made.spare:.0%} to spare" if made.fits else "does NOT fit")
     )
     if made.refusal:
@@ -112,7 +120,7 @@ def describe(made: plan.Plan, utilisation: float) -> list[str]:
         compiled = made.compiled_flops * devices
         share = compiled / made.traced_flops - 1
         lines.append(f"  {'compiled':<26} {compiled / 1e12:9.1f} T ({share:+.1%})")
-        lines.append(f"bytes moved by a device: {made.bytes_moved / 1e9:.1f} GB")
+        lines.append(f"bytes moved by a device: {_size(made.bytes_moved)}")
     seconds = made.step_seconds(utilisation)
     lines.append(
         f"a step takes at least {made.bound_seconds * 1e3:.1f} ms, "
@@ -122,3 +130,11 @@ def describe(made: plan.Plan, utilisation: float) -> list[str]:
         days = seconds * made.steps / 86_400
         lines.append(f"{made.steps} steps: {days:.1f} days at {utilisation:.0%}")
     return lines
+
+
+def _size(count: float) -> str:
+    """Bytes, in decimal units as data sheets have them."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count / 1e3:.2f} kB"

@@ -22,8 +22,8 @@ INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
 REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT = ("none", *REMAT_POLICIES)
 
@@ -50,21 +50,12 @@ placement: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None
 STORED = ("embed", "conv_out")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gather(x, sharding):
-    return jax.lax.with_sharding_constraint(x, sharding)
-
-
-# The gradient is left to find its own way: where the state is divided, it is scattered.
-_gather.defvjp(lambda x, sharding: (_gather(x, sharding), None), lambda sharding, _, g: (g,))
-
-
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter of the given logical axes, whole along those of `STORED`."""
-    place = placement.get()
-    if place is None:
-        return x
-    return _gather(x, place(tuple(None if axis in STORED else axis for axis in axes)))
+    """A parameter of the given logical axes, whole along those of `STORED`.
+
+    So is its gradient, until all devices' shares are added.
+    """
+    return _place(x, *(None if axis in STORED else axis for axis in axes))
 
 
 def promote(*axes: str | None) -> Callable:
@@ -158,10 +149,12 @@ def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
 
 def constrain(x: jax.Array) -> jax.Array:
     """Pins the sharding of activations `[B, T, W]`."""
+    return _place(x, "batch", "length", "activation_embed")
+
+
+def _place(x, *axes):
     place = placement.get()
-    if place is None:
-        return x
-    return jax.lax.with_sharding_constraint(x, place(("batch", "length", "activation_embed")))
+    return x if place is None else jax.lax.with_sharding_constraint(x, place(axes))
 
 
 class Cache(NamedTuple):

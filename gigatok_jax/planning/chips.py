@@ -90,7 +90,9 @@ def topology(name: str) -> Topology:
     if not chip.axes or importlib.util.find_spec("libtpu") is None:
         return Topology(name, chip, count)
     try:
-        found = topologies.get_topology_desc(platform="tpu", topology_name=name)
+        # The two cores of a v4 chip work as one device, as those of a v5p do unasked.
+        options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--topology: {name!r}: {reason}") from error

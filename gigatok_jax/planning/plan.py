@@ -7,6 +7,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from gigatok_jax.models import layers
 from gigatok_jax.planning import estimate, flops, hlo, programs
@@ -80,13 +81,14 @@ class Plan:
         return max(self.bound_seconds, self.device_flops / rate)
 
 
-def make(run: RunConfig, topology: Topology, job: str = "train") -> Plan:
+def make(run: RunConfig, topology: Topology, job: str = "train", effort: float = -1.0) -> Plan:
     """Compiles a run's program for a topology, or estimates it where there is no compiler.
 
     Args:
       run: a tokenizer's or generator's; its `dtype` must not be "auto".
       topology: the devices.
       job: "train", or "sample" for a generator.
+      effort: of the compiler, from -1, the quickest, to 1; a run's own is 0.
 
     Raises:
       ValueError: the run's mesh or batch does not go with the devices.
@@ -110,7 +112,7 @@ def make(run: RunConfig, topology: Topology, job: str = "train") -> Plan:
     lowered = program.lower()
     start = time.monotonic()
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile({"exec_time_optimization_effort": effort})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -147,7 +149,7 @@ def _refusal(message: str) -> str:
 
 
 def _temporaries(run: RunConfig, topology: Topology, build: Any) -> int:
-    """Estimated bytes of a device's activations, and of the gradients beside them."""
+    """Estimated bytes of a device's activations, and of what does not grow with the batch."""
     single = dataclasses.replace(run, mesh=MeshConfig())
     mesh = partitioning.abstract_mesh(MeshConfig(), 1)
 
@@ -156,8 +158,17 @@ def _temporaries(run: RunConfig, topology: Topology, build: Any) -> int:
 
     whole = topology.mesh(run.mesh)
     batch = run.batch_size // partitioning.batch_shards(whole)
-    gradients = programs.device_bytes(build(run, whole).parts["parameters"])
-    return estimate.temporaries(trace, batch) + gradients
+    return estimate.temporaries(trace, batch) + _fixed(run, build(run, whole))
+
+
+def _fixed(run: RunConfig, program: programs.Program) -> int:
+    """Bytes of the gradients and, where they are kept for the backward pass, gathered weights."""
+    parameters = program.parts["parameters"]
+    gathered = 0
+    if run.remat == "none" and run.mesh.fsdp != 1:
+        item = jnp.dtype(run.dtype).itemsize
+        gathered = item * sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    return programs.device_bytes(parameters) + gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,11 +190,11 @@ def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
             mesh = dataclasses.replace(run.mesh, data=-1, fsdp=fsdp, tensor=1)
             changed = dataclasses.replace(run, remat=remat, mesh=mesh)
             program = programs.training(changed, estimated.mesh(mesh))
-            kept = sum(map(programs.device_bytes, program.parts.values()))
-            gradients = programs.device_bytes(program.parts["parameters"])
+            fixed = _fixed(changed, program)
             if activations is None:
-                activations = _temporaries(changed, estimated, programs.training) - gradients
-            needed = kept + gradients + activations
+                activations = _temporaries(changed, estimated, programs.training) - fixed
+            kept = sum(map(programs.device_bytes, program.parts.values()))
+            needed = kept + fixed + activations
             if needed <= (1 - SPARE) * topology.chip.memory:
                 yield Setting(fsdp, remat, needed)
                 break
