@@ -2,7 +2,7 @@
 
 python mesh_worker.py OUT.json TASK [all]: for each mesh, the metrics of all steps, and how far the
 last parameters are from those of one device, relative to their norm, or to that of parameters of
-1e-3 where they are smaller.
+1e-2 where they are smaller.
 """
 
 import os
@@ -41,7 +41,7 @@ def _sgd(config, steps, start=0):
     A tokenizer has many: keys' biases, biases before norms, attention that is even at first.
     """
     del config, steps, start
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(3e-4, momentum=0.9))
+    return optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(3e-5, momentum=0.9))
 
 
 def tokenizer():
@@ -112,7 +112,7 @@ def run(task, sizes):
 
 
 def _distance(one, other):
-    scale = max(np.linalg.norm(other), 1e-3 * other.size**0.5)
+    scale = max(np.linalg.norm(other), 1e-2 * other.size**0.5)
     return float(np.linalg.norm(one - other) / scale)
 
 
