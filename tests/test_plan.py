@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -154,12 +155,13 @@ def test_command_says_what_fits(capsys):
 
 
 def test_command_says_what_does_not_fit_and_what_does(capsys, monkeypatch):
-    small = dataclasses.replace(chips.CHIPS["h100"], memory=1.7e6)
+    small = dataclasses.replace(chips.CHIPS["h100"], memory=2e9)
     monkeypatch.setitem(chips.CHIPS, "h100", small)
-    assert cli.main(["plan", CONFIG, "--config.batch_size=64", "--topology=h100:8"]) == 1
+    config = pathlib.Path(__file__).parent.parent / "configs" / "generator.py"
+    assert cli.main(["plan", f"--config={config}:tiny", "--topology=h100:8"]) == 1
     captured = capsys.readouterr()
     assert "does NOT fit" in captured.out
-    assert "settings that by estimate fit" in captured.out
+    assert "--config.remat=dots --config.mesh.data=-1 --config.mesh.fsdp=1: " in captured.out
     assert captured.err.count("\n") == 1
 
 

@@ -100,7 +100,8 @@ def describe(made: plan.Plan, utilisation: float) -> list[str]:
     lines = [f"{topology.name}: {topology.count} devices, {how}", "memory of a device:"]
     parts = dict(made.parts)
     if made.temporaries is not None:
-        parts["activations and gradients"] = made.temporaries
+        name = "activations and gradients" if made.steps > 1 else "temporaries"
+        parts[name] = made.temporaries
     if made.code:
         parts["compiled program"] = made.code
     lines += [f"  {name:<26} {_size(size):>12}" for name, size in parts.items()]

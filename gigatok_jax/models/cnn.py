@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models import layers
+from gigatok_jax.models import layers, placement
 from gigatok_jax.models.convolution import conv_general_dilated
 
 
@@ -63,7 +63,7 @@ def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, 
         dtype=dtype,
         conv_general_dilated=conv_general_dilated,
         kernel_init=layers.partitioned(layers.default_init, *axes),
-        promote_dtype=layers.promote(*axes),
+        promote_dtype=placement.promote(*axes),
         bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
         name=name,
     )

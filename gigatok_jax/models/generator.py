@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import layers
+from gigatok_jax.models import layers, placement
 
 POSITIONS = ("learned", "rotary", "rotary_2d")
 ADALN = ("none", "block", "shared")
@@ -141,7 +141,7 @@ class Block(nn.Module):
         if config.adaln == "shared":
             init = layers.partitioned(nn.initializers.normal(config.width**-0.5), None, "embed")
             offset = self.param("offset", init, (6, config.width))
-            self.offset = layers.gather(offset, None, "embed")
+            self.offset = placement.gather(offset, None, "embed")
 
     def __call__(self, x, rotation=None, condition=None):
         """Maps `[B, T, W]` to its like; `condition` is what `Generator.condition` gives."""
@@ -197,7 +197,7 @@ class Generator(nn.Module):
 
         def table(name, rows, axis, std=layers.INIT_STD):
             init = layers.partitioned(nn.initializers.normal(std), axis, "embed")
-            return layers.gather(self.param(name, init, (rows, config.width)), axis, "embed")
+            return placement.gather(self.param(name, init, (rows, config.width)), axis, "embed")
 
         self.class_embedding = table("class_embedding", config.classes + 1, None)
         self.embedding = table("embedding", config.codebook_size, "vocab")

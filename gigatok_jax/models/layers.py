@@ -5,7 +5,6 @@ to the mesh.  Parameters are float32; `dtype` is the type of the computation bet
 """
 
 from collections.abc import Callable
-import contextvars
 import functools
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from gigatok_jax.models import placement
 
 Dtype = Any
 
@@ -39,39 +40,6 @@ def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
-# What a run on several devices sets while its program is traced: logical axes of an array to its
-# sharding. Flax's own constraints do nothing but under `jax.set_mesh`, where DenseGeneral breaks.
-placement: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None] = (
-    contextvars.ContextVar("placement", default=None)
-)
-
-# Axes that parameters are divided over in memory only: where they are used they are whole, as
-# partial sums of activations would be far larger.
-STORED = ("embed", "conv_out")
-
-
-def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter of the given logical axes, whole along those of `STORED`.
-
-    So is its gradient, until all devices' shares are added.
-    """
-    return _place(x, *(None if axis in STORED else axis for axis in axes))
-
-
-def promote(*axes: str | None) -> Callable:
-    """For the `promote_dtype` of a Linen layer whose kernel has the given logical axes.
-
-    Kernel and bias are gathered in the type of the computation, which may be half as wide.
-    """
-
-    def promote_and_gather(x, kernel, bias, *, dtype):
-        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
-        kernel = gather(kernel, *axes)
-        return x, kernel, bias if bias is None else gather(bias, *axes[-bias.ndim :])
-
-    return promote_and_gather
-
-
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
     """Wraps `module` so that its activations are recomputed in the backward pass.
 
@@ -95,7 +63,7 @@ def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, n
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
         bias_init=partitioned(bias_init, axes[1]),
-        promote_dtype=promote(*axes),
+        promote_dtype=placement.promote(*axes),
         name=name,
         **kwargs,
     )
@@ -149,12 +117,7 @@ def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
 
 def constrain(x: jax.Array) -> jax.Array:
     """Pins the sharding of activations `[B, T, W]`."""
-    return _place(x, "batch", "length", "activation_embed")
-
-
-def _place(x, *axes):
-    place = placement.get()
-    return x if place is None else jax.lax.with_sharding_constraint(x, place(axes))
+    return placement.place(x, "batch", "length", "activation_embed")
 
 
 class Cache(NamedTuple):
@@ -219,7 +182,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral(
                 (self.heads, self.width // self.heads),
                 kernel_init=partitioned(kernel_init, *axes),
-                promote_dtype=promote(*axes),
+                promote_dtype=placement.promote(*axes),
                 bias_init=partitioned(nn.initializers.zeros, "heads", "head_dim"),
                 name=name,
                 **common,
@@ -231,7 +194,7 @@ class Attention(nn.Module):
             self.width,
             axis=(-2, -1),
             kernel_init=partitioned(default_init, *axes),
-            promote_dtype=promote(*axes),
+            promote_dtype=placement.promote(*axes),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="out",
             **common,

@@ -10,7 +10,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models import cnn, layers, quantizer
+from gigatok_jax.models import cnn, layers, placement, quantizer
 
 INITS = ("reference", "fan_in")
 
@@ -179,7 +179,7 @@ class TokenTransformer(nn.Module):
 
         def positions(name, length):
             init = layers.partitioned(nn.initializers.normal(size.width**-0.5), None, "embed")
-            return layers.gather(self.param(name, init, (length, size.width)), None, "embed")
+            return placement.gather(self.param(name, init, (length, size.width)), None, "embed")
 
         grid_positions = positions("grid_positions", config.grid**2)
         x = layers.layer_norm(dtype=self.dtype, name="norm_in")(x)

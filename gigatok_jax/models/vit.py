@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import layers, resize
+from gigatok_jax.models import layers, placement, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,7 +160,7 @@ class ViT(nn.Module):
             use_bias=not config.norm_in,
             dtype=self.dtype,
             kernel_init=layers.partitioned(layers.default_init, *axes),
-            promote_dtype=layers.promote(*axes),
+            promote_dtype=placement.promote(*axes),
             name="patch_embed",
         )(images.astype(self.dtype))
         x = rearrange(x, "b h w c -> b (h w) c")

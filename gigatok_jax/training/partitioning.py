@@ -12,7 +12,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
-from gigatok_jax.models import layers
+from gigatok_jax.models import placement
 
 AXES = ("data", "fsdp", "tensor")
 # Linen's logical constraints want Auto axes; Explicit ones are jax.make_mesh's default.
@@ -96,11 +96,11 @@ def use(mesh: Mesh) -> Iterator[None]:
     def place(axes):
         return nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, RULES)
 
-    token = layers.placement.set(place)
+    token = placement.current.set(place)
     try:
         yield
     finally:
-        layers.placement.reset(token)
+        placement.current.reset(token)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
