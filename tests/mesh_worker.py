@@ -30,8 +30,8 @@ from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, TokenizerTra
 import tiny
 
 STEPS, BATCH = 10, 8
-MESHES = [(1, 1, 1), (1, 8, 1), (2, 2, 2)]
-MORE = [(8, 1, 1), (4, 2, 1)]
+MESHES = [(1, 1, 1), (2, 2, 2)]
+MORE = [(8, 1, 1), (1, 8, 1), (4, 2, 1)]
 ADAMW = OptimizerConfig(rate=1e-4, warmup_steps=2)
 
 

@@ -83,7 +83,9 @@ def test_a_lost_process_is_named_and_ends_the_others(tmp_path):
     assert time.monotonic() - killed < TIMEOUT + 15
     assert two.returncode != 0
     assert "process 1 was ended by signal 9" in output
-    assert re.search(r"gigatok: error: lost process 1 of 0 to 1, not at", output), output
+    # In the middle of a save it is the runtime that ends the others, and names the lost one.
+    ours, runtimes = r"gigatok: error: lost process 1 of 0 to 1, not at", r"heartbeats\):\s+1\s"
+    assert re.search(f"{ours}|{runtimes}", output), output
 
 
 def test_run_of_two_processes_goes_on_in_one(tmp_path):
