@@ -12,6 +12,7 @@ import pathlib
 import re
 import signal
 import sys
+import traceback
 from typing import Any
 
 import jax
@@ -86,7 +87,11 @@ def start(processes: Processes) -> None:
             heartbeat_timeout_seconds=processes.timeout,
             shutdown_timeout_seconds=processes.timeout,
         )
-    except (RuntimeError, ValueError) as error:
+    except ValueError as error:
+        if processes.coordinator:
+            raise UserError(f"--coordinator, --processes and --process: {error}") from error
+        # Otherwise a TPU machine on its own, of which no cluster knows.
+    except RuntimeError as error:
         raise RunStopped(f"the processes of this run did not come together: {error}") from error
 
 
@@ -169,12 +174,12 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         with files.replacing(path):
             barrier("start of writing")
             yield aside
-            barrier("end of writing")
+            barrier("end of writing", working=True)
     else:
         barrier("start of writing")
         yield aside
-        barrier("end of writing")
-    barrier("renaming")
+        barrier("end of writing", working=True)
+    barrier("renaming", working=True)
 
 
 class Stop:
@@ -193,7 +198,10 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """A `Stop` for the first SIGTERM or SIGINT that any process gets; a second acts at once."""
+    """A `Stop` for the first SIGTERM or SIGINT that any process gets.
+
+    In a single process, a second one acts at once.
+    """
     stop, previous = Stop(), {}
 
     def handle(number, frame):
@@ -234,15 +242,22 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         if not started():
             raise
-        own = isinstance(error, (UserError, OSError))  # not what the loss of another has caused
-        _client().key_value_set(f"{CAUSES}{jax.process_index()}", str(error) if own else "")
+        own = isinstance(
+            error, (UserError, OSError)
+        )  # not what the loss of another may have caused
+        cause = str(error) if own else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+        with contextlib.suppress(RuntimeError):
+            _client().key_value_set(f"{CAUSES}{jax.process_index()}", cause)
         try:
             # The others of an error that only this process has go on until it ends.
             _wait("end", GRACE if own else _timeout // 2)  # before the runtime ends us
         except RunStopped as lost:
             if not own:
+                traceback.print_exception(error)  # it may be the cause after all
                 raise lost from error
         raise
+    # Process 0 may have more to do; the runtime takes those that leave for a failure.
+    barrier("the command's end", working=True)
 
 
 def _wait(name: str, seconds: int) -> None:
@@ -256,7 +271,9 @@ def _loss(message: str, name: str, seconds: int) -> str:
     """Says of a broken barrier which processes are missing, and why where they told."""
     listed = re.search(r"task names:\s*([\d\s,]+)", message)
     missing = listed[1].replace(",", " ").split() if listed else re.findall(r"task:(\d+)", message)
-    causes = dict(_client().key_value_dir_get(CAUSES)) if listed else {}
+    causes = {}
+    with contextlib.suppress(RuntimeError):
+        causes = dict(_client().key_value_dir_get(CAUSES)) if listed else {}
     told = "".join(
         f"; process {key.rpartition('/')[2]}: {text}"
         for key, text in sorted(causes.items())

@@ -49,9 +49,16 @@ for ((i = 0; i < count; i++)); do
 done
 echo "local.sh: processes 0 to $((count - 1)) are ${pids[*]}; logs in $logs" >&2
 
-# A notice to this script is one to a process, which tells the others.
-trap 'kill -TERM "${pids[0]}" 2>/dev/null || true' TERM
-trap : INT # the terminal sends it to all processes
+# A notice to this script is one to its processes, a second one ends them; the shell has started
+# them deaf to the terminal's own.
+notices=0
+# shellcheck disable=SC2317,SC2329 # the traps call it
+pass_on() {
+  notices=$((notices + 1))
+  if ((notices == 1)); then signal=TERM; else signal=KILL; fi
+  kill "-$signal" "${pids[@]}" 2>/dev/null || true
+}
+trap pass_on TERM INT
 
 code=0
 for ((left = count; left > 0; left--)); do

@@ -111,17 +111,17 @@ def encode(
         shards = -(-batches.examples // shard_images)
         paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
         mine = np.array_split(range(shards), processes)[process]
-        bar = tqdm(total=batches.examples, unit="image", desc=split, disable=None)
+        images = [min(shard_images, batches.examples - s * shard_images) for s in mine]
+        bar = tqdm(total=sum(images), unit="image", desc=split, disable=None)
         with batches, bar:
-            for shard in mine:
-                images = min(shard_images, batches.examples - shard * shard_images)
+            for shard, count in zip(mine, images, strict=True):
                 if not paths[shard].exists():
                     first = {"next_batch": shard * shard_images // batch_size}
                     if batches.get_state() != first:  # which would start new workers
                         batches.set_state(first)
-                    steps = -(-images // batch_size)
+                    steps = -(-count // batch_size)
                     stored.write_shard(paths[shard], _records(batches, steps, encode_batch))
-                bar.update(images)
+                bar.update(count)
                 if bar.disable:
                     logger.info("%s: shard %d of %d", split, shard + 1, shards)
         distributed.barrier(f"codes of {split}", working=True)

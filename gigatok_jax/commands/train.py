@@ -75,7 +75,7 @@ def _settle(workdir: pathlib.Path, config) -> None:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
-    distributed.barrier("config")  # all have read the old one
+    distributed.barrier("config", working=True)  # all have read the old one
     if distributed.is_main():
         write_json(path, new)
 
