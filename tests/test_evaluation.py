@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import api, cli, recipes
+from gigatok_jax import api, cli, files, recipes
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
@@ -78,6 +78,13 @@ def test_reference_is_computed_once(extractor, reference, monkeypatch):
     again = sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
     np.testing.assert_array_equal(again.members, reference.members)
     assert len(reference.members) == 50
+
+
+def test_a_damaged_cached_reference_is_named(extractor, reference):
+    path = files.cache_dir() / "references" / f"{reference.name}.npz"
+    path.write_bytes(path.read_bytes()[:2_000])
+    with pytest.raises(UserError, match=rf"{path}: not an \.npz file, or a damaged one"):
+        sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
 
 
 def test_generation_does_not_depend_on_batches(draw, extractor, reference, tmp_path):

@@ -202,9 +202,9 @@ def reference_of_data(
         gaussians = found.gaussians()
         archives.write_statistics(path, gaussians, {"members": np.concatenate(members)})
     distributed.barrier("reference", working=True)
+    gaussians = Archive(path).gaussians()  # first, as it says of a damaged file which one it is
     with np.load(path) as file:
-        members = file["members"]
-    return Reference(Archive(path).gaussians(), members, name)
+        return Reference(gaussians, file["members"], name)
 
 
 def check_count(examples: int, field: str) -> None:
@@ -218,14 +218,11 @@ def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[st
 
     Args:
       samples: the generated images, with their members.
-      reference: real ones.
+      reference: real ones, which `Reference.check` has let pass.
       distance: `Extractor.distance`.
 
     Returns:
       "gfid" or its like, "sfid", "inception_score", "precision", "recall".
-
-    Raises:
-      UserError: see `Reference.check`.
     """
     gaussians = samples.gaussians()
     distances = {
