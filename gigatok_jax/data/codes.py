@@ -12,6 +12,7 @@ from array_record.python import array_record_module
 import msgpack
 import numpy as np
 
+from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing, stamp, write_json
 
@@ -171,8 +172,7 @@ class CodesSource:
         return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"index {index} is outside [0, {len(self)})")
+        index = checked(index, len(self))
         shard = int(np.searchsorted(self._ends, index, side="right"))
         place = index - (self._ends[shard - 1] if shard else 0)
         if shard not in self._readers:

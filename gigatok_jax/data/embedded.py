@@ -11,11 +11,12 @@ import colorsys
 import dataclasses
 import functools
 import math
-import operator
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from gigatok_jax.data.indexing import checked
 
 SPLITS = ("train", "validation")
 VERSION = 1  # of what is drawn; stored results of other versions are not taken for it
@@ -433,8 +434,6 @@ class EmbeddedSource:
 
     def __getitem__(self, i: int) -> dict[str, Array | int | str]:
         """Returns {"image": uint8 [S, S, 3], "label": int, "key": str}."""
-        i = operator.index(i)
-        if not 0 <= i < self.length:
-            raise IndexError(f"index {i} is outside [0, {self.length})")
+        i = checked(i, self.length)
         drawing = draw(i, image_size=self.image_size, seed=self.seed, split=self.split)
         return {"image": drawing.image, "label": drawing.label, "key": f"{self.split}/{i:08d}"}

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Sequence
 import logging
-import operator
 import os
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from gigatok_jax.data import images
+from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import stamp
 
@@ -19,14 +19,6 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
     *(".pbm", ".pgm", ".ppm", ".pnm"),
 )
-
-
-def checked(index: int, length: int) -> int:
-    """`index`, or IndexError where it is outside [0, length)."""
-    index = operator.index(index)
-    if not 0 <= index < length:
-        raise IndexError(f"index {index} is outside [0, {length})")
-    return index
 
 
 class FolderSource:

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes, embedded, folders, images
-from gigatok_jax.data.folders import checked
+from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import stamp
 
