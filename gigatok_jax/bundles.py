@@ -75,6 +75,8 @@ def fingerprint(params: Any) -> str:
 def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:
     """Reads a bundle, its arrays whole in the memory of each process.
 
+    All processes of a run call this together: one reads for all, and Orbax waits for each.
+
     Args:
       directory: of the bundle, or the workdir of the run that wrote it.
       kind: what it must hold.

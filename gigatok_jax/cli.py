@@ -55,6 +55,9 @@ def entry() -> None:
     """The program: `main`, and the end of the process."""
     try:
         code = main()
+    except KeyboardInterrupt:
+        print("\ngigatok: interrupted", file=sys.stderr)
+        code = 130  # as a shell says it
     except Exception:
         traceback.print_exc()
         code = 1

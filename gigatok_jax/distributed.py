@@ -3,7 +3,7 @@
 The one place that knows JAX's distributed runtime; in a single process, all here does nothing.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import importlib.util
@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 import traceback
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 from jax.experimental import multihost_utils
@@ -28,6 +28,7 @@ GRACE = 10  # seconds in which all processes that fail alike do
 CAUSES = "gigatok_causes/"
 
 _timeout = TIMEOUT  # of this run; `start` sets it
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +77,7 @@ def start(processes: Processes) -> None:
     if not processes.coordinator and not _several(os.environ):
         return
     _timeout = processes.timeout
+    jax.config.update("jax_enable_preemption_service", False)  # until there is something to save
     try:
         jax.distributed.initialize(
             processes.coordinator or None,
@@ -142,6 +144,24 @@ def agree(value: int) -> int:
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
+def in_main(make: Callable[[], T]) -> T | None:
+    """What `make` gives, called in process 0 while the others wait; they get None.
+
+    Raises:
+      UserError: process 0's; the others raise one that points to it.
+    """
+    result = error = None
+    if is_main():
+        try:
+            result = make()
+        except UserError as raised:
+            error = raised
+    barrier("the work of process 0", working=True)
+    if agree(error is not None):
+        raise error or UserError("process 0 cannot go on; it says why")
+    return result
+
+
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Rows of all processes, those of process 0 first; exact for any type, float64 too.
 
@@ -183,7 +203,11 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 class Stop:
-    """Whether to stop after a step: the same answer in all processes, which ask after each step."""
+    """Whether to stop after a step: the same answer in all processes, which ask after each step.
+
+    Attributes:
+      signal: name of the one that was the reason, or None.
+    """
 
     def __init__(self):
         self.signal: str | None = None
@@ -198,7 +222,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """A `Stop` for the first SIGTERM or SIGINT that any process gets.
+    """A `Stop` for the first SIGTERM or SIGINT that any process gets within.
 
     In a single process, a second one acts at once.
     """
@@ -216,18 +240,31 @@ def stop_signals() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    if not started():
-        handlers = {signal.SIGTERM: handle, signal.SIGINT: handle}
-    else:
-        # SIGTERM is the runtime's, which tells the other processes and finds a common step.
-        handlers = {signal.SIGINT: pass_on}
+    service = _preemption_service() if started() else contextlib.nullcontext()
+    # With it SIGTERM is the runtime's, which tells the other processes and finds a common step.
+    handlers = {signal.SIGINT: pass_on if started() else handle, signal.SIGTERM: handle}
     for number, handler in handlers.items():
         previous[number] = signal.signal(number, handler)
     try:
-        yield stop
+        with service:
+            yield stop
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _preemption_service() -> Iterator[None]:
+    """Lets the runtime wait for SIGTERM; outside, that ends a process as it ends any other."""
+    state = _runtime()
+    jax.config.update("jax_enable_preemption_service", True)
+    state.initialize_preemption_sync_manager()
+    try:
+        yield
+    finally:
+        state.preemption_sync_manager.shutdown()
+        state.preemption_sync_manager = None
+        jax.config.update("jax_enable_preemption_service", False)
 
 
 @contextlib.contextmanager
@@ -290,6 +327,11 @@ def _loss(message: str, name: str, seconds: int) -> str:
 
 
 def _client() -> Any:
-    from jax._src import distributed  # barriers with a time-out have no public name
+    return _runtime().client
 
-    return distributed.global_state.client
+
+def _runtime() -> Any:
+    # Barriers with a time-out, and when the runtime takes SIGTERM, have no public name.
+    from jax._src import distributed
+
+    return distributed.global_state

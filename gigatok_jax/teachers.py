@@ -119,12 +119,15 @@ def load_dino() -> dict[str, Any]:
     return params
 
 
-def load_lpips(*, missing_ok: bool = False) -> dict[str, Any] | None:
+def has_lpips() -> bool:
+    """Whether `load_lpips` has something to load."""
+    return kinds.fetched("lpips_vgg16").exists()
+
+
+def load_lpips() -> dict[str, Any]:
     """The parameters of `models.lpips.LPIPS`, once `gigatok weights fetch` has brought them.
 
     Raises:
-      UserError: they are not there; with `missing_ok` None is returned.
+      UserError: they are not there.
     """
-    if missing_ok and not kinds.fetched("lpips_vgg16").exists():
-        return None
     return bundles.load(kinds.fetched_or_refuse("lpips_vgg16"), "lpips").weights

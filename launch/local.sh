@@ -4,9 +4,10 @@
 #   bash launch/local.sh 2 train --config=configs/generator.py:b --workdir=runs/b \
 #     --config.tokenizer=runs/s_s
 #   bash launch/local.sh 2 probe --config=configs/probe.py --tokenizer=runs/s_s --workdir=runs/probe
-# GPUs are shared out evenly. On a CPU each process is one device, DEVICES=4 makes it four.
-# Process 0 writes to the terminal, the others to LOGS (by default a new folder under /tmp). A
-# process that ends with an error, or is killed, is named; the others then end by themselves.
+# GPUs, or those of CUDA_VISIBLE_DEVICES, are shared out evenly. On a CPU each process is one device,
+# DEVICES=4 makes it four. Process 0 writes to the terminal, the others to LOGS (by default a new
+# folder under /tmp). A process that ends with an error, or is killed, is named; the others then end
+# by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
@@ -19,14 +20,15 @@ shift
 logs="${LOGS:-$(mktemp -d /tmp/gigatok.XXXXXX)}"
 mkdir -p "$logs"
 port="${PORT:-$(python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')}"
-kind=cpu gpus=0
+kind=cpu gpus=()
 if [ "${JAX_PLATFORMS:-}" != cpu ] && command -v nvidia-smi >/dev/null; then
-  gpus="$(nvidia-smi --list-gpus | wc -l)"
+  all="$(seq -s, 0 $(($(nvidia-smi --list-gpus | wc -l) - 1)))"
+  IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$all}"
 fi
-if ((gpus == 0)); then
+if ((${#gpus[@]} == 0)); then
   export XLA_FLAGS="${XLA_FLAGS:-} --xla_force_host_platform_device_count=${DEVICES:-1}"
-elif ((gpus % count)); then
-  echo "local.sh: $count processes cannot share $gpus GPUs evenly" >&2
+elif ((${#gpus[@]} % count)); then
+  echo "local.sh: $count processes cannot share ${#gpus[@]} GPUs evenly" >&2
   exit 2
 else
   kind=cuda
@@ -35,9 +37,12 @@ fi
 pids=()
 for ((i = 0; i < count; i++)); do
   place=(--coordinator="localhost:$port" --processes="$count" --process="$i")
-  if ((gpus)); then
-    each=$((gpus / count))
-    CUDA_VISIBLE_DEVICES="$(seq -s, $((i * each)) $(((i + 1) * each - 1)))"
+  if ((${#gpus[@]})); then
+    each=$((${#gpus[@]} / count))
+    CUDA_VISIBLE_DEVICES="$(
+      IFS=,
+      echo "${gpus[*]:i*each:each}"
+    )"
     export CUDA_VISIBLE_DEVICES
   fi
   if ((i == 0)); then

@@ -193,7 +193,7 @@ def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):
     assert "decoder / generator" in capsys.readouterr().out
 
 
-def test_images_of_an_npz_serve_as_reference(networks, draw, extractor, tmp_path):
+def test_images_of_an_npz_serve_as_reference(extractor, tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
     np.savez(tmp_path / "real.npz", arr_0=images)
     reference = sets.reference_of_npz(tmp_path / "real.npz", extractor, 8, 16)
@@ -203,10 +203,9 @@ def test_images_of_an_npz_serve_as_reference(networks, draw, extractor, tmp_path
     with pytest.raises(UserError, match=r"wrong\.npz: expected arr_0 to be uint8 \[n, H, W, 3\]"):
         sets.reference_of_npz(tmp_path / "wrong.npz", extractor, 8, 16)
     np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
-    other = sets.reference_of_npz(tmp_path / "other.npz", extractor, 8, 16)
+    other, size = str(tmp_path / "other.npz"), {"image_size": 16, "batch_size": 8}
     with pytest.raises(UserError, match=r"other\.npz .*: statistics of 7 features, but .* 96"):
-        generation.evaluate(draw, extractor, other, SamplingConfig(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()  # nothing was drawn
+        sets.load_reference(other, None, extractor, count=20, **size)
 
 
 def test_stored_statistics_go_before_those_of_images_if_they_fit(extractor, tmp_path):
@@ -261,10 +260,11 @@ def test_codes_are_no_images(measure, networks, tmp_path, capsys):
     assert "config.data.source: expected images, got 'codes'" in capsys.readouterr().err
 
 
-def test_too_few_samples_are_refused_before_they_are_drawn(draw, extractor, reference, tmp_path):
-    few = dataclasses.replace(draw, count=3)
-    with pytest.raises(UserError, match="samples: expected at least 4 images, got 3"):
-        generation.evaluate(few, extractor, reference, SamplingConfig(), tmp_path / "out")
+def test_too_few_samples_are_refused_before_they_are_drawn(networks, tmp_path, capsys):
+    arguments = [f"--{name}={path}" for name, path in networks.items()]
+    command = ["evaluate", "generation", *arguments, f"--config={CONFIG}", "--features=embedded"]
+    assert cli.main([*command, "--count=3", f"--out={tmp_path / 'out'}"]) == 2
+    assert "samples: expected at least 4 images, got 3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

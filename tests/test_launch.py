@@ -293,3 +293,15 @@ def test_gke_says_what_is_wrong(machine, settings, culprit):
     right = {"IMAGE": "i", "ACCELERATOR": "tpu-v6e-slice", "TOPOLOGY": "4x4"}
     done = machine.run("gke.sh", "tpu", *TRAIN, **(right | settings))
     assert done.returncode == 2 and culprit in done.stderr
+
+
+@pytest.mark.parametrize(
+    "visible, shares", [({}, ["0,1", "2,3"]), ({"CUDA_VISIBLE_DEVICES": "5,7"}, ["5", "7"])]
+)
+def test_local_processes_share_the_gpus_that_there_are(machine, visible, shares):
+    machine.add("nvidia-smi", "printf 'GPU %d\\n' 0 1 2 3")
+    machine.add("python", 'if [ "$1" = -c ]; then echo 1234; else env >>"$CALLS"; fi')
+    done = machine.run("local.sh", "2", *TRAIN, **visible)
+    assert done.returncode == 0, done.stderr
+    found = [line.partition("=")[2] for line in machine.calls("CUDA_VISIBLE_DEVICES=")]
+    assert sorted(found) == shares

@@ -2,8 +2,10 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 from jax.sharding import AbstractMesh, AxisType
@@ -58,3 +60,30 @@ def test_an_axis_that_the_mesh_does_not_divide_is_left_whole():
     state = loop.abstract_state(training, mesh)
     for leaf in jax.tree.leaves(state.params):
         leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide
+
+
+@pytest.mark.parametrize(
+    "parts, block",
+    [
+        ({0: [0, 1], 1: [2, 3]}, (0, 2)),
+        ({0: [2, 3], 1: [0, 1]}, (1, 2)),
+        ({0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}, (0, 1)),  # they differ along `tensor`
+        ({0: [0, 1], 1: [2]}, "process 1 has parts [2] of 4"),
+        ({0: [0, 1], 1: [3, 1]}, "process 1 has parts [1, 3] of 4"),
+        ({0: [0, 2], 1: [1, 3]}, "process 0 has parts [0, 2] of 4"),
+    ],
+)
+def test_block_of_a_process(parts, block, monkeypatch):
+    places = {
+        mock.Mock(process_index=process): (slice(index, index + 1),)
+        for process, indices in parts.items()
+        for index in indices
+    }
+    sharding = mock.Mock(devices_indices_map=lambda shape: places)
+    monkeypatch.setattr(partitioning, "batch_sharding", lambda mesh: sharding)
+    mesh = partitioning.abstract_mesh(MeshConfig(2, 2, 1), 4)
+    if isinstance(block, tuple):
+        assert partitioning.batch_block(mesh) == block
+    else:
+        with pytest.raises(ValueError, match=re.escape(block)):
+            partitioning.batch_block(mesh)

@@ -9,49 +9,19 @@ import shutil
 
 import numpy as np
 from PIL import Image
+from probe_config import CONFIG
 import pytest
 
 from gigatok_jax import bundles, cli
 from gigatok_jax.commands import probe
 from gigatok_jax.data import codes
-from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import generation, maps, probe_page, sets
-from gigatok_jax.evaluation.probe import ProbeConfig
-from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.checkpoints import Checkpoints
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-from gigatok_jax.training.loop import LoopConfig
-from gigatok_jax.training.optimizer import OptimizerConfig
 
 import tiny
 
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
-LOOP = LoopConfig(log_every=2, evaluate_every=0, checkpoint_every=3)
-CONFIG = ProbeConfig(
-    data=DataConfig(source="embedded", length=48, eval_length=24),
-    crop_factors=(),
-    generator=GeneratorRun(
-        model=GeneratorConfig(1, 2, 16, dropout=0.0),
-        optimizer=OptimizerConfig(rate=1e-2),
-        loop=LOOP,
-        steps=6,
-        batch_size=8,
-        evaluation_images=24,
-        sampling=SamplingConfig(),
-    ),
-    linear_probe=LinearProbeRun(
-        optimizer=OptimizerConfig(rate=1e-2), loop=LOOP, steps=6, batch_size=8, evaluation_images=24
-    ),
-    features="embedded",
-    samples=16,
-    sampling=SamplingConfig(guidance=1.5),
-    batch_size=8,
-    shard_images=16,
-    sample_batch_size=8,
-)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 
 from gigatok_jax import distributed
@@ -21,6 +22,8 @@ import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
 CONFIG = ROOT / "tests" / "train_config.py"
+PROBE = ROOT / "tests" / "probe_config.py"
+MORE_SAMPLES = ["--config.samples=600", "--config.sample_batch_size=64"]  # two chunks of them
 TIMEOUT = 20  # seconds
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
 GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
@@ -32,6 +35,7 @@ TRAIN = [
     "--config.loop.log_every=1",
     "--config.loop.checkpoint_every=2",
 ]
+CONSTANT = [*TRAIN, "--config.optimizer.schedule=constant"]
 
 
 def command(count: int, arguments: list[str]) -> list[str]:
@@ -59,84 +63,99 @@ def finish(process: subprocess.Popen) -> str:
     return output
 
 
-def rows(workdir: pathlib.Path) -> list[dict]:
+def losses(workdir: pathlib.Path) -> list[dict]:
+    """Logged rows of steps, of what does not depend on the machine's speed."""
     timing = {"images_per_second", "input_wait"}
     return [
         {name: value for name, value in row.items() if name not in timing}
         for row in read_metrics(workdir / "metrics.jsonl")
+        if "total" in row
     ]
 
 
-def test_a_lost_process_is_named_and_ends_the_others(tmp_path):
-    broken = tmp_path / "broken"
-    two = gigatok(2, [*TRAIN, "--config.steps=100000", f"--workdir={broken}"], tmp_path)
-    line = two.stdout.readline()
+def started(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> list[int]:
+    """Ids of a run's processes, once it has written so many checkpoints."""
+    line = process.stdout.readline()
     while "are " not in line:
         assert line, "local.sh ended"
-        line = two.stdout.readline()
-    victim = int(re.search(r"are (\d+) (\d+);", line)[2])
-    while not any((broken / "checkpoints").glob("[0-9]*")):
+        line = process.stdout.readline()
+    while len(list((workdir / "checkpoints").glob("[0-9]*"))) < count:
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    return [int(number) for number in re.search(r"are ([\d ]+);", line)[1].split()]
+
+
+def test_a_notice_to_one_saves_all_and_a_lost_process_ends_the_others(tmp_path):
+    workdir = tmp_path / "run"
+    endless = [*TRAIN, "--config.steps=100000", f"--workdir={workdir}"]
+    more = [*endless, "--config.loop.checkpoint_every=100000"]  # the notice's is the only one
+
+    two = gigatok(2, more, tmp_path)
+    while not (workdir / "metrics.jsonl").exists():
         assert two.poll() is None, two.stdout.read()
         time.sleep(0.1)
-    os.kill(victim, signal.SIGKILL)
+    os.kill(started(two, workdir, 0)[1], signal.SIGTERM)
+    output, _ = two.communicate(timeout=300)
+    assert two.returncode == 1, output
+    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 100000", output)[1])
+    assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*")] == [str(step)]
+    assert f"stopped by SIGTERM after step {step} of" in (tmp_path / "logs" / "1.log").read_text()
+
+    two = gigatok(2, endless, tmp_path)
+    os.kill(started(two, workdir, 2)[1], signal.SIGKILL)
     killed = time.monotonic()
     output, _ = two.communicate(timeout=300)
     assert time.monotonic() - killed < TIMEOUT + 15
     assert two.returncode != 0
+    assert f"going on from step {step} in" in output
     assert "process 1 was ended by signal 9" in output
     # In the middle of a save it is the runtime that ends the others, and names the lost one.
     ours, runtimes = r"gigatok: error: lost process 1 of 0 to 1, not at", r"heartbeats\):\s+1\s"
     assert re.search(f"{ours}|{runtimes}", output), output
 
 
-def test_run_of_two_processes_goes_on_in_one(tmp_path):
-    constant = [*TRAIN, "--config.optimizer.schedule=constant"]
-    for counts in ((1,), (2, 1)):
-        workdir = tmp_path / "-".join(map(str, counts))
-        for steps, count in zip((6, 12)[-len(counts) :], counts, strict=True):
-            finish(
-                gigatok(
-                    count, [*constant, f"--config.steps={steps}", f"--workdir={workdir}"], tmp_path
-                )
-            )
-    expected, found = (
-        [row for row in rows(tmp_path / name) if "total" in row] for name in ("1", "2-1")
-    )
-    for one, other in zip(expected, found, strict=True):
+@pytest.fixture(scope="module")
+def single(tmp_path_factory) -> list[dict]:
+    """What `losses` gives of a run of one process."""
+    path = tmp_path_factory.mktemp("single")
+    finish(gigatok(1, [*CONSTANT, f"--workdir={path / 'run'}"], path))
+    return losses(path / "run")
+
+
+@pytest.mark.parametrize("axis", ["data", "tensor"])
+def test_run_of_two_processes_goes_on_in_one(axis, single, tmp_path):
+    workdir = tmp_path / "run"
+    command = [*CONSTANT, f"--workdir={workdir}"]
+    mesh = [f"--config.mesh.{name}={2 if name == axis else 1}" for name in ("data", "tensor")]
+    finish(gigatok(2, [*command, *mesh, "--config.steps=6"], tmp_path))
+    finish(gigatok(1, command, tmp_path))
+    for one, other in zip(single, losses(workdir), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_codes_and_metrics_are_those_of_one_process(tmp_path):
-    networks = tiny.save_networks(tmp_path / "networks", TOKENIZER, GENERATOR)
-    data = [f"--config={CONFIG}", "--config.data.eval_length=20", "--batch_size=8"]
-    tokenizer, generator = (f"--{name}={networks[name]}" for name in ("tokenizer", "generator"))
-    jobs = {
-        "encode": ["encode", tokenizer, *data, "--crop_factors=", "--shard_images=16"],
-        "reconstruction": ["evaluate", "reconstruction", tokenizer, *data, "--features=embedded"],
-        "generation": [
-            *("evaluate", "generation", tokenizer, generator, *data, "--features=embedded"),
-            *("--count=20",),
-        ],
+def test_a_probe_is_that_of_one_process(tmp_path):
+    tiny.save_networks(tmp_path, TOKENIZER, GENERATOR)
+    arguments = [f"--config={PROBE}", f"--tokenizer={tmp_path / 'tokenizer'}", *MORE_SAMPLES]
+    found = {}
+    for count in (1, 2):
+        workdir = tmp_path / str(count)
+        finish(gigatok(count, ["probe", *arguments, f"--workdir={workdir}"], tmp_path / workdir))
+        found[count] = json.loads((workdir / "results.json").read_text())
+        found[count].pop("search")
+    # Convolutions of half the batch round otherwise, and with them a few pixels.
+    assert found[1] == pytest.approx(found[2], rel=1e-3)
+    codes = [files(tmp_path / str(count) / "codes") for count in (1, 2)]
+    assert codes[0] == codes[1] and len(codes[0]) >= 5
+    one, two = (np.load(tmp_path / str(count) / "samples" / "samples.npz") for count in (1, 2))
+    assert len(one["arr_0"]) == 80
+    assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1
+
+
+def files(directory: pathlib.Path) -> dict[str, str]:
+    """Digests of a folder's files, by name."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()
     }
-    for name, job in jobs.items():
-        for count in (1, 2):
-            finish(gigatok(count, [*job, f"--out={tmp_path / name / str(count)}"], tmp_path))
-        if name == "encode":
-            digests = [
-                {
-                    path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-                    for path in (tmp_path / name / str(count)).iterdir()
-                }
-                for count in (1, 2)
-            ]
-            assert digests[0] == digests[1] and len(digests[0]) >= 5
-        else:
-            one, two = (
-                json.loads((tmp_path / name / str(count) / "metrics.json").read_text())
-                for count in (1, 2)
-            )
-            # Convolutions of half the batch round otherwise, and with them a few pixels.
-            assert one == pytest.approx(two, rel=1e-3), name
 
 
 @pytest.mark.parametrize(

@@ -116,6 +116,7 @@ def _generation(out: pathlib.Path) -> dict:
         FLAGS.reference,
         None if FLAGS.reference else _data(),
         extractor,
+        count=FLAGS.count,
         batch_size=FLAGS.batch_size,
         image_size=tokenizer.config.image_size,
         train=FLAGS.split == "train",

@@ -77,10 +77,10 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
         config.reference,
         config.data,
         extractor,
+        count=config.samples,
         batch_size=config.batch_size,
         image_size=bundle.config.image_size,
     )
-    reference.check(extractor, config.samples)
     # What could not work has been refused: from here on the folder is this probe's.
     distributed.claim(workdir / "probe.json", record, "a probe")
     if distributed.is_main():

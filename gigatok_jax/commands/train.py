@@ -53,6 +53,7 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
     try:
         mesh = partitioning.make_mesh(config.mesh)
         partitioning.check_batch(config.batch_size, mesh)
+        partitioning.batch_block(mesh)  # or a run's data could not be dealt out
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     job = config.job(workdir, mesh)

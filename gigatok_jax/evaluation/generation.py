@@ -59,7 +59,7 @@ class Draw:
 def evaluate(
     draw: Draw,
     extractor: Extractor,
-    reference: Reference,
+    reference: Reference | None,
     settings: SamplingConfig,
     out: pathlib.Path,
 ) -> dict[str, float]:
@@ -68,7 +68,7 @@ def evaluate(
     Args:
       draw: which images.
       extractor: of the features.
-      reference: what they are compared with.
+      reference: what they are compared with, see `sets.load_reference`.
       settings: how codes are drawn.
       out: folder; gets `metrics.json` and `grid.png`, and holds features until they are there.
 
@@ -76,9 +76,8 @@ def evaluate(
       See `sets.compare`; also "images" and "guidance".
 
     Raises:
-      UserError: `out` holds results of something else, or `Reference.check`.
+      UserError: `out` holds results of something else.
     """
-    reference.check(extractor, draw.count)
     record = {
         "sampling": dataclasses.asdict(settings),
         "count": draw.count,
@@ -86,8 +85,9 @@ def evaluate(
         "generator": draw.generator.fingerprint,
         "tokenizer": draw.tokenizer.fingerprint,
         "features": extractor.fingerprint,
-        "reference": reference.name,
     }
+    if reference is not None:
+        record["reference"] = reference.name
     distributed.claim(out / "evaluation.json", record, "results")
     path = out / "metrics.json"
     if path.exists():
@@ -165,7 +165,7 @@ def search_guidance(
 def evaluate_best(
     draw: Draw,
     extractor: Extractor,
-    reference: Reference,
+    reference: Reference | None,
     settings: SamplingConfig,
     out: pathlib.Path,
 ) -> dict[str, Any]:

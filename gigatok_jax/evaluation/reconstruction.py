@@ -102,7 +102,8 @@ def evaluate(
 
 def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
     """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
-    lpips = teachers.load_lpips(missing_ok=True)
+    # All processes measure the same, or their sums could not be added.
+    lpips = teachers.load_lpips() if distributed.agree(teachers.has_lpips()) else None
     if lpips is None:
         logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
 

@@ -129,16 +129,30 @@ def load_reference(
     data: DataConfig | None,
     extractor: Extractor,
     *,
+    count: int,
     image_size: int,
     batch_size: int,
     train: bool = False,
-) -> Reference:
-    """What `reference_of_npz` reads; where `npz` is "", what `reference_of_data` does."""
-    if npz:
-        return reference_of_npz(pathlib.Path(npz), extractor, batch_size, image_size)
-    return reference_of_data(
-        data, extractor, image_size=image_size, batch_size=batch_size, train=train
-    )
+) -> Reference | None:
+    """What `reference_of_npz` reads; where `npz` is "", what `reference_of_data` does.
+
+    Only process 0 compares: the others wait, and get None.
+
+    Raises:
+      UserError: what these raise, or `Reference.check` for `count` samples.
+    """
+
+    def load():
+        if npz:
+            found = reference_of_npz(pathlib.Path(npz), extractor, batch_size, image_size)
+        else:
+            found = reference_of_data(
+                data, extractor, image_size=image_size, batch_size=batch_size, train=train
+            )
+        found.check(extractor, count)
+        return found
+
+    return distributed.in_main(load)
 
 
 def reference_of_npz(
@@ -176,7 +190,7 @@ def reference_of_data(
 ) -> Reference:
     """The evaluation (or training) images of a data set, centre crops.
 
-    What was once computed of them, by process 0, is kept in the cache.
+    What was once computed of them is kept in the cache.
 
     Raises:
       UserError: the data cannot be read, or are codes.
@@ -187,7 +201,7 @@ def reference_of_data(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
-    if distributed.is_main() and not path.exists():
+    if not path.exists():
         count = batches.examples
         # At random: in order, they might all be of the classes that are drawn in turn.
         kept = np.random.default_rng(0).permutation(count)[:MEMBERS]
@@ -201,7 +215,6 @@ def reference_of_data(
                     members.append(features["pool"][np.isin(batch["index"][valid], kept)])
         gaussians = found.gaussians()
         archives.write_statistics(path, gaussians, {"members": np.concatenate(members)})
-    distributed.barrier("reference", working=True)
     gaussians = Archive(path).gaussians()  # first, as it says of a damaged file which one it is
     with np.load(path) as file:
         return Reference(gaussians, file["members"], name)

@@ -74,7 +74,7 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
-        """A checkpoint, or None where there is none.
+        """A checkpoint, or None where there is none; all processes of a run call this together.
 
         Args:
           abstract_state: shapes, types and shardings to restore to.

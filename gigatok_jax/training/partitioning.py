@@ -1,5 +1,6 @@
 """The one place that names mesh axes, and the table that maps logical axes to them."""
 
+import collections
 from collections.abc import Iterator, Sequence
 import contextlib
 import dataclasses
@@ -114,15 +115,22 @@ def batch_block(mesh: Mesh) -> tuple[int, int]:
     Processes whose devices differ along `tensor` only read the same one.
 
     Raises:
-      ValueError: its devices' parts of a batch do not lie side by side.
+      ValueError: some process's parts of a batch do not lie side by side; all processes say so.
     """
     shards = batch_shards(mesh)
-    places = batch_sharding(mesh).addressable_devices_indices_map((shards,)).values()
-    rows = sorted({place[0].start or 0 for place in places})
-    first, length = rows[0], len(rows)
-    if rows != list(range(first, first + length)) or first % length or shards % length:
-        raise ValueError(f"mesh: process {jax.process_index()} has parts {rows} of {shards}")
-    return first // length, shards // length
+    parts = collections.defaultdict(set)
+    for device, place in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        parts[device.process_index].add(place[0].start or 0)
+    length = len(parts[jax.process_index()])
+    for process, rows in sorted(parts.items()):
+        first = min(rows)
+        block = set(range(first, first + length))
+        if rows != block or first % length or shards % length:
+            raise ValueError(
+                f"mesh: expected the devices of a process to share one block "
+                f"of the batch, process {process} has parts {sorted(rows)} of {shards}"
+            )
+    return min(parts[jax.process_index()]) // length, shards // length
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:

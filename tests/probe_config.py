@@ -1,0 +1,40 @@
+"""A probe of seconds: drawings of 16 pixels, a generator and a linear probe of six steps."""
+
+from gigatok_jax.config import to_config_dict
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.linear_probe_run import LinearProbeRun
+from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.optimizer import OptimizerConfig
+
+LOOP = LoopConfig(log_every=2, evaluate_every=0, checkpoint_every=3)
+CONFIG = ProbeConfig(
+    data=DataConfig(source="embedded", length=48, eval_length=24),
+    crop_factors=(),
+    generator=GeneratorRun(
+        model=GeneratorConfig(1, 2, 16, dropout=0.0),
+        optimizer=OptimizerConfig(rate=1e-2),
+        loop=LOOP,
+        steps=6,
+        batch_size=8,
+        evaluation_images=24,
+        sampling=SamplingConfig(),
+    ),
+    linear_probe=LinearProbeRun(
+        optimizer=OptimizerConfig(rate=1e-2), loop=LOOP, steps=6, batch_size=8, evaluation_images=24
+    ),
+    features="embedded",
+    samples=16,
+    sampling=SamplingConfig(guidance=1.5),
+    batch_size=8,
+    shard_images=16,
+    sample_batch_size=8,
+)
+
+
+def get_config(argument=""):
+    del argument
+    return to_config_dict(CONFIG)
