@@ -133,11 +133,12 @@ def test_batch_in_parts_gives_the_gradient_of_the_whole():
     whole = GeneratorTraining(MODEL, OPTIMIZER, steps=10, class_dropout=0.0)
     parts = dataclasses.replace(whole, accumulate=2)
     state, batch = state_of(whole, filled(MODEL)), noise(8)
-    data = batch["codes"], batch["label"], jax.random.key(0)
-    loss, gradient = jax.jit(jax.value_and_grad(whole._loss))(state.params, *data)
+    data = batch["codes"], batch["label"]
+    loss = jax.jit(jax.value_and_grad(whole._loss, has_aux=True))
+    (value, _), gradient = loss(state.params, None, data, jax.random.key(0))
     new, metrics = jax.device_get(jax.jit(parts.step)(state, batch, None, None))
     close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7)
-    close(metrics["total"], loss)
+    close(metrics["total"], value)
     leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(gradient)]
     close(metrics["gradient_norm"], sum(np.sum(leaf**2) for leaf in leaves) ** 0.5)
     # Of the first update, Adam's mean is a tenth of the gradient.
@@ -170,9 +171,9 @@ def test_right_share_of_the_classes_is_hidden():
     shown, hidden = (float(losses(params, b, None)[0]) for b in (one, null))
     assert abs(hidden - shown) > 0.05
     loss = jax.jit(training._loss)
-    found = []
+    data, found = (batch["codes"], batch["label"]), []
     for seed in range(3):
-        mixed = float(loss(params, batch["codes"], batch["label"], jax.random.key(seed)))
+        mixed = float(loss(params, None, data, jax.random.key(seed))[0])
         found.append((mixed - shown) / (hidden - shown))
     # Four standard deviations.
     np.testing.assert_allclose(found, share, atol=4 * (share * (1 - share) / images) ** 0.5)

@@ -192,6 +192,24 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
         np.testing.assert_allclose(adversarial[1][name], value, rtol=1e-4, err_msg=name)
 
 
+def test_batch_in_parts_gives_what_the_whole_does(state, batch, frozen):
+    # What is computed over a batch is computed over each part: BatchNorm's groups are the parts.
+    objective = dataclasses.replace(TRAINING.objective, entropy=0.0, patchgan_groups=2)
+    whole = dataclasses.replace(TRAINING, objective=objective)
+    objective = dataclasses.replace(objective, patchgan_groups=1)
+    parts = dataclasses.replace(TRAINING, objective=objective, accumulate=2)
+    turns = {"image": batch["image"][[0, 2, 1, 3]]}  # parts are of every other image
+    expected = jit(whole.step, static_argnames="phase")(state, turns, frozen, phase=ADVERSARIAL)
+    found = jit(parts.step, static_argnames="phase")(state, batch, frozen, phase=ADVERSARIAL)
+    assert found[1].keys() == expected[1].keys()
+    for name, value in expected[1].items():
+        np.testing.assert_allclose(found[1][name], value, rtol=1e-4, err_msg=name)
+    codes = [outcome[0].history[-4 * 16 :].reshape(4, 16) for outcome in (found, expected)]
+    np.testing.assert_array_equal(codes[0][np.array([0, 2, 1, 3])], codes[1])
+    moved = found[0].discriminator["batch_stats"], state.discriminator["batch_stats"]
+    assert not equal(*moved)
+
+
 def test_discriminator_rests_before_its_start(state, plain):
     assert equal(plain[0].discriminator, state.discriminator)
     assert equal(plain[0].discriminator_optimizer, state.discriminator_optimizer)
@@ -210,9 +228,9 @@ def test_discriminator_has_the_rate_of_the_run_s_step(state, batch, frozen):
     config = OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0)
     training = dataclasses.replace(TRAINING, optimizer=config)
     images = pictures.to_float(batch["image"])
-    outputs = {"reconstruction": -images, "statistics": state.discriminator["batch_stats"]}
     update = jit(training._update_discriminator)
-    new, _ = update(state, images, outputs, Frozen(), jax.random.key(0))
+    pair = (images, -images)
+    new, _ = update(state, state.discriminator, pair, Frozen(), jax.random.key(0))
     kernel = "conv_out", "kernel"
     before, after = (s.discriminator["params"][kernel[0]][kernel[1]] for s in (state, new))
     # Adam's first update is the rate, whatever the gradient.

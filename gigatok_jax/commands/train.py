@@ -52,7 +52,7 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:
         mesh = partitioning.make_mesh(config.mesh)
-        partitioning.check_batch(config.batch_size, mesh)
+        partitioning.check_batch(config.batch_size, config.accumulate, mesh)
         partitioning.batch_block(mesh)  # or a run's data could not be dealt out
     except ValueError as error:
         raise UserError(f"config.{error}") from error

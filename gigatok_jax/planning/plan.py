@@ -95,7 +95,7 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
       UserError: a network that the run names is not there.
     """
     mesh = topology.mesh(run.mesh)
-    partitioning.check_batch(run.batch_size, mesh)
+    partitioning.check_batch(run.batch_size, run.accumulate, mesh)
     build = programs.BUILDERS[job]
     program = build(run, mesh)
     plain = build(dataclasses.replace(run, remat="none"), mesh)

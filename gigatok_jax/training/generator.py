@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
-from einops import rearrange
 import flax.struct
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import optimizer
+from gigatok_jax.training.accumulation import mean_gradients
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 
@@ -98,30 +98,16 @@ class GeneratorTraining:
         del phase
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         data = (self.codes(batch, frozen), batch["label"])
-        loss = jax.value_and_grad(self._loss)
-        if self.accumulate == 1:
-            value, gradients = loss(state.params, *data, key)
-        else:
-            # Image i goes to part i mod accumulate, so that each part is spread over all devices.
-            parts = jax.tree.map(
-                lambda x: rearrange(x, "(b a) ... -> a b ...", a=self.accumulate), data
-            )
-
-            def add(total, part):
-                return jax.tree.map(jnp.add, total, loss(state.params, *part)), None
-
-            zeros = jax.tree.map(jnp.zeros_like, (jnp.zeros(()), state.params))
-            keys = jax.random.split(key, self.accumulate)
-            total, _ = jax.lax.scan(add, zeros, (*parts, keys))
-            value, gradients = jax.tree.map(lambda x: x / self.accumulate, total)
+        gradients, metrics, _, _ = mean_gradients(
+            self._loss, self.accumulate, state.params, None, data, key
+        )
         adamw = optimizer.optimizer(self.optimizer, self.steps)
         updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if self.average_decay:
             average = optimizer.moving_average(average, params, self.average_decay, state.step)
-        metrics = {
-            "total": value,
+        metrics |= {
             "gradient_norm": optax.tree.norm(gradients),
             "parameter_norm": optax.tree.norm(params),
             "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
@@ -147,14 +133,17 @@ class GeneratorTraining:
         module = Tokenizer(self.tokenizer, dtype=self.dtype)
         return pictures.to_uint8(module.apply({"params": frozen}, codes, method=Tokenizer.decode))
 
-    def _loss(self, params, codes, labels, key):
+    def _loss(self, params, carry, data, key):
+        """In the form that `accumulation.mean_gradients` takes."""
+        codes, labels = data
         class_key, dropout_key = jax.random.split(key)
         hidden = jax.random.bernoulli(class_key, self.class_dropout, labels.shape)
         classes = jnp.where(hidden, self.model.null_class, labels)
         module = Generator(self.model, train=True, remat=self.remat, dtype=self.dtype)
         rngs = {"dropout": dropout_key}
         logits = module.apply({"params": params}, codes[:, :-1], classes, rngs=rngs)
-        return losses.cross_entropy(logits, codes).mean()
+        value = losses.cross_entropy(logits, codes).mean()
+        return value, ({"total": value}, carry, None)
 
 
 def batch_codes(

@@ -44,7 +44,6 @@ class GeneratorRun(RunConfig):
       tokenizer: bundle or workdir of the tokenizer that made the codes. With codes for data it may
         be left out, and then there are no pictures.
       class_dropout: share of the images whose class is hidden, so that guidance can be used.
-      accumulate: parts that a batch is divided into, one after the other.
       branch_from, branch_step: another run's workdir and a step. This run starts from that
         checkpoint, and its rate decays over all the steps that it then has: by default a quarter
         of those made, so that the decay is a fifth of the whole.
@@ -59,7 +58,6 @@ class GeneratorRun(RunConfig):
     average_decay: float = 0.0
     tokenizer: str = ""
     class_dropout: float = 0.1
-    accumulate: int = 1
     branch_from: str = ""
     branch_step: int = 0
     sampling: SamplingConfig = dataclasses.field(
@@ -70,10 +68,6 @@ class GeneratorRun(RunConfig):
         super().__post_init__()
         if not 0 <= self.class_dropout < 1:
             raise ValueError(f"class_dropout must be in [0, 1), got {self.class_dropout}")
-        if self.accumulate < 1 or self.batch_size % self.accumulate:
-            raise ValueError(
-                f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}"
-            )
         if bool(self.branch_from) != bool(self.branch_step):
             raise ValueError(
                 "branch_from and branch_step belong together, got "

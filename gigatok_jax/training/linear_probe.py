@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
-from einops import rearrange
 import flax.linen as nn
 import flax.struct
 import jax
@@ -14,7 +13,7 @@ import optax
 from gigatok_jax import losses
 from gigatok_jax.models import layers
 from gigatok_jax.models.batch_norm import BatchNorm
-from gigatok_jax.training import optimizer
+from gigatok_jax.training import accumulation, optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 
@@ -151,7 +150,5 @@ class LinearProbeTraining:
         parts = -(-len(batch["label"]) // self.feature_batch_size)
         if parts == 1:
             return self.features(frozen, batch)
-        # Part p takes every so many-th image from p on, so that each has some of every device.
-        divided = jax.tree.map(lambda x: rearrange(x, "(b p) ... -> p b ...", p=parts), batch)
-        features = jax.lax.map(lambda part: self.features(frozen, part), divided)
-        return rearrange(features, "p b w -> (b p) w")
+        divided = accumulation.divide(batch, parts)
+        return accumulation.join(jax.lax.map(lambda part: self.features(frozen, part), divided))

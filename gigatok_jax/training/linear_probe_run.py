@@ -69,6 +69,11 @@ class LinearProbeRun(RunConfig):
             raise ValueError(f"features must be one of {FEATURES}, got {self.features!r}")
         if self.average_decay:
             raise ValueError(f"average_decay must be 0 in a linear probe, got {self.average_decay}")
+        if self.accumulate != 1:
+            raise ValueError(
+                "accumulate must be 1 in a linear probe, whose batches feature_batch_size divides, "
+                f"got {self.accumulate}"
+            )
         if self.batch_size > self.feature_batch_size and self.batch_size % self.feature_batch_size:
             raise ValueError(
                 f"feature_batch_size must divide batch_size, {self.batch_size}, got "

@@ -167,16 +167,17 @@ def batch_shards(mesh: Mesh) -> int:
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def check_batch(batch_size: int, mesh: Mesh | AbstractMesh) -> None:
-    """Refuses a batch that devices cannot share equally.
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
+    """Refuses a batch that devices cannot share equally, or its parts, see `RunConfig.accumulate`.
 
     Raises:
-      ValueError: `batch_size` is not a multiple of `batch_shards`.
+      ValueError: `batch_size` is not a multiple of `accumulate` times `batch_shards`.
     """
-    if batch_size % batch_shards(mesh):
+    if batch_size % (accumulate * batch_shards(mesh)):
+        parts = f"accumulate={accumulate} times " if accumulate > 1 else ""
         raise ValueError(
-            f"batch_size: expected a multiple of {batch_shards(mesh)}, the devices that share a "
-            f"batch, got {batch_size}"
+            f"batch_size: expected a multiple of {parts}{batch_shards(mesh)}, the devices that "
+            f"share a batch, got {batch_size}"
         )
 
 

@@ -21,6 +21,9 @@ class RunConfig:
       epoch_images: images that count as one epoch.
       steps: length of the run; 0: what `epochs` and `batch_size` give.
       batch_size: images a step, over all devices.
+      accumulate: parts that a batch is divided into, one after the other, where memory does not
+        hold it whole. What is computed over a batch (a tokenizer's entropy loss, BatchNorm of its
+        discriminator) is then computed over each part.
       average_decay: of the moving average of the weights, which evaluation and the bundle use; 0:
         none.
       dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
@@ -38,6 +41,7 @@ class RunConfig:
     epoch_images: int = 1_280_000
     steps: int = 0
     batch_size: int
+    accumulate: int = 1
     seed: int = 0
     average_decay: float
     dtype: str = "auto"
@@ -51,6 +55,10 @@ class RunConfig:
         for name in ("batch_size", "epoch_images", "evaluation_images"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.accumulate < 1 or self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate must divide batch_size={self.batch_size}, got {self.accumulate}"
+            )
         if self.steps < 0 or (self.steps == 0 and not self.epochs > 0):
             raise ValueError(f"epochs or steps must be positive, got {self.epochs}, {self.steps}")
         if not 0 <= self.average_decay < 1:

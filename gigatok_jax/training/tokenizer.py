@@ -14,6 +14,7 @@ from gigatok_jax.models import discriminators, layers, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
 from gigatok_jax.training import diffaug, optimizer
+from gigatok_jax.training.accumulation import mean_gradients
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 PERCEPTUAL = ("lpips", "teacher")
@@ -135,6 +136,7 @@ class TokenizerTraining:
       objective: the loss.
       optimizer: of both the tokenizer and the discriminator.
       steps: length of the schedule.
+      accumulate: parts that a batch is divided into, one after the other.
       average_decay: of the moving average of the weights; 0 keeps none.
       remat: see `gigatok_jax.models.layers.remat`.
       dtype: type of the computation.
@@ -146,6 +148,7 @@ class TokenizerTraining:
     objective: ObjectiveConfig
     optimizer: OptimizerConfig
     steps: int
+    accumulate: int = 1
     average_decay: float = 0.0
     remat: str = "none"
     dtype: layers.Dtype = jnp.float32
@@ -211,10 +214,13 @@ class TokenizerTraining:
           where all scalars are finite), the learning rate, the codebook's usage.
         """
         images = pictures.to_float(batch["image"])
-        real = self._real_features(images, frozen)
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        gradients, (metrics, outputs) = jax.grad(self._loss, has_aux=True)(
-            state.params, state, images, real, frozen, phase, key
+
+        def loss(params, discriminator, images, key):
+            return self._loss(params, discriminator, images, frozen, phase, key)
+
+        gradients, metrics, discriminator, outputs = mean_gradients(
+            loss, self.accumulate, state.params, state.discriminator, images, key
         )
         adamw = optimizer.optimizer(self.optimizer, self.steps)
         updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
@@ -237,7 +243,8 @@ class TokenizerTraining:
             history=history,
         )
         if phase.adversarial:
-            state, more = self._update_discriminator(state, images, outputs, frozen, key)
+            pair = (images, outputs["reconstruction"])
+            state, more = self._update_discriminator(state, discriminator, pair, frozen, key)
             metrics |= more
         return state, metrics
 
@@ -256,9 +263,10 @@ class TokenizerTraining:
         values |= {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
         return outputs, values
 
-    def _loss(self, params, state, images, real, frozen, phase, key):
-        """Weighted sum of the terms; terms and outputs beside it."""
+    def _loss(self, params, discriminator, images, frozen, phase, key):
+        """Weighted sum of the terms, in the form that `accumulation.mean_gradients` takes."""
         objective = self.objective
+        real = self._real_features(images, frozen)
         out = self.tokenizer.apply(
             {"params": params},
             images,
@@ -280,8 +288,6 @@ class TokenizerTraining:
 
         def perceptual(fake):
             return self._perceptual(real, fake, frozen).mean()
-
-        discriminator = state.discriminator
 
         def adversarial(fake, draw):
             nonlocal discriminator
@@ -308,12 +314,8 @@ class TokenizerTraining:
                 weight = objective.adversarial
                 add("auxiliary_adversarial", weight, lambda: adversarial(out.direct, 1))
         total = sum(weights[name] * value for name, value in terms.items())
-        outputs = {
-            "codes": out.codes,
-            "reconstruction": out.reconstruction,
-            "statistics": discriminator["batch_stats"],
-        }
-        return total, ({"total": total} | terms, outputs)
+        outputs = {"codes": out.codes, "reconstruction": out.reconstruction}
+        return total, ({"total": total} | terms, discriminator, outputs)
 
     def _judge(self, discriminator, images, frozen, key):
         """Training-mode logits, and the discriminator with its statistics moved on.
@@ -337,28 +339,27 @@ class TokenizerTraining:
             {"params": frozen.dino}, images, vit.quarters(self.dino), method=vit.ViT.readouts
         )
 
-    def _update_discriminator(self, state, images, outputs, frozen, key):
-        """Trains the discriminator on the reconstructions that the tokenizer was judged by."""
-        fake = jax.lax.stop_gradient(outputs["reconstruction"])
-        discriminator = state.discriminator | {"batch_stats": outputs["statistics"]}
-        keys = [jax.random.fold_in(key, draw) for draw in (2, 3)]  # 0 and 1 are the tokenizer's
+    def _update_discriminator(self, state, discriminator, pair, frozen, key):
+        """Trains the discriminator, as the tokenizer left it, on images and reconstructions."""
 
-        def loss(params):
-            trained = discriminator | {"params": params}
+        def loss(params, statistics, pair, key):
+            images, fake = pair
+            keys = [jax.random.fold_in(key, draw) for draw in (2, 3)]  # 0 and 1: the tokenizer's
+            trained = {"params": params, "batch_stats": statistics}
             logits_real, updated = self._judge(trained, images, frozen, keys[0])
             logits_fake, updated = self._judge(updated, fake, frozen, keys[1])
             value = losses.hinge_discriminator(logits_real, logits_fake)
-            return self.objective.adversarial * value, (
-                updated["batch_stats"],
-                {
-                    "discriminator": value,
-                    "logits_real": logits_real.mean(),
-                    "logits_fake": logits_fake.mean(),
-                },
-            )
+            metrics = {
+                "discriminator": value,
+                "logits_real": logits_real.mean(),
+                "logits_fake": logits_fake.mean(),
+            }
+            return self.objective.adversarial * value, (metrics, updated["batch_stats"], None)
 
         params = discriminator["params"]
-        gradients, (statistics, metrics) = jax.grad(loss, has_aux=True)(params)
+        gradients, metrics, statistics, _ = mean_gradients(
+            loss, self.accumulate, params, discriminator["batch_stats"], pair, key
+        )
         adamw = optimizer.optimizer(self.optimizer, self.steps, start=self.objective.disc_start)
         updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
         params = optax.apply_updates(params, updates)

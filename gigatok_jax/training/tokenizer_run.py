@@ -53,11 +53,11 @@ class TokenizerRun(RunConfig):
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         if self.objective.needs_dino:
-            batch_norm.batch_groups(self.batch_size)
-        if self.batch_size % self.objective.patchgan_groups:
+            batch_norm.batch_groups(self.batch_size // self.accumulate)
+        if self.batch_size // self.accumulate % self.objective.patchgan_groups:
             raise ValueError(
-                f"objective.patchgan_groups must divide batch_size={self.batch_size}, got "
-                f"{self.objective.patchgan_groups}"
+                f"objective.patchgan_groups must divide batch_size={self.batch_size} over "
+                f"accumulate={self.accumulate}, got {self.objective.patchgan_groups}"
             )
         patchgan = self.objective.adversarial > 0 and self.objective.discriminator == "patchgan"
         channels = self.objective.discriminator_channels
@@ -75,6 +75,7 @@ class TokenizerRun(RunConfig):
             self.objective,
             self.optimizer,
             self.total_steps,
+            accumulate=self.accumulate,
             average_decay=self.average_decay,
             remat=self.remat,
             dtype=precision.compute_dtype(self.dtype),
