@@ -126,14 +126,35 @@ def _join(flag_values) -> None:
 
     names = ("coordinator", "processes", "process", "timeout")
     distributed.start(distributed.Processes(*(flag_values[name].value for name in names)))
+    _require_accelerator()
     if distributed.started() and not distributed.is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _require_accelerator() -> None:
+    """Refuses to go on without what JAX_PLATFORMS names first; a step on a CPU may take a day."""
+    import jax
+
+    asked, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
+    if asked in ("", "cpu"):
+        return
+    try:
+        found = jax.default_backend() != "cpu"
+    except (AssertionError, RuntimeError):  # which one depends on what is missing
+        found = False
+    if not found:
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: JAX finds no {asked} device here; its "
+            f"libraries come with pip install -e '.[cuda]' or '.[tpu]'"
+        )
 
 
 def _unknown_field(verb: str, arguments: list[str]) -> str | None:
     """Says which `--config.FIELD` there is not; None where all are known."""
     names = [argument.lstrip("-").partition("=")[0] for argument in arguments]
     command = _fresh_module(f"gigatok_jax.commands.{verb}")
+    if verb in SHARED:
+        _define_processes(command.FLAGS)
     sys.argv = [verb, *(a for a, name in zip(arguments, names, strict=True) if "." not in name)]
     try:
         command.FLAGS(sys.argv)
@@ -155,6 +176,8 @@ def _unknown_field(verb: str, arguments: list[str]) -> str | None:
 def _one_line(error: Exception) -> str:
     """What is wrong with the flags, in one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if lines[0].endswith("must have a value other than None."):
+        return f"{lines[0].split('=')[0].removeprefix('flag ')}: missing"
     # config_flags lists where it looked, and names the file last.
     if "Failed loading config file" in lines[0]:
         return f"--config: {lines[-1].strip()}"

@@ -4,6 +4,7 @@
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 extras="dev${EXTRAS:+,$EXTRAS}"
 if [ ! -x "$root/.venv/bin/python" ]; then
+  echo "installing into $root/.venv, which the launchers use" >&2
   "${PYTHON:-python3}" -m venv "$root/.venv"
 fi
 # shellcheck disable=SC1091

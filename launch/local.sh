@@ -66,23 +66,22 @@ pass_on() {
 trap pass_on TERM INT
 
 code=0
-for ((left = count; left > 0; left--)); do
-  status=0 ended=
-  wait -n -p ended "${pids[@]}" || status=$?
-  while [ -z "${ended:-}" ]; do # a signal to this script interrupted the wait
-    status=0
-    wait -n -p ended "${pids[@]}" || status=$?
-  done
+while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
-    if [ "${pids[i]}" = "$ended" ]; then break; fi
+    # bash's own `wait -n` can lose one of two that end together.
+    if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    status=0
+    wait "${pids[i]}" || status=$?
+    unset "pids[i]"
+    if ((status > 128)); then
+      echo "local.sh: process $i was ended by signal $((status - 128))" >&2
+    elif ((status)); then
+      echo "local.sh: process $i ended with $status" >&2
+      # What all say alike, process 0 has said.
+      if ((i && status != code)); then tail -n 3 "$logs/$i.log" >&2; fi
+    fi
+    if ((status && !code)); then code=$status; fi
   done
-  unset "pids[i]"
-  if ((status > 128)); then
-    echo "local.sh: process $i was ended by signal $((status - 128))" >&2
-  elif ((status)); then
-    echo "local.sh: process $i ended with $status" >&2
-    if ((i)); then tail -n 3 "$logs/$i.log" >&2; fi
-  fi
-  if ((status && !code)); then code=$status; fi
+  sleep 0.2
 done
 exit "$code"

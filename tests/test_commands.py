@@ -133,6 +133,12 @@ def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigato
         np.testing.assert_array_equal(returned, expected)
 
 
+def test_accelerator_that_is_not_there_is_an_error(gigatok, monkeypatch, tmp_path):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda,cpu")  # the tests themselves run on the CPU
+    command = ["train", f"--config={TOKENIZER}", f"--workdir={tmp_path}"]
+    assert "JAX finds no cuda device" in refused(gigatok(*command))
+
+
 @pytest.mark.parametrize(
     "arguments, culprit",
     [

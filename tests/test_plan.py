@@ -32,6 +32,7 @@ GENERATOR = GeneratorRun(
     remat="full",
 )
 CPU = chips.Topology("cpu", chips.CHIPS["v5e"], 1, jax.devices()[:1])
+CPU_ESTIMATED = dataclasses.replace(CPU, devices=None)
 CONFIG = f"--config={train_config.__file__}"
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
@@ -163,6 +164,19 @@ def test_command_says_what_does_not_fit_and_what_does(capsys, monkeypatch):
     assert "does NOT fit" in captured.out
     assert "--config.remat=dots --config.mesh.data=-1 --config.mesh.fsdp=1: " in captured.out
     assert captured.err.count("\n") == 1
+
+
+def test_a_batch_in_parts_is_offered_where_none_fits_that_takes_it_whole():
+    model = dataclasses.replace(GENERATOR.model, codes=1024)
+    run = dataclasses.replace(GENERATOR, model=model, dtype="bfloat16", batch_size=64)
+    whole, halved = (
+        plan.make(dataclasses.replace(run, remat="full", accumulate=parts), CPU_ESTIMATED).bytes
+        for parts in (1, 2)
+    )
+    memory = (whole + halved) / 2 / (1 - plan.SPARE)
+    chip = dataclasses.replace(CPU_ESTIMATED.chip, memory=memory)
+    found = list(plan.alternatives(run, dataclasses.replace(CPU_ESTIMATED, chip=chip)))
+    assert found and all(setting.accumulate == 2 for setting in found)
 
 
 def test_command_refuses_a_batch_that_the_devices_cannot_share(capsys):

@@ -82,8 +82,9 @@ def run(positional: list[str]) -> None:
         print("settings that by estimate fit, with a tenth to spare:")
         found = plan.alternatives(config, topology)
         lines = [
-            f"  --config.remat={s.remat} --config.mesh.data=-1 --config.mesh.fsdp={s.fsdp}: "
-            f"{_size(s.bytes)}"
+            f"  --config.remat={s.remat} --config.mesh.data=-1 --config.mesh.fsdp={s.fsdp}"
+            + (f" --config.accumulate={s.accumulate}" if s.accumulate > 1 else "")
+            + f": {_size(s.bytes)}"
             for s in found
         ]
         print("\n".join(lines) or "  none: more devices or a smaller batch_size are needed")
@@ -105,8 +106,9 @@ def describe(made: plan.Plan, utilisation: float) -> list[str]:
     if made.code:
         parts["compiled program"] = made.code
     lines += [f"  {name:<26} {_size(size):>12}" for name, size in parts.items()]
+    what = "total" if made.temporaries is not None else "total without temporaries"
     lines.append(
-        f"  {'total':<26} {_size(made.bytes):>12} of {_size(chip.memory)}: "
+        f"  {what:<26} {_size(made.bytes):>12} of {_size(chip.memory)}: "
         + (f"fits, {made.spare:.0%} to spare" if made.fits else "does NOT fit")
     )
     if made.refusal:

@@ -58,25 +58,26 @@ def _kernel_gradient_by_rows(shape, stride, padding, x, gradient):
         image, row = index // blocks, index % blocks * ROWS
         g = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, ROWS, columns, channels_out))
         span = stride * (ROWS - 1) + height
-        y = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in))
+        y = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in))[0]
+        # Transposed once for all products; within them, it would be for each.
+        g = lax.optimization_barrier(g.reshape(-1, channels_out).T)
         taps = [
-            jnp.einsum(
-                "bhwi,bhwo->io",
+            jnp.dot(
+                g,
                 y[
-                    :,
                     i : i + span - height + 1 : stride,
                     j : j + stride * (columns - 1) + 1 : stride,
-                ],
-                g,
+                ].reshape(-1, channels_in),
                 preferred_element_type=jnp.float32,
             )
             for i in range(height)
             for j in range(width)
         ]
-        return total + jnp.stack(taps).reshape(shape), None
+        return total + jnp.stack(taps), None
 
-    total, _ = lax.scan(add, jnp.zeros(shape, jnp.float32), jnp.arange(batch * blocks))
-    return total.astype(gradient.dtype)
+    total = jnp.zeros((height * width, channels_out, channels_in), jnp.float32)
+    total, _ = lax.scan(add, total, jnp.arange(batch * blocks))
+    return total.transpose(0, 2, 1).reshape(shape).astype(gradient.dtype)
 
 
 _conv.defvjp(_forward, _backward)

@@ -91,7 +91,10 @@ def topology(name: str) -> Topology:
         return Topology(name, chip, count)
     try:
         # The two cores of a v4 chip work as one device, as those of a v5p do unasked.
-        options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        options: dict[str, Any] = {"chip_config_name": "megacore"} if kind == "v4" else {}
+        if count < 4:  # of a host's four
+            bounds = [int(extent) for extent in extents.split("x")]
+            options["chips_per_host_bounds"] = tuple(bounds + [1] * (3 - len(bounds)))
         found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options)
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0]

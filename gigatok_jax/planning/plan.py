@@ -177,11 +177,24 @@ class Setting:
 
     fsdp: int
     remat: str
+    accumulate: int
     bytes: int
 
 
 def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
-    """Settings of remat and fsdp that by estimate fit, those that compute the least first."""
+    """Settings that by estimate fit, those that compute the least first.
+
+    A batch in parts is tried where none fits that takes it whole.
+    """
+    parts = [n for n in (1, 2, 4, 8, 16) if run.batch_size % (n * topology.count) == 0]
+    for accumulate in parts:
+        found = list(_fitting(dataclasses.replace(run, accumulate=accumulate), topology))
+        yield from found
+        if found:
+            return
+
+
+def _fitting(run: RunConfig, topology: Topology) -> Iterator[Setting]:
     estimated = dataclasses.replace(topology, devices=None)
     sizes = [n for n in (1, 4, 8, 16, 32, 64, 128, 256) if n < topology.count] + [topology.count]
     for remat in layers.REMAT:
@@ -196,5 +209,5 @@ def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
             kept = sum(map(programs.device_bytes, program.parts.values()))
             needed = kept + fixed + activations
             if needed <= (1 - SPARE) * topology.chip.memory:
-                yield Setting(fsdp, remat, needed)
+                yield Setting(fsdp, remat, run.accumulate, needed)
                 break

@@ -55,7 +55,7 @@ def training(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     Raises:
       UserError: a teacher or a tokenizer that the run names is not there.
     """
-    functions, frozen = _TASKS[type(run)](run)
+    functions, frozen = task(run)
     state = loop.abstract_state(functions, mesh)
     shardings = partitioning.frozen_shardings(frozen, mesh, shard=run.mesh.shard_frozen)
     frozen = partitioning.abstract(frozen, shardings)
@@ -78,6 +78,15 @@ def training(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
         {"phase": functions.phase(run.total_steps - 1)},
         {name: part for name, part in parts.items() if jax.tree.leaves(part)},
     )
+
+
+def task(run: RunConfig) -> tuple[loop.Training, Any]:
+    """The pure functions of a run, and the shapes of its frozen networks, or None.
+
+    Raises:
+      UserError: a teacher or a tokenizer that it names is not there.
+    """
+    return _TASKS[type(run)](run)
 
 
 def drawing(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:

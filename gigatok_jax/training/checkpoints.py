@@ -99,7 +99,11 @@ class Checkpoints:
             ) from error
         return Restored(step, restored.state, restored.progress)
 
-    def close(self) -> None:
+    def wait(self) -> None:
         """Waits for what is being written."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits, and frees what writing took."""
+        self.wait()
         self._manager.close()

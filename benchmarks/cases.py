@@ -1,0 +1,347 @@
+"""What is measured: each case prepares one call of the program, and says what it must cost."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import functools
+import importlib.util
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gigatok_jax import recipes, sampling, teachers
+from gigatok_jax.config import from_mapping
+from gigatok_jax.models import inception, quantizer
+from gigatok_jax.models.tokenizer import Tokenizer
+from gigatok_jax.pictures import to_float
+from gigatok_jax.planning import flops, programs
+from gigatok_jax.precision import compute_dtype
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.run import RunConfig
+from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.weights import convert
+
+remat = ""  # of training steps; "": the config's
+CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
+
+
+@dataclasses.dataclass
+class Rival:
+    """What `benchmarks.yardstick` needs to do the same.
+
+    Attributes:
+      task: a key of its TASKS.
+      trees: parameters, by name.
+      arrays: inputs, by name.
+      config: numbers, by name.
+      expected: our result of its check.
+      agrees: whether its result is ours.
+    """
+
+    task: str
+    trees: Mapping[str, Any]
+    arrays: Mapping[str, np.ndarray]
+    config: Mapping[str, Any]
+    expected: np.ndarray
+    agrees: Callable[[np.ndarray, np.ndarray], bool]
+
+
+@dataclasses.dataclass
+class Case:
+    """One thing that is measured.
+
+    Attributes:
+      call: does it once; what it returns is waited for.
+      images: that one call handles.
+      flops: of its products and convolutions.
+      bytes: that it cannot but move: parameters and state, once read and once written.
+      compile_seconds: what was spent on compiling it, or None.
+      memory: bytes of arguments, results and temporaries, as compiled, or None.
+      limit, limited_by: seconds that it cannot but take for another reason, and its name.
+      rival: the same in PyTorch, or without this program, or None.
+      seconds: times one call itself, in place of `call`.
+      repeats: timed calls at most; 0: as many as asked for.
+      close: frees what it holds.
+    """
+
+    call: Callable[[], Any] | None
+    images: int
+    flops: float = 0.0
+    bytes: float = 0.0
+    compile_seconds: float | None = None
+    memory: int | None = None
+    limit: float = 0.0
+    limited_by: str = ""
+    rival: Rival | Callable[[], Any] | None = None
+    seconds: Callable[[], float] | None = None
+    repeats: int = 0
+    close: Callable[[], None] = lambda: None
+
+
+def fill(shapes: Any, seed: int = 0) -> Any:
+    """Random parameters, scaled as trained ones are, so that outputs tell right from wrong."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        x = rng.standard_normal(leaf.shape, dtype=np.float32)
+        name = path[-1].key
+        if name == "scale":
+            return 1 + 0.1 * x
+        if name.startswith("lin"):  # LPIPS's weights
+            return np.abs(x)
+        return x * (0.1 if name == "bias" else float(np.prod(leaf.shape[:-1])) ** -0.5)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def _config(name: str, argument: str) -> Any:
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(argument).to_dict()
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _compile(function: Callable, *arguments, **static) -> tuple[Callable, dict[str, Any]]:
+    """The compiled function, and what a `Case` says of it."""
+    jitted = function if hasattr(function, "lower") else jax.jit(function)
+    traced = jax.make_jaxpr(functools.partial(jitted, **static))(*arguments).jaxpr
+    lowered = jitted.lower(*arguments, **static)
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    seconds = time.perf_counter() - start
+    memory = compiled.memory_analysis()
+    total = memory and (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    return compiled, {
+        "flops": flops.count(traced),
+        "compile_seconds": seconds,
+        "memory": total or None,
+    }
+
+
+def _images(batch: int, size: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, 256, (batch, size, size, 3), np.uint8)
+
+
+def _tokenizer(name: str, batch: int):
+    config = recipes.tokenizer_model(name)
+    params = jax.device_put(fill(convert.tokenizer_shapes(config)))
+    return config, params, Tokenizer(config, dtype=compute_dtype("auto"))
+
+
+def encode(model: str, batch: int) -> Case:
+    config, params, module = _tokenizer(model, batch)
+    images = jax.device_put(_images(batch, config.image_size))
+
+    def run(params, images):
+        return module.apply({"params": params}, to_float(images), method=Tokenizer.encode)
+
+    compiled, costs = _compile(run, params, images)
+    rival = Rival(
+        "encode",
+        {"params": params},
+        {"image": images},
+        dataclasses.asdict(config),
+        compiled(params, images),
+        lambda one, other: np.mean(one == other) > 0.98,
+    )
+    size = (
+        tree_bytes(params["cnn_encoder"])
+        + tree_bytes(params["encoder"])
+        + tree_bytes(params["codebook"])
+    )
+    return Case(lambda: compiled(params, images), batch, bytes=size, rival=rival, **costs)
+
+
+def decode(model: str, batch: int) -> Case:
+    config, params, module = _tokenizer(model, batch)
+    codes = np.random.default_rng(1).integers(0, config.codebook_size, (batch, config.latents))
+    codes = jax.device_put(codes.astype(np.int32))
+
+    def run(params, codes):
+        return module.apply({"params": params}, codes, method=Tokenizer.decode)
+
+    compiled, costs = _compile(run, params, codes)
+
+    def agrees(one, other):
+        return np.abs(one - other.transpose(0, 2, 3, 1)).max() < _tolerance() * np.abs(one).max()
+
+    rival = Rival(
+        "decode",
+        {"params": params},
+        {"codes": codes},
+        dataclasses.asdict(config),
+        compiled(params, codes),
+        agrees,
+    )
+    size = tree_bytes(params["cnn_decoder"]) + tree_bytes(params["decoder"])
+    return Case(lambda: compiled(params, codes), batch, bytes=size, rival=rival, **costs)
+
+
+def _tolerance() -> float:
+    """Of results, relative; rounding apart, what is compared is the same computation."""
+    return 1e-3 if compute_dtype("auto") == jnp.float32 else 5e-2
+
+
+def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case:
+    """Before or after `disc_start`, with the losses, the teacher and the LPIPS of the config."""
+    run = from_mapping(TokenizerRun, _config("tokenizer", model) | _fields(batch))
+    step = _Step(run)
+    images = _images(batch, run.model.image_size)
+    case, first = step.case({"image": images}, run.total_steps - 1 if adversarial else 0)
+    trees = step.trees | {
+        "teacher": step.frozen.teacher,
+        "lpips": step.frozen.lpips,
+        "discriminator": step.discriminator,
+    }
+    config = dataclasses.asdict(run.model) | {
+        "adversarial": adversarial,
+        "channels": run.objective.discriminator_channels,
+        "entropy": run.objective.entropy,
+        "teacher_heads": teachers.architecture(run.objective.teacher).heads,
+    }
+    case.rival = Rival("tokenizer_step", trees, {"image": images}, config, first["total"], _near)
+    return case
+
+
+def generator_step(model: str, batch: int) -> Case:
+    run = from_mapping(GeneratorRun, _config("generator", model) | _fields(batch))
+    step = _Step(run)
+    rng = np.random.default_rng(1)
+    codes = rng.integers(0, run.model.codebook_size, (batch, run.model.codes), np.int32)
+    arrays = {"codes": codes, "label": rng.integers(0, run.model.classes, batch, np.int32)}
+    expected = jax.jit(step.functions.validation_loss)(step.state.params, arrays, None).mean()
+    case, _ = step.case(arrays, 0)
+    config = dataclasses.asdict(run.model) | {"class_dropout": run.class_dropout}
+    case.rival = Rival("generator_step", step.trees, arrays, config, np.asarray(expected), _near)
+    return case
+
+
+def _fields(batch: int) -> dict[str, Any]:
+    """What a benchmark decides in place of a config."""
+    fields = {"batch_size": batch, "mesh": {}, "dtype": jnp.dtype(compute_dtype("auto")).name}
+    return fields | ({"remat": remat} if remat else {})
+
+
+def _near(one: np.ndarray, other: np.ndarray) -> bool:
+    return bool(abs(one - other) < _tolerance() * max(abs(one), 1))
+
+
+class _Step:
+    """The step that `train` runs, with random weights everywhere."""
+
+    def __init__(self, run: RunConfig):
+        self.mesh = partitioning.make_mesh(run.mesh)
+        self.functions, frozen = programs.task(run)
+        self.frozen = jax.tree.map(np.asarray, fill(frozen))
+        abstract = loop.abstract_state(self.functions, self.mesh)
+        state = loop.fresh_state(self.functions, abstract, 0)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
+        self.state = state.replace(params=jax.device_put(fill(abstract.params), shardings))
+        # The step takes over the state's memory.
+        self.trees = {"params": jax.tree.map(np.array, self.state.params)}
+        self.discriminator = None
+        if hasattr(state, "discriminator"):
+            self.discriminator = jax.tree.map(np.array, state.discriminator["params"])
+
+    def case(self, arrays: dict[str, np.ndarray], number: int) -> tuple[Case, dict]:
+        """The case of step `number`, and the metrics of a first call."""
+        size = len(next(iter(arrays.values())))
+        batch = partitioning.put_batch(self.mesh, {"label": np.zeros(size, np.int32)} | arrays)
+        shardings = partitioning.frozen_shardings(self.frozen, self.mesh, shard=False)
+        frozen = partitioning.put(self.frozen, shardings)
+        step = loop.jit_step(self.functions, self.state, self.mesh)
+        phase = self.functions.phase(number)
+        compiled, costs = _compile(step, self.state, batch, frozen, phase=phase)
+        moved = 2 * tree_bytes(self.state) + tree_bytes(frozen)
+
+        def call():
+            self.state, metrics = compiled(self.state, batch, frozen)
+            return metrics
+
+        return Case(call, size, bytes=moved, **costs), jax.device_get(call())
+
+
+def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
+    """All codes of a batch; the limit reads weights and cache once for each of them."""
+    config = recipes.generator_model(model)
+    params, dtype = fill(convert.generator_shapes(config)), compute_dtype("auto")
+    placed = jax.device_put(params)
+    classes = np.random.default_rng(1).integers(0, config.classes, batch, np.int32)
+    keys = jax.random.split(jax.random.key(0), batch)
+
+    def run(settings):
+        def draw(params, classes, keys):
+            return sampling.sample(config, params, classes, keys, settings, dtype)
+
+        return draw
+
+    compiled, costs = _compile(run(SamplingConfig(guidance=guidance)), placed, classes, keys)
+    greedy = jax.jit(run(SamplingConfig(guidance=guidance, temperature=0.0)))
+
+    def agrees(one, other):
+        # Later on, one code that rounding decides makes all after it differ.
+        return np.mean(one[:, :8] == other[:, :8]) > 0.95
+
+    rival = Rival(
+        "sample",
+        {"params": params},
+        {"label": classes},
+        dataclasses.asdict(config) | {"guidance": guidance},
+        greedy(placed, classes, keys),
+        agrees,
+    )
+    item = jnp.dtype(dtype).itemsize
+    rows = batch * (2 if guidance != 1 else 1)
+    tables = sum(params[name].size for name in ("embedding", "class_embedding", "positions"))
+    weights = sum(leaf.size for leaf in jax.tree.leaves(params)) - tables
+    cache = rows * config.depth * config.width * (config.codes + 1)  # on average half, of two
+    moved = item * config.codes * (weights + cache)
+    return Case(lambda: compiled(placed, classes, keys), batch, bytes=moved, rival=rival, **costs)
+
+
+def code_search(model: str, batch: int) -> Case:
+    """With the entropy loss, forward and backward, as a tokenizer's step has it."""
+    config = recipes.tokenizer_model(model)
+    rng = np.random.default_rng(1)
+    shapes = ((batch, config.latents, config.code_dim), (config.codebook_size, config.code_dim))
+    z, codebook = (quantizer.normalize(rng.standard_normal(s, dtype=np.float32)) for s in shapes)
+
+    def run(z, codebook):
+        def loss(z, codebook):
+            codes, entropy = quantizer.search(z, codebook, entropy=True)
+            return entropy, codes
+
+        return jax.value_and_grad(loss, (0, 1), has_aux=True)(z, codebook)
+
+    compiled, costs = _compile(run, z, codebook)
+    return Case(lambda: compiled(z, codebook), batch, bytes=2 * tree_bytes((z, codebook)), **costs)
+
+
+def features(model: str, batch: int) -> Case:
+    """The metrics' Inception pass, in full float32."""
+    del model
+    params = jax.device_put(
+        fill(convert.shapes(inception.Inception(), np.zeros((1, 299, 299, 3), np.float32)))
+    )
+    images = _images(batch, 256)
+
+    def run(params, images):
+        with jax.default_matmul_precision("highest"):
+            return inception.Inception().apply({"params": params}, inception.preprocess(images))
+
+    compiled, costs = _compile(run, params, images)
+    return Case(lambda: compiled(params, images), batch, bytes=tree_bytes(params), **costs)

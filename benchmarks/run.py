@@ -1,0 +1,350 @@
+"""python -m benchmarks.run [NAME[:MODEL[:BATCH]] ...] --out=FILE.json
+
+Measures this program on this machine, beside the least time that the hardware allows and, where
+PyTorch is installed, beside the same computation written in it (`benchmarks.yardstick`). Names and
+their defaults are listed by --help; without any, all of them are measured. What FILE holds already
+of other measurements is kept, so that a table can be filled in several runs.
+"""
+
+import argparse
+from collections.abc import Callable
+import dataclasses
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import cases, host
+from benchmarks.cases import Case, Rival
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import write_json
+from gigatok_jax.models import layers
+from gigatok_jax.planning.chips import CHIPS, Chip
+from gigatok_jax.precision import compute_dtype
+
+GUIDANCE = 2.0
+ADVERSARIAL = {"adversarial": True}
+# Name to what prepares it, and the model and batch on CPUs and on accelerators.
+CASES: dict[str, tuple[Callable[..., Case], tuple[str, int], tuple[str, int]]] = {
+    "encode": (cases.encode, ("s_s", 4), ("b_l", 64)),
+    "decode": (cases.decode, ("s_s", 4), ("b_l", 64)),
+    "tokenizer_step": (cases.tokenizer_step, ("s_s", 2), ("s_s", 32)),
+    "tokenizer_step_adversarial": (
+        functools.partial(cases.tokenizer_step, adversarial=True),
+        ("s_s", 2),
+        ("s_s", 32),
+    ),
+    "generator_step": (cases.generator_step, ("b", 8), ("b", 64)),
+    "sample": (cases.sample, ("b", 8), ("b", 64)),
+    "sample_guided": (functools.partial(cases.sample, guidance=GUIDANCE), ("b", 8), ("b", 64)),
+    "code_search": (cases.code_search, ("s_s", 4), ("s_s", 64)),
+    "features": (cases.features, ("inception", 8), ("inception", 64)),
+    "input": (host.augmentation, ("train", 64), ("train", 64)),
+    "checkpoint_save": (host.save, ("b", 1), ("b", 1)),
+    "checkpoint_restore": (host.restore, ("b", 1), ("b", 1)),
+    "start_up_cold": (host.cold, ("tiny_tiny", 2), ("tiny_tiny", 8)),
+    "start_up_warm": (host.warm, ("tiny_tiny", 2), ("tiny_tiny", 8)),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, epilog=_defaults())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("names", nargs="*", metavar="NAME[:MODEL[:BATCH]]")
+    parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file of the results")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each")
+    parser.add_argument("--photos", type=pathlib.Path, help="folder of JPEGs for `input`")
+    parser.add_argument("--remat", choices=layers.REMAT, help="of training steps; the config's")
+    parser.add_argument("--no-yardstick", action="store_true", help="leave PyTorch out")
+    arguments = parser.parse_args()
+    if arguments.repeats < 1:
+        parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
+    host.photos, cases.remat = arguments.photos, arguments.remat
+    try:
+        wanted = [_parse(name) for name in arguments.names or CASES]
+    except UserError as error:
+        parser.error(str(error))
+    machine = Machine.find()
+    report = {"machine": dataclasses.asdict(machine), "results": {}}
+    if arguments.out.exists():
+        old = json.loads(arguments.out.read_text())
+        if old["machine"]["device"] != machine.device:
+            parser.error(f"--out: {arguments.out} is of {old['machine']['device']}")
+        report["results"] = old["results"]
+    print(describe_machine(report["machine"]), HEADER, sep="\n", flush=True)
+    for name, model, batch in wanted:
+        result = measure(CASES[name][0], model, batch, machine, arguments)
+        key = f"{name}:{model}:{batch}"
+        report["results"][key] = result
+        write_json(arguments.out, report)  # after each: what was measured is not lost
+        print(row(key, result), flush=True)
+
+
+def _defaults() -> str:
+    lines = [
+        f"  {name:<28}{':'.join(map(str, cpu)):<14}{':'.join(map(str, other))}"
+        for name, (_, cpu, other) in CASES.items()
+    ]
+    return "\n".join([f"{'names':<30}{'on CPUs':<14}on accelerators", *lines])
+
+
+def _parse(text: str) -> tuple[str, str, int]:
+    name, *rest = text.split(":")
+    if name not in CASES:
+        raise UserError(f"{name!r}: no such benchmark; known: {', '.join(CASES)}")
+    default = CASES[name][1 if jax.default_backend() == "cpu" else 2]
+    model = rest[0] if rest else default[0]
+    batch = rest[1] if len(rest) > 1 else str(default[1])
+    if len(rest) > 2 or not batch.isdigit() or int(batch) < 1:
+        raise UserError(f"{text!r}: expected NAME[:MODEL[:BATCH]], BATCH a positive number")
+    return name, model, int(batch)
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What a time is compared with.
+
+    Attributes:
+      device: its kind, and how many there are.
+      peak: products a second, of all devices together.
+      bandwidth: bytes a second to and from their main memories.
+      known: whether these are the maker's, or were measured just now.
+      dtype: of the computation.
+      versions: of the libraries.
+    """
+
+    device: str
+    peak: float
+    bandwidth: float
+    known: bool
+    dtype: str
+    versions: dict[str, str]
+
+    @classmethod
+    def find(cls) -> "Machine":
+        devices, dtype = jax.devices(), compute_dtype("auto")
+        kind = devices[0].device_kind
+        chip = _chip(kind)
+        if chip:
+            peak, bandwidth = chip.flops * len(devices), chip.bandwidth * len(devices)
+        else:
+            peak, bandwidth = _product_rate(dtype), _copy_rate()
+        if kind == "cpu":
+            kind = f"{_processor()}, {os.cpu_count()} cores"
+        versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
+        name = f"{len(devices)}x {kind}" if len(devices) > 1 else kind
+        return cls(name, peak, bandwidth, chip is not None, jnp.dtype(dtype).name, versions)
+
+
+# Words of JAX's `device_kind` to names of `planning.chips`.
+KINDS = {
+    "a100": "a100", "h100": "h100", "h200": "h200", "b200": "b200", "tpu v4": "v4",
+    "tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5p": "v5p", "tpu v5": "v5p", "tpu v6": "v6e",
+}  # fmt: skip
+
+
+def _chip(kind: str) -> Chip | None:
+    return next((CHIPS[name] for words, name in KINDS.items() if words in kind.lower()), None)
+
+
+def _processor() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "CPU"
+
+
+def _product_rate(dtype: Any, size: int = 4096) -> float:
+    """FLOPs a second of a large matrix product, the best of five."""
+    x = jnp.ones((size, size), dtype)
+    product = jax.jit(jnp.dot)
+    product(x, x).block_until_ready()
+    seconds = min(seconds_of(lambda: product(x, x)) for _ in range(5))
+    return 2 * size**3 / seconds
+
+
+def _copy_rate(size: int = 2**28) -> float:
+    """Bytes a second that an addition reads and writes, the best of five."""
+    x = jnp.ones(size, jnp.float32)
+    add = jax.jit(lambda x: x + 1)
+    add(x).block_until_ready()
+    return 8 * size / min(seconds_of(lambda: add(x)) for _ in range(5))
+
+
+def seconds_of(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(call())
+    return time.perf_counter() - start
+
+
+def measure(
+    prepare: Callable[..., Case], model: str, batch: int, machine: Machine, arguments: Any
+) -> dict[str, Any]:
+    """Times a case, the yardstick's like right before and after each call."""
+    case = prepare(model, batch)
+    yardstick, ours, theirs, ratios = _yardstick(case, arguments), [], [], []
+    if case.call:
+        jax.block_until_ready(case.call())
+    if yardstick:
+        yardstick.seconds()
+        before = yardstick.seconds()
+        theirs.append(before)
+    for _ in range(min(arguments.repeats, case.repeats or arguments.repeats)):
+        ours.append(case.seconds() if case.seconds else seconds_of(case.call))
+        if yardstick:
+            after = yardstick.seconds()
+            ratios.append((before + after) / 2 / ours[-1])
+            theirs.append(after)
+            before = after
+    seconds = statistics.median(ours)
+    limit = max(case.flops / machine.peak, case.bytes / machine.bandwidth, case.limit)
+    result = {
+        "compile_seconds": case.compile_seconds,
+        "seconds": seconds,
+        "least": min(ours),
+        "most": max(ours),
+        "repeats": len(ours),
+        "images_per_second": case.images / seconds if case.images else None,
+        "flops": case.flops,
+        "flops_per_second": case.flops / seconds,
+        "share_of_peak": case.flops / seconds / machine.peak,
+        "memory_bytes": _peak_memory() or case.memory,
+        "limit_seconds": limit,
+        "limit": case.limited_by or ("FLOPs" if case.flops / machine.peak == limit else "bytes"),
+    }
+    if yardstick:
+        result["yardstick"] = yardstick.answer | {
+            "seconds": statistics.median(theirs),
+            "least": min(theirs),
+            "most": max(theirs),
+            "ratio": statistics.median(ratios),
+        }
+        yardstick.close()
+    case.close()
+    return result
+
+
+def _yardstick(case: Case, arguments: Any) -> "Yardstick | Local | None":
+    if not isinstance(case.rival, Rival):
+        return case.rival and Local(case.rival)
+    rival, case.rival = case.rival, None  # its arrays are no longer needed here
+    if arguments.no_yardstick or importlib.util.find_spec("torch") is None:
+        return None
+    return Yardstick(rival)
+
+
+def _peak_memory() -> int | None:
+    """Bytes of the device's memory, at most, since the process started."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use")
+
+
+class Local:
+    """What is measured against in this process; see `Yardstick`."""
+
+    def __init__(self, call: Callable[[], Any]):
+        self._call, self.answer = call, {}
+
+    def seconds(self) -> float:
+        return seconds_of(self._call)
+
+    def close(self) -> None:
+        pass
+
+
+class Yardstick:
+    """The process that runs PyTorch.
+
+    Attributes:
+      answer: what it says of itself.
+
+    Raises:
+      RuntimeError: its results are not ours.
+    """
+
+    def __init__(self, rival: Rival):
+        command = [sys.executable, "-m", "benchmarks.yardstick"]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        self._process = subprocess.Popen(command, **pipes)
+        with tempfile.TemporaryDirectory() as folder:
+            path, found = (pathlib.Path(folder) / name for name in ("arrays.npz", "found.npy"))
+            arrays = {name: np.asarray(array) for name, array in rival.arrays.items()}
+            for name, tree in rival.trees.items():
+                for keys, leaf in jax.tree_util.tree_leaves_with_path(tree):
+                    arrays["/".join([name, *(key.key for key in keys)])] = np.asarray(leaf)
+            np.savez(path, **arrays)
+            request = {"task": rival.task, "path": str(path), "result": str(found)}
+            self.answer = self._ask(request | {"config": rival.config})
+            if not rival.agrees(np.asarray(rival.expected), np.load(found)):
+                self.close()
+                raise RuntimeError(f"{rival.task}: the yardstick computes something else")
+
+    def seconds(self) -> float:
+        return self._ask({})["seconds"]
+
+    def _ask(self, request: dict) -> dict:
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError("the yardstick's process ended")
+        return json.loads(line)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+HEADER = (
+    f"{'':<34}{'compile':>9}{'median':>10}{'least':>10}{'most':>10}{'images/s':>10}"
+    f"{'TFLOP/s':>9}{'peak':>7}{'memory':>10}{'limit':>10}{'':<7}{'PyTorch':>10}{'ratio':>7}"
+)
+
+
+def describe_machine(machine: dict[str, Any]) -> str:
+    how = "as its maker says" if machine["known"] else "measured"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    return (
+        f"{machine['device']}, {machine['dtype']}: {machine['peak'] / 1e12:.3g} TFLOP/s and "
+        f"{machine['bandwidth'] / 1e9:.3g} GB/s, {how}; {versions}"
+    )
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A line of the table."""
+
+    def number(value, form, width):
+        return f"{'' if value is None else format(value, form):>{width}}"
+
+    other = result.get("yardstick") or {}
+    memory = result["memory_bytes"]
+    flops = result["flops_per_second"] or None
+    return (
+        f"{name:<34}{number(result['compile_seconds'], '.1f', 9)}"
+        + "".join(number(result[field], ".4g", 10) for field in ("seconds", "least", "most"))
+        + number(result["images_per_second"], ".2f", 10)
+        + number(flops and flops / 1e12, ".3f", 9)
+        + number(flops and result["share_of_peak"], ".1%", 7)
+        + number(memory and memory / 1e9, ".2f", 7)
+        + (" GB" if memory else "   ")
+        + number(result["limit_seconds"] or None, ".4g", 10)
+        + f" {result['limit']:<6}"
+        + number(other.get("seconds"), ".4g", 10)
+        + number(other.get("ratio"), ".2f", 7)
+    )
+
+
+if __name__ == "__main__":
+    main()
