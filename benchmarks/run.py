@@ -189,20 +189,23 @@ def seconds_of(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def steady_seconds(call: Callable[[], Any]) -> float:
+    """Of a call that follows another, as in a loop: the first finds memory and caches cold."""
+    jax.block_until_ready(call())
+    return seconds_of(call)
+
+
 def measure(
     prepare: Callable[..., Case], model: str, batch: int, machine: Machine, arguments: Any
 ) -> dict[str, Any]:
     """Times a case, the yardstick's like right before and after each call."""
     case = prepare(model, batch)
     yardstick, ours, theirs, ratios = _yardstick(case, arguments), [], [], []
-    if case.call:
-        jax.block_until_ready(case.call())
     if yardstick:
-        yardstick.seconds()
         before = yardstick.seconds()
         theirs.append(before)
     for _ in range(min(arguments.repeats, case.repeats or arguments.repeats)):
-        ours.append(case.seconds() if case.seconds else seconds_of(case.call))
+        ours.append(case.seconds() if case.seconds else steady_seconds(case.call))
         if yardstick:
             after = yardstick.seconds()
             ratios.append((before + after) / 2 / ours[-1])
@@ -258,7 +261,7 @@ class Local:
         self._call, self.answer = call, {}
 
     def seconds(self) -> float:
-        return seconds_of(self._call)
+        return steady_seconds(self._call)
 
     def close(self) -> None:
         pass

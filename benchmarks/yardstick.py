@@ -483,11 +483,13 @@ def serve() -> None:
             np.save(request["result"], check(job, request["task"]))
             answer = {"device": DEVICE, "version": torch.__version__}
         else:
-            start = time.perf_counter()
-            job()
-            if DEVICE == "cuda":
-                torch.cuda.synchronize()
-            answer = {"seconds": time.perf_counter() - start}
+            for _ in range(2):  # the first finds memory and caches cold
+                start = time.perf_counter()
+                job()
+                if DEVICE == "cuda":
+                    torch.cuda.synchronize()
+                seconds = time.perf_counter() - start
+            answer = {"seconds": seconds}
         print(json.dumps(answer), flush=True)
 
 
