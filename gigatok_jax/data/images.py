@@ -57,23 +57,20 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _shrink(image: Image.Image, short_side: int) -> Image.Image:
-    """Resizes to a short side in pixels: halves by averaging while that is possible, then bicubic.
+def _halve(image: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:
+    """The first part of resizing to a short side in pixels, and the size to be reached.
 
-    Rounding is part of the standard: sides halve downwards, the last step rounds to even.
+    Halves by averaging while that is possible. Rounding is part of the standard: sides halve
+    downwards, the last step, bicubic, rounds to even.
     """
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), BOX)
     scale = short_side / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), BICUBIC)
+    return image, (round(image.width * scale), round(image.height * scale))
 
 
 def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
-
-
-def _crop(image: Image.Image, left: int, top: int, size: int) -> np.ndarray:
-    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
@@ -86,8 +83,10 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     Returns:
         uint8 [S, S, 3].
     """
-    image = _shrink(_pillow(image), size)
-    return _crop(image, (image.width - size) // 2, (image.height - size) // 2, size)
+    image, (width, height) = _halve(_pillow(image), size)
+    left, top = (width - size) // 2, (height - size) // 2
+    image = image.resize((width, height), BICUBIC)
+    return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.ndarray:
@@ -112,6 +111,9 @@ def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.n
 def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
     """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
 
+    Only what the crop shows is resized; pixels may differ from those of the resized whole by what
+    Pillow rounds between rows and columns.
+
     Args:
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
@@ -120,7 +122,10 @@ def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Gener
     Returns:
         uint8 [S, S, 3].
     """
-    image = _shrink(_pillow(image), int(rng.integers(size, size * 5 // 4, endpoint=True)))
-    left, top = rng.integers(0, (image.width - size, image.height - size), endpoint=True).tolist()
-    crop = _crop(image, left, top, size)
+    short_side = int(rng.integers(size, size * 5 // 4, endpoint=True))
+    image, (width, height) = _halve(_pillow(image), short_side)
+    left, top = rng.integers(0, (width - size, height - size), endpoint=True).tolist()
+    x, y = image.width / width, image.height / height
+    box = (left * x, top * y, min((left + size) * x, image.width), (top + size) * y)
+    crop = np.asarray(image.resize((size, size), BICUBIC, box=box))
     return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop
