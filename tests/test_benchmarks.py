@@ -1,0 +1,104 @@
+"""Benchmarks: their cases run and are counted, their files compare, and PyTorch agrees."""
+
+import importlib.util
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from benchmarks import cases, compare, host, run
+from gigatok_jax import recipes
+from gigatok_jax.models.generator import GeneratorConfig
+
+import tiny
+
+TOKENIZER = tiny.config(codebook_size=128, semantic_dim=16)
+GENERATOR = GeneratorConfig(2, 2, 16, codes=8, codebook_size=64, classes=10)
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="the yardstick is written in it"
+)
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Models of seconds, under the names of large ones."""
+    monkeypatch.setattr(recipes, "tokenizer_model", lambda name: TOKENIZER)
+    monkeypatch.setattr(recipes, "generator_model", lambda name: GENERATOR)
+    monkeypatch.setattr(run, "_product_rate", lambda dtype: 1e12)
+    monkeypatch.setattr(run, "_copy_rate", lambda: 1e10)
+
+
+def main(monkeypatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", *arguments])
+    run.main()
+
+
+def test_a_run_writes_what_it_measures_and_keeps_what_was_there(monkeypatch, tmp_path):
+    out = tmp_path / "report.json"
+    flags = [f"--out={out}", "--repeats=2", "--no-yardstick"]
+    main(monkeypatch, "encode:s_s:2", *flags)
+    main(monkeypatch, "sample_guided:b:2", "code_search:s_s:1", *flags)
+    results = json.loads(out.read_text())["results"]
+    assert list(results) == ["encode:s_s:2", "sample_guided:b:2", "code_search:s_s:1"]
+    for name, result in results.items():
+        assert result["least"] <= result["seconds"] <= result["most"], name
+        assert result["images_per_second"] > 0 and result["flops"] > 0, name
+        assert result["limit_seconds"] > 0 and result["limit"] in ("FLOPs", "bytes"), name
+    table = compare.table(*(json.loads(out.read_text()) for _ in range(2)))
+    assert len(table) == 3 + len(results) and table[3].startswith("encode:s_s:2")
+    assert "1.00" in table[3]
+
+
+@needs_torch
+@pytest.mark.parametrize(
+    "prepare, arguments",
+    [
+        (cases.encode, {}),
+        (cases.decode, {}),
+        (cases.sample, {"guidance": 2.0}),
+    ],
+)
+def test_the_yardstick_computes_what_is_ours(prepare, arguments):
+    case = prepare("any", 2, **arguments)
+    yardstick = run.Yardstick(case.rival)  # raises where results differ
+    assert yardstick.seconds() > 0
+    yardstick.close()
+
+
+@needs_torch
+def test_a_yardstick_that_computes_something_else_is_an_error():
+    case = cases.decode("any", 1)
+    case.rival.expected = np.asarray(case.rival.expected) + 1
+    with pytest.raises(RuntimeError, match="decode: the yardstick computes something else"):
+        run.Yardstick(case.rival)
+
+
+def test_augmentation_is_timed_beside_plain_pillow():
+    case = host.augmentation("train", 2)
+    assert case.images >= 2 and case.limit > 0
+    case.call()
+    case.rival()
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("flying", "'flying': no such benchmark; known: encode"),
+        ("encode:s_s:none", "expected NAME"),
+        ("encode:s_s:0", "expected NAME"),
+        ("encode:s_s:1:2", "expected NAME"),
+    ],
+)
+def test_unknown_benchmarks_are_refused(monkeypatch, capsys, tmp_path, name, message):
+    with pytest.raises(SystemExit):
+        main(monkeypatch, name, f"--out={tmp_path / 'x.json'}")
+    assert message in capsys.readouterr().err
+
+
+def test_a_report_of_another_machine_is_not_mixed_in(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "x.json"
+    out.write_text(json.dumps({"machine": {"device": "abacus"}, "results": {}}))
+    with pytest.raises(SystemExit):
+        main(monkeypatch, "encode", f"--out={out}")
+    assert "is of abacus" in capsys.readouterr().err
