@@ -53,6 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The program: `main`, and the end of the process."""
+    _take_huge_pages()
     try:
         code = main()
     except KeyboardInterrupt:
@@ -67,6 +68,16 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _take_huge_pages() -> None:
+    """Starts the program again with huge pages for large allocations, where the C library has them.
+
+    On CPUs, XLA maps gigabytes anew at every step; in pages of 4 KiB that costs a tenth of the time.
+    """
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
+        os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def _started() -> bool:
