@@ -73,7 +73,7 @@ def entry() -> None:
 def _take_huge_pages() -> None:
     """Starts the program again with huge pages for large allocations, where the C library has them.
 
-    On CPUs, XLA maps gigabytes anew at every step; in pages of 4 KiB that costs a tenth of the time.
+    On CPUs, XLA maps gigabytes anew at each step; in pages of 4 KiB that costs a tenth of the time.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"

@@ -279,25 +279,10 @@ class Generator(nn.Module):
         return self.head(x)
 
 
-def _move_inputs(params: Any, *, last: bool) -> Any:
-    """Moves kernels' input axes from the first to the last place, or back."""
-
-    def move(path, array):
-        if path[-1].key != "kernel":
-            return array
-        # Only `layers.Attention`'s "out" contracts two axes, [heads, head_dim].
-        count = 2 if path[-2].key == "out" else 1
-        first, end = range(count), range(-count, 0)
-        return jnp.moveaxis(array, first, end) if last else jnp.moveaxis(array, end, first)
-
-    return jax.tree.map_with_path(move, params)
-
-
 class Decoder:
     """One code at a time: the same computation as `Generator`, with keys and values kept.
 
     Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
-    Kernels are kept with their inputs last: CPUs multiply the few rows of a batch faster so.
 
     Args:
       config: the architecture.
@@ -315,17 +300,15 @@ class Decoder:
         )
         stacked = params["layers"]["block"]
         self._blocks = [
-            _move_inputs(jax.tree.map(lambda array, i=i: array[i], stacked), last=True)
-            for i in range(config.depth)
+            jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]
-        self._rest = _move_inputs(params | {"layers": {}}, last=True)
+        self._rest = params | {"layers": {}}
         self._first = self._apply(Generator.class_vectors, classes)
         self._condition = self._apply(Generator.condition, self._first)
         self._rotation = rotation(config)
 
     def _apply(self, method, *args):
-        params = _move_inputs(self._rest, last=False)
-        return self._module.apply({"params": params}, *args, method=method)
+        return self._module.apply({"params": self._rest}, *args, method=method)
 
     def empty_cache(self, length: int) -> list[layers.Cache]:
         """One `layers.Cache` a block for `length` positions."""
@@ -353,7 +336,7 @@ class Decoder:
         block, updated = Block(self._config, dtype=self._dtype), []
         for params, layer_cache in zip(self._blocks, cache, strict=True):
             x, layer_cache = block.apply(
-                {"params": _move_inputs(params, last=False)},
+                {"params": params},
                 x,
                 layer_cache,
                 position,
