@@ -334,14 +334,12 @@ def code_search(model: str, batch: int) -> Case:
 def features(model: str, batch: int) -> Case:
     """The metrics' Inception pass, in full float32."""
     del model
-    params = jax.device_put(
-        fill(convert.shapes(inception.Inception(), np.zeros((1, 299, 299, 3), np.float32)))
-    )
+    variables = fill(convert.shapes(inception.Inception(), (1, 299, 299, 3)))
     images = _images(batch, 256)
 
-    def run(params, images):
+    def run(variables, images):
         with jax.default_matmul_precision("highest"):
-            return inception.Inception().apply({"params": params}, inception.preprocess(images))
+            return inception.Inception().apply(variables, inception.preprocess(images))
 
-    compiled, costs = _compile(run, params, images)
-    return Case(lambda: compiled(params, images), batch, bytes=tree_bytes(params), **costs)
+    compiled, costs = _compile(run, variables, images)
+    return Case(lambda: compiled(variables, images), batch, bytes=tree_bytes(variables), **costs)

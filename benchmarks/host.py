@@ -153,7 +153,14 @@ def start_up(model: str, batch: int, *, cold: bool) -> Case:
     """From the start of `gigatok train` to the first logged step, without a teacher."""
     folder = tempfile.TemporaryDirectory()
     root = pathlib.Path(folder.name)
-    fields = ["data.source=embedded", f"batch_size={batch}", "steps=2", "evaluation_images=1"]
+    fields = [
+        "data.source=embedded",
+        "data.length=64",
+        "data.eval_length=2",
+        f"batch_size={batch}",
+        "steps=2",
+        "evaluation_images=1",
+    ]
     fields += [f"objective.{name}=0" for name in ("perceptual", "semantic", "adversarial")]
     fields += ["loop.log_every=1", "optimizer.warmup_steps=0", "data.workers=0"]
     command = [sys.executable, "-m", "gigatok_jax", "train"]
