@@ -91,7 +91,8 @@ def test_a_notice_to_one_saves_all_and_a_lost_process_ends_the_others(tmp_path):
     more = [*endless, "--config.loop.checkpoint_every=100000"]  # the notice's is the only one
 
     two = gigatok(2, more, tmp_path)
-    while not (workdir / "metrics.jsonl").exists():
+    log = workdir / "metrics.jsonl"
+    while not (log.exists() and log.read_text()):  # until the first step, a notice ends a process
         assert two.poll() is None, two.stdout.read()
         time.sleep(0.1)
     os.kill(started(two, workdir, 0)[1], signal.SIGTERM)
