@@ -1,5 +1,6 @@
 """Cases of the host's work: the input pipeline, checkpoints, the way to the first step."""
 
+from collections.abc import Callable
 import functools
 import io
 import itertools
@@ -17,6 +18,7 @@ from PIL import Image
 from benchmarks.cases import Case, tree_bytes
 from gigatok_jax import recipes
 from gigatok_jax.data import images
+from gigatok_jax.errors import UserError
 from gigatok_jax.training import loop, partitioning
 from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.generator import GeneratorTraining
@@ -33,7 +35,7 @@ photos: pathlib.Path | None = None  # folder of JPEGs; None: made-up ones
 def augmentation(model: str, batch: int) -> Case:
     """The training crop of JPEGs, in float32, on one core; beside it Pillow called plainly."""
     if model != "train":
-        raise ValueError(f"input:{model}: expected input:train")
+        raise UserError(f"input:{model}: expected input:train")
     files = _photos() if photos is None else _read(photos)
     files = list(itertools.islice(itertools.cycle(files), max(batch, len(files))))
 
@@ -82,7 +84,7 @@ def _plain(data: bytes, rng: np.random.Generator) -> np.ndarray:
 def _read(folder: pathlib.Path) -> list[bytes]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
     if not paths:
-        raise FileNotFoundError(f"--photos: {folder} has no JPEGs")
+        raise UserError(f"--photos: {folder} has no JPEGs")
     return [path.read_bytes() for path in paths[:COUNT]]
 
 
@@ -110,11 +112,23 @@ def _state(model: str):
     return abstract, loop.fresh_state(training, abstract, 0)
 
 
+def _checkpoints() -> tuple[Checkpoints, Callable[[], None]]:
+    """Those of a folder for a while, and what ends them."""
+    folder = tempfile.TemporaryDirectory()
+    checkpoints = Checkpoints(pathlib.Path(folder.name))
+
+    def close():
+        checkpoints.close()
+        folder.cleanup()
+
+    return checkpoints, close
+
+
 def save(model: str, batch: int) -> Case:
     """How long a checkpoint of a generator's state holds up the step; files follow behind it."""
     del batch
-    folder = tempfile.TemporaryDirectory()
-    checkpoints, steps = Checkpoints(pathlib.Path(folder.name)), itertools.count(1)
+    checkpoints, close = _checkpoints()
+    steps = itertools.count(1)
     _, state = _state(model)
 
     def seconds():
@@ -124,26 +138,16 @@ def save(model: str, batch: int) -> Case:
         checkpoints.wait()
         return taken
 
-    def close():
-        checkpoints.close()
-        folder.cleanup()
-
     return Case(None, 0, bytes=tree_bytes(state), seconds=seconds, close=close)
 
 
 def restore(model: str, batch: int) -> Case:
     """Reading it again, from the file system's cache."""
     del batch
-    folder = tempfile.TemporaryDirectory()
-    checkpoints = Checkpoints(pathlib.Path(folder.name))
+    checkpoints, close = _checkpoints()
     abstract, state = _state(model)
     checkpoints.save(1, state, {})
     checkpoints.wait()
-
-    def close():
-        checkpoints.close()
-        folder.cleanup()
-
     return Case(
         lambda: checkpoints.restore(abstract).state, 0, bytes=tree_bytes(state), close=close
     )

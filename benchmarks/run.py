@@ -35,7 +35,6 @@ from gigatok_jax.planning.chips import CHIPS, Chip
 from gigatok_jax.precision import compute_dtype
 
 GUIDANCE = 2.0
-ADVERSARIAL = {"adversarial": True}
 # Name to what prepares it, and the model and batch on CPUs and on accelerators.
 CASES: dict[str, tuple[Callable[..., Case], tuple[str, int], tuple[str, int]]] = {
     "encode": (cases.encode, ("s_s", 4), ("b_l", 64)),
@@ -85,7 +84,10 @@ def main() -> None:
         report["results"] = old["results"]
     print(describe_machine(report["machine"]), HEADER, sep="\n", flush=True)
     for name, model, batch in wanted:
-        result = measure(CASES[name][0], model, batch, machine, arguments)
+        try:
+            result = measure(CASES[name][0], model, batch, machine, arguments)
+        except UserError as error:
+            parser.error(str(error))
         key = f"{name}:{model}:{batch}"
         report["results"][key] = result
         write_json(arguments.out, report)  # after each: what was measured is not lost
@@ -290,7 +292,7 @@ class Yardstick:
             np.savez(path, **arrays)
             request = {"task": rival.task, "path": str(path), "result": str(found)}
             self.answer = self._ask(request | {"config": rival.config})
-            if not rival.agrees(np.asarray(rival.expected), np.load(found)):
+            if not rival.agrees(np.asarray(rival.expected()), np.load(found)):
                 self.close()
                 raise RuntimeError(f"{rival.task}: the yardstick computes something else")
 

@@ -125,7 +125,8 @@ def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Gener
     short_side = int(rng.integers(size, size * 5 // 4, endpoint=True))
     image, (width, height) = _halve(_pillow(image), short_side)
     left, top = rng.integers(0, (width - size, height - size), endpoint=True).tolist()
-    x, y = image.width / width, image.height / height
-    box = (left * x, top * y, min((left + size) * x, image.width), (top + size) * y)
+    columns = [x * image.width / width for x in (left, left + size)]
+    rows = [y * image.height / height for y in (top, top + size)]
+    box = (columns[0], rows[0], columns[1], rows[1])
     crop = np.asarray(image.resize((size, size), BICUBIC, box=box))
     return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop

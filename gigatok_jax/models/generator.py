@@ -302,13 +302,13 @@ class Decoder:
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]
-        self._rest = params | {"layers": {}}
+        self._params = params
         self._first = self._apply(Generator.class_vectors, classes)
         self._condition = self._apply(Generator.condition, self._first)
         self._rotation = rotation(config)
 
     def _apply(self, method, *args):
-        return self._module.apply({"params": self._rest}, *args, method=method)
+        return self._module.apply({"params": self._params}, *args, method=method)
 
     def empty_cache(self, length: int) -> list[layers.Cache]:
         """One `layers.Cache` a block for `length` positions."""
