@@ -87,13 +87,16 @@ def fill(shapes: Any, seed: int = 0) -> Any:
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        x = rng.standard_normal(leaf.shape, dtype=np.float32)
+        x = rng.random(leaf.shape, dtype=np.float32)  # of billions, normal ones would take minutes
+        x -= 0.5
+        x *= 12**0.5
         name = path[-1].key
         if name == "scale":
             return 1 + 0.1 * x
         if name.startswith("lin"):  # LPIPS's weights
             return np.abs(x)
-        return x * (0.1 if name == "bias" else float(np.prod(leaf.shape[:-1])) ** -0.5)
+        x *= 0.1 if name == "bias" else float(np.prod(leaf.shape[:-1])) ** -0.5
+        return x
 
     return jax.tree.map_with_path(draw, shapes)
 
@@ -155,7 +158,7 @@ def encode(model: str, batch: int) -> Case:
         {"image": images},
         dataclasses.asdict(config),
         lambda: compiled(params, images),
-        lambda one, other: np.mean(one == other) > 0.98,
+        lambda one, other: np.mean(one == other) > (0.98 if _tolerance() < 1e-2 else 0.5),
     )
     size = (
         tree_bytes(params["cnn_encoder"])
@@ -204,7 +207,6 @@ def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case
     trees = step.trees | {
         "teacher": step.frozen.teacher,
         "lpips": step.frozen.lpips,
-        "discriminator": step.discriminator,
     }
     config = dataclasses.asdict(run.model) | {
         "adversarial": adversarial,
@@ -254,14 +256,15 @@ class _Step:
         self.functions, frozen = programs.task(run)
         self.frozen = jax.tree.map(np.asarray, fill(frozen))
         abstract = loop.abstract_state(self.functions, self.mesh)
-        state = loop.fresh_state(self.functions, abstract, 0)
-        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract.params)
-        self.state = state.replace(params=jax.device_put(fill(abstract.params), shardings))
-        # The step takes over the state's memory.
-        self.trees = {"params": jax.tree.map(np.array, self.state.params)}
-        self.discriminator = None
+        self.trees = {"params": fill(abstract.params)}
+        state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
+        state = state.replace(params=self.trees["params"])
         if hasattr(state, "discriminator"):
-            self.discriminator = jax.tree.map(np.array, state.discriminator["params"])
+            self.trees["discriminator"] = fill(abstract.discriminator["params"])
+            weights = {"params": self.trees["discriminator"]}
+            state = state.replace(discriminator=state.discriminator | weights)
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+        self.state = jax.device_put(state, shardings)
 
     def case(self, arrays: dict[str, np.ndarray], number: int) -> Case:
         """The case of step `number`."""
@@ -303,7 +306,8 @@ def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
 
     def agrees(one, other):
         # Later on, one code that rounding decides makes all after it differ.
-        return np.mean(one[:, :8] == other[:, :8]) > 0.95
+        codes, share = (8, 0.95) if _tolerance() < 1e-2 else (2, 0.5)
+        return np.mean(one[:, :codes] == other[:, :codes]) > share
 
     rival = Rival(
         "sample",

@@ -420,10 +420,13 @@ class Encode:
     def __init__(self, trees, rest, c):
         self.p, self.images, self.c = trees["params"], images(rest["image"]), c
 
+    def run(self):
+        return encode(self.p, self.images, self.c)
+
     @torch.inference_mode()
     def __call__(self):
         with autocast():
-            return encode(self.p, self.images, self.c)
+            return self.run()
 
 
 class Decode:
@@ -431,10 +434,13 @@ class Decode:
         self.p, self.c = trees["params"], c
         self.codes = torch.tensor(rest["codes"], dtype=torch.long, device=DEVICE)
 
+    def run(self):
+        return decode(self.p, self.codes, self.c).float()
+
     @torch.inference_mode()
     def __call__(self):
         with autocast():
-            return decode(self.p, self.codes, self.c).float()
+            return self.run()
 
 
 def images(array):
@@ -478,9 +484,12 @@ def serve() -> None:
         if "task" in request:
             trees, rest = load(request["path"])
             job = TASKS[request["task"]](trees, rest, request["config"])
-            if DEVICE == "cuda" and hasattr(job, "loss"):
-                job.loss = torch.compile(job.loss)
+            for name in ("run", "loss"):
+                if DEVICE == "cuda" and hasattr(job, name):
+                    setattr(job, name, torch.compile(getattr(job, name)))
             np.save(request["result"], check(job, request["task"]))
+            if DEVICE == "cuda":
+                torch.cuda.empty_cache()  # the other process needs memory, too
             answer = {"device": DEVICE, "version": torch.__version__}
         else:
             for _ in range(2):  # the first finds memory and caches cold

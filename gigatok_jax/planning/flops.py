@@ -44,7 +44,7 @@ def _equation(equation, used: list[bool]) -> tuple[float, list[bool]]:
     if name == "conv_general_dilated":
         return _convolution(equation), everything
     if name == "scan":
-        return _scan(params, used)
+        return _scan(equation, used)
     if name == "cond":
         counts = [_count(branch.jaxpr, used) for branch in params["branches"]]
         taken = [any(uses) for uses in zip(*(uses for _, uses in counts), strict=True)]
@@ -63,15 +63,23 @@ def _equation(equation, used: list[bool]) -> tuple[float, list[bool]]:
     return total, everything
 
 
-def _scan(params, used: list[bool]) -> tuple[float, list[bool]]:
-    constants, carried = params["num_consts"], params["num_carry"]
+def _scan(equation, used: list[bool]) -> tuple[float, list[bool]]:
+    body, length = equation.params["jaxpr"].jaxpr, equation.params["length"]
+    # Constants, what is carried, what is scanned; only the last gains an axis.
+    scanned = sum(
+        v.aval.ndim != w.aval.ndim for v, w in zip(equation.invars, body.invars, strict=True)
+    )
+    carried = sum(
+        v.aval.ndim == w.aval.ndim for v, w in zip(equation.outvars, body.outvars, strict=True)
+    )
+    constants = len(body.invars) - scanned - carried
     while True:
-        flops, inputs = _count(params["jaxpr"].jaxpr, used)
+        flops, inputs = _count(body, used)
         # What one turn takes from the turn before it is used there.
         carry = inputs[constants : constants + carried]
         wider = [a or b for a, b in zip(used[:carried], carry, strict=True)] + used[carried:]
         if wider == used:
-            return params["length"] * flops, inputs
+            return length * flops, inputs
         used = wider
 
 
