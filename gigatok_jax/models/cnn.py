@@ -19,31 +19,49 @@ def group_count(channels: int) -> int:
     return math.gcd(32, max(channels // 4, 1))
 
 
-class GroupNormSiLU(nn.GroupNorm):
-    """GroupNorm, then SiLU."""
+class GroupNorm(nn.Module):
+    """GroupNorm of `[B, H, W, C]`, eps 1e-6, all in float32.
 
+    Its statistics are kept where all else is computed again; they are small and take a pass over
+    the input.
+
+    Attributes:
+      affine: whether there are learned gains and offsets.
+      silu: whether SiLU follows.
+      dtype: of the output.
+    """
+
+    affine: bool = True
+    silu: bool = False
+    dtype: layers.Dtype = jnp.float32
+
+    @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return nn.silu(super().__call__(x))
+        channels = x.shape[-1]
+        x = x.astype(jnp.float32)
+
+        def mean(x):
+            """Over the pixels first, which keeps channels together; `[B, 1, 1, C]`."""
+            means = rearrange(x.mean((1, 2)), "b (g c) -> b g c", g=group_count(channels))
+            means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
+            return means.reshape(-1, 1, 1, channels)
+
+        center = mean(x)
+        variance = jnp.maximum(mean(x * x) - center * center, 0)
+        center, scale = layers.keep((center, jax.lax.rsqrt(variance + 1e-6)))
+        if self.affine:
+            ones, zeros = nn.initializers.ones, nn.initializers.zeros
+            scale *= self.param("scale", layers.partitioned(ones, "norm"), (channels,))
+        x = (x - center) * scale
+        if self.affine:
+            x += self.param("bias", layers.partitioned(zeros, "norm"), (channels,))
+        return (nn.silu(x) if self.silu else x).astype(self.dtype)
 
 
-def group_norm(channels: int, *, dtype, name: str, affine: bool = True, module=nn.GroupNorm):
-    """GroupNorm over the last axis, eps 1e-6, statistics in float32; `module` is its class."""
-    return module(
-        group_count(channels),
-        epsilon=1e-6,
-        dtype=dtype,
-        use_scale=affine,
-        use_bias=affine,
-        scale_init=layers.partitioned(nn.initializers.ones, "norm"),
-        bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
-        name=name,
-    )
-
-
-def norm_silu(channels: int, *, remat: str, dtype, name: str) -> GroupNormSiLU:
+def norm_silu(*, remat: str, dtype, name: str) -> GroupNorm:
     """GroupNorm and SiLU; "dots" keeps convolutions' outputs and computes what is between again."""
-    module = layers.remat(GroupNormSiLU, "full" if remat == "dots" else "none")
-    return group_norm(channels, dtype=dtype, name=name, module=module)
+    module = layers.remat(GroupNorm, "full" if remat == "dots" else "none")
+    return module(silu=True, dtype=dtype, name=name)
 
 
 def remat_blocks(remat: str) -> type[nn.Module]:
@@ -79,9 +97,9 @@ class ResidualBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm1")(x)
+        y = norm_silu(remat=self.remat, dtype=self.dtype, name="norm1")(x)
         y = conv(self.features, dtype=self.dtype, name="conv1")(y)
-        y = norm_silu(self.features, remat=self.remat, dtype=self.dtype, name="norm2")(y)
+        y = norm_silu(remat=self.remat, dtype=self.dtype, name="norm2")(y)
         y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
         y = conv(self.features, dtype=self.dtype, name="conv2")(y)
         if x.shape[-1] != self.features:
@@ -102,7 +120,7 @@ class AdaptiveGroupNorm(nn.Module):
         axes = ("conv_in", "conv_out")
         gain = layers.dense(channels, axes, dtype=self.dtype, name="gain")(deviation)
         bias = layers.dense(channels, axes, dtype=self.dtype, name="bias")(style.mean(1))
-        x = group_norm(channels, dtype=self.dtype, name="norm", affine=False)(x)
+        x = GroupNorm(affine=False, dtype=self.dtype, name="norm")(x)
         return x * gain[:, None, None] + bias[:, None, None]
 
 
@@ -138,7 +156,7 @@ class Encoder(nn.Module):
                 x = down(x)
         for i in range(2):
             x = block(self.channels[-1], f"mid_block{i}")(x)
-        x = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm_out")(x)
+        x = norm_silu(remat=self.remat, dtype=self.dtype, name="norm_out")(x)
         return conv(self.z_channels, dtype=self.dtype, name="conv_out")(x)
 
 
@@ -171,5 +189,5 @@ class Decoder(nn.Module):
             if level > 0:
                 x = conv(4 * features, dtype=self.dtype, name=f"level{level}_up")(x)
                 x = layers.depth_to_space(x)
-        x = norm_silu(x.shape[-1], remat=self.remat, dtype=self.dtype, name="norm_out")(x)
+        x = norm_silu(remat=self.remat, dtype=self.dtype, name="norm_out")(x)
         return conv(3, dtype=self.dtype, name="conv_out")(x)

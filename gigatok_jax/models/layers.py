@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from einops import rearrange
 import flax.linen as nn
 import jax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
@@ -22,9 +23,10 @@ Dtype = Any
 INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
+KEPT = "statistics"
 REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+    "full": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 REMAT = ("none", *REMAT_POLICIES)
 
@@ -46,12 +48,17 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
     Args:
       module: a Linen module class.
       policy: "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
-        inputs.
+        inputs, and what `keep` marks.
       scanned: the module is the body of a scan, where XLA cannot merge the recomputation away.
     """
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
+
+
+def keep(arrays: Any) -> Any:
+    """Marks small arrays that even "full" keeps."""
+    return checkpoint_name(arrays, KEPT)
 
 
 def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, name: str, **kwargs):
