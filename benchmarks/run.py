@@ -28,6 +28,7 @@ import numpy as np
 
 from benchmarks import cases, host
 from benchmarks.cases import Case, Rival
+from benchmarks.timing import calls
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.models import layers
@@ -194,9 +195,12 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def steady_seconds(call: Callable[[], Any]) -> float:
-    """Of a call that follows another, as in a loop: the first finds memory and caches cold."""
-    jax.block_until_ready(call())
-    return seconds_of(call)
+    """Of one of the calls that follow another, as in a loop.
+
+    The first finds memory and caches cold; short ones are queued, as a training's steps are.
+    """
+    count = calls(seconds_of(call))
+    return seconds_of(lambda: [call() for _ in range(count)]) / count
 
 
 def measure(

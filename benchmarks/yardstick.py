@@ -17,6 +17,8 @@ import torch
 from torch import nn
 import torch.nn.functional as F
 
+from benchmarks.timing import calls
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -475,9 +477,20 @@ def check(job, task: str) -> np.ndarray:
     return result.cpu().numpy()
 
 
+def seconds_of(job, count: int = 1) -> float:
+    """Of one of `count` calls, queued."""
+    start = time.perf_counter()
+    for _ in range(count):
+        job()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / count
+
+
 def serve() -> None:
     """Answers requests, one JSON object a line, until the input ends."""
     torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.benchmark = True
     job = None
     for line in sys.stdin:
         request = json.loads(line)
@@ -492,13 +505,7 @@ def serve() -> None:
                 torch.cuda.empty_cache()  # the other process needs memory, too
             answer = {"device": DEVICE, "version": torch.__version__}
         else:
-            for _ in range(2):  # the first finds memory and caches cold
-                start = time.perf_counter()
-                job()
-                if DEVICE == "cuda":
-                    torch.cuda.synchronize()
-                seconds = time.perf_counter() - start
-            answer = {"seconds": seconds}
+            answer = {"seconds": seconds_of(job, calls(seconds_of(job)))}
         print(json.dumps(answer), flush=True)
 
 

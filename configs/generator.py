@@ -14,7 +14,6 @@ def get_config(argument="b"):
     recipe = recipes.generator_recipe(argument.split(",")[0])
     model = recipes.generator_model(argument)
     config = to_config_dict(GeneratorRun(model=model, batch_size=recipe.batch_size))
-    config.remat = recipe.remat
     if recipe.sharded:
         config.mesh.data, config.mesh.fsdp = 1, -1
     config.optimizer.warmup_steps = config.epoch_images // config.batch_size  # one epoch

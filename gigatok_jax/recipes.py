@@ -60,7 +60,6 @@ class GeneratorRecipe:
 
     size: str
     batch_size: int = 256
-    remat: str = "none"
     sharded: bool = False
 
     @property
@@ -71,9 +70,9 @@ class GeneratorRecipe:
 GENERATORS = {
     "tiny": GeneratorRecipe("tiny"),
     "b": GeneratorRecipe("b"),
-    "l": GeneratorRecipe("l", remat="dots"),
-    "xl": GeneratorRecipe("xl", remat="dots", sharded=True),
-    "xxl": GeneratorRecipe("xxl", batch_size=512, remat="dots", sharded=True),
+    "l": GeneratorRecipe("l"),
+    "xl": GeneratorRecipe("xl", sharded=True),
+    "xxl": GeneratorRecipe("xxl", batch_size=512, sharded=True),
 }
 
 GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}

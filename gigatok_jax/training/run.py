@@ -28,7 +28,7 @@ class RunConfig:
         none.
       dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
       remat: which activations are computed again in the backward pass: "none"; "dots", what lies
-        between products with weights, which takes little time; "full", all within a block.
+        between products with weights, which is faster than keeping it; "full", all within a block.
       evaluation_images: held-out images that evaluations read.
     """
 
@@ -45,7 +45,7 @@ class RunConfig:
     seed: int = 0
     average_decay: float
     dtype: str = "auto"
-    remat: str = "none"
+    remat: str = "dots"
     evaluation_images: int = 512
 
     def __post_init__(self):
