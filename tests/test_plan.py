@@ -159,7 +159,10 @@ def test_command_says_what_does_not_fit_and_what_does(capsys, monkeypatch):
     small = dataclasses.replace(chips.CHIPS["h100"], memory=2e9)
     monkeypatch.setitem(chips.CHIPS, "h100", small)
     config = pathlib.Path(__file__).parent.parent / "configs" / "generator.py"
-    assert cli.main(["plan", f"--config={config}:tiny", "--topology=h100:8"]) == 1
+    assert (
+        cli.main(["plan", f"--config={config}:tiny", "--config.remat=none", "--topology=h100:8"])
+        == 1
+    )
     captured = capsys.readouterr()
     assert "does NOT fit" in captured.out
     assert "--config.remat=dots --config.mesh.data=-1 --config.mesh.fsdp=1: " in captured.out

@@ -182,7 +182,7 @@ class Setting:
 
 
 def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
-    """Settings that by estimate fit, those that compute the least first.
+    """Settings that by estimate fit, the fastest first.
 
     A batch in parts is tried where none fits that takes it whole.
     """
@@ -197,7 +197,7 @@ def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
 def _fitting(run: RunConfig, topology: Topology) -> Iterator[Setting]:
     estimated = dataclasses.replace(topology, devices=None)
     sizes = [n for n in (1, 4, 8, 16, 32, 64, 128, 256) if n < topology.count] + [topology.count]
-    for remat in layers.REMAT:
+    for remat in layers.REMAT_POLICIES:
         activations = None
         for fsdp in (n for n in sizes if topology.count % n == 0):
             mesh = dataclasses.replace(run.mesh, data=-1, fsdp=fsdp, tensor=1)
