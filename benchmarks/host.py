@@ -34,15 +34,15 @@ photos: pathlib.Path | None = None  # folder of JPEGs; None: made-up ones
 
 def augmentation(model: str, batch: int) -> Case:
     """The training crop of JPEGs, in float32, on one core; beside it Pillow called plainly."""
-    if model != "train":
-        raise UserError(f"input:{model}: expected input:train")
+    if model not in images.RESIZES:
+        raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
     files = list(itertools.islice(itertools.cycle(files), max(batch, len(files))))
 
     def ours():
         for number, data in enumerate(files):
-            crop = images.random_crop(images.load(data), SIZE, np.random.default_rng(number))
-            _float(crop)
+            rng = np.random.default_rng(number)
+            _float(images.random_crop(images.load(data), SIZE, rng, model))
 
     def plain():
         for number, data in enumerate(files):

@@ -51,7 +51,7 @@ CASES: dict[str, tuple[Callable[..., Case], tuple[str, int], tuple[str, int]]] =
     "sample_guided": (functools.partial(cases.sample, guidance=GUIDANCE), ("b", 8), ("b", 64)),
     "code_search": (cases.code_search, ("s_s", 4), ("s_s", 64)),
     "features": (cases.features, ("inception", 8), ("inception", 64)),
-    "input": (host.augmentation, ("train", 64), ("train", 64)),
+    "input": (host.augmentation, ("bicubic", 64), ("bicubic", 64)),
     "checkpoint_save": (host.save, ("b", 1), ("b", 1)),
     "checkpoint_restore": (host.restore, ("b", 1), ("b", 1)),
     "start_up_cold": (host.cold, ("tiny_tiny", 2), ("tiny_tiny", 8)),

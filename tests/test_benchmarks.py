@@ -76,7 +76,7 @@ def test_a_yardstick_that_computes_something_else_is_an_error():
 
 
 def test_augmentation_is_timed_beside_plain_pillow():
-    case = host.augmentation("train", 2)
+    case = host.augmentation("linear", 2)
     assert case.images >= 2 and case.limit > 0
     case.call()
     case.rival()

@@ -3,13 +3,15 @@
 import io
 import math
 import struct
+import sys
 import zlib
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax.data.images import BadImage, center_crop, load, random_crop
+from gigatok_jax.data.images import BadImage, center_crop, load, opencv, random_crop
+from gigatok_jax.errors import UserError
 
 
 def _photo(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -194,6 +196,25 @@ def test_random_crops_cover_scales_places_and_both_orientations_evenly():
     assert abs(short.mean() - 72) < 0.5 and short.min() <= 65 and short.max() >= 79
     top, bottom = crops[:, 0, 32, 1], 237 - crops[:, -1, 32, 1]
     assert abs((top - bottom).mean()) < 1 and top.max() > 35 and bottom.max() > 35
+
+
+@pytest.mark.parametrize("size", SIZES[:4])
+def test_a_linear_resize_shows_the_same_crop(size):
+    photo = Image.fromarray(np.asarray(_photo(30, 20))).resize(size, Image.Resampling.BICUBIC)
+    crops = [
+        [random_crop(photo, 64, np.random.default_rng(seed), resize) for seed in range(8)]
+        for resize in ("bicubic", "linear")
+    ]
+    bicubic, linear = np.array(crops, int)
+    assert linear.shape == (8, 64, 64, 3) and np.abs(bicubic - linear).mean((1, 2, 3)).max() < 2.5
+    assert np.abs(bicubic - np.roll(linear, 1, axis=0)).mean((1, 2, 3)).min() > 5
+
+
+def test_a_linear_resize_without_opencv_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    opencv.cache_clear()
+    with pytest.raises(UserError, match=r"data\.resize=linear needs OpenCV: pip install"):
+        random_crop(_photo(64, 64), 64, np.random.default_rng(0), "linear")
 
 
 def test_random_crop_depends_on_the_generator_alone():

@@ -121,7 +121,7 @@ def _visits(root, monkeypatch, epochs, **options) -> list[str]:
     monkeypatch.setattr(
         pipeline,
         "random_crop",
-        lambda image, size, rng: np.frombuffer(image.tobytes()[::50][:48], np.uint8),
+        lambda image, size, rng, resize: np.frombuffer(image.tobytes()[::50][:48], np.uint8),
     )
     count = sum(COUNTS.values())
     batches = _take(_train(root, batch_size=count, **options), epochs)

@@ -1,11 +1,15 @@
 """Image files to RGB, and the crops of ADM (guided-diffusion) that training and evaluation use."""
 
+import functools
 import io
 import os
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from gigatok_jax.errors import UserError
+
+RESIZES = ("bicubic", "linear")
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
@@ -108,7 +112,39 @@ def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.n
     return np.concatenate([crops, crops[:, :, ::-1]])
 
 
-def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Generator) -> np.ndarray:
+@functools.cache
+def opencv():
+    """OpenCV, on the caller's thread alone: readers work side by side.
+
+    Raises:
+      UserError: it is not installed.
+    """
+    try:
+        import cv2
+    except ImportError as error:
+        raise UserError(
+            "data.resize=linear needs OpenCV: pip install 'gigatok_jax[opencv]'"
+        ) from error
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def _linear(image: np.ndarray, size: int, columns: list[float], rows: list[float]) -> np.ndarray:
+    """A box of an image, resized to a square; pixels' centres are at halves."""
+    cv2 = opencv()
+    places = []
+    for low, high in (columns, rows):
+        step = (high - low) / size
+        places.append((step, low + (step - 1) / 2))
+    (width, left), (height, top) = places
+    matrix = np.array([[width, 0, left], [0, height, top]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
+
+
+def random_crop(
+    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, resize: str = "bicubic"
+) -> np.ndarray:
     """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
 
     Only what the crop shows is resized; pixels may differ from those of the resized whole by what
@@ -118,6 +154,7 @@ def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Gener
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
         rng: its state decides the crop, and advances.
+        resize: a member of `RESIZES`. "linear", by OpenCV, takes a fraction of the time.
 
     Returns:
         uint8 [S, S, 3].
@@ -127,6 +164,9 @@ def random_crop(image: Image.Image | np.ndarray, size: int, rng: np.random.Gener
     left, top = rng.integers(0, (width - size, height - size), endpoint=True).tolist()
     columns = [x * image.width / width for x in (left, left + size)]
     rows = [y * image.height / height for y in (top, top + size)]
-    box = (columns[0], rows[0], columns[1], rows[1])
-    crop = np.asarray(image.resize((size, size), BICUBIC, box=box))
+    if resize == "linear":
+        crop = _linear(np.asarray(image), size, columns, rows)
+    else:
+        box = (columns[0], rows[0], columns[1], rows[1])
+        crop = np.asarray(image.resize((size, size), BICUBIC, box=box))
     return np.ascontiguousarray(crop[:, ::-1]) if rng.random() < 0.5 else crop

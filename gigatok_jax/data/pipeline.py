@@ -22,7 +22,7 @@ from absl import flags
 import grain
 import numpy as np
 
-from gigatok_jax.data.images import BadImage, center_crop, random_crop, ten_crops
+from gigatok_jax.data.images import BadImage, center_crop, opencv, random_crop, ten_crops
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.errors import UserError
 
@@ -90,9 +90,11 @@ class _Reader:
 
 
 class _TrainReader(_Reader):
-    def __init__(self, *args, seed: int):
+    def __init__(self, *args, seed: int, resize: str):
         super().__init__(*args)
-        self._seed = seed
+        self._seed, self._resize = seed, resize
+        if resize == "linear":
+            opencv()  # refused now if it is not there
 
     def __len__(self) -> int:
         return 2**40  # without end: epochs follow each other
@@ -113,7 +115,8 @@ class _TrainReader(_Reader):
             if self.source.codes:
                 # Of several crops, one at each visit.
                 return {"codes": example["codes"][rng.integers(len(example["codes"]))]} | label, bad
-            return {"image": random_crop(example["image"], self.image_size, rng)} | label, bad
+            crop = random_crop(example["image"], self.image_size, rng, self._resize)
+            return {"image": crop} | label, bad
         raise UserError(f"{len(bad)} images in a row cannot be read, the last: {bad[-1]}")
 
 
@@ -315,7 +318,8 @@ def train_batches(
     """
     source = open_source(config, train=True, image_size=image_size)
     place = (process_index, process_count)
-    return Batches(_TrainReader(source, image_size, batch_size, *place, seed=seed), config)
+    reader = _TrainReader(source, image_size, batch_size, *place, seed=seed, resize=config.resize)
+    return Batches(reader, config)
 
 
 def eval_batches(
