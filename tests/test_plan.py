@@ -70,6 +70,42 @@ def test_compiled_flops_count_every_turn_of_a_loop(scanned):
     assert hlo.Program(text).cost().flops == 3 * FORWARD
 
 
+SLICED = """
+%sliced (stack: f32[12,8,8], turn: s32[]) -> f32[1,8,8] {
+  %stack = f32[12,8,8] parameter(0)
+  %turn = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  ROOT %slice = f32[1,8,8] dynamic-slice(%stack, %turn, %zero, %zero), dynamic_slice_sizes={1,8,8}
+}
+
+%written (stack: f32[12,8,8], turn: s32[], layer: f32[1,8,8]) -> f32[12,8,8] {
+  %stack.2 = f32[12,8,8] parameter(0)
+  %turn.2 = s32[] parameter(1)
+  %layer = f32[1,8,8] parameter(2)
+  %nought = s32[] constant(0)
+  ROOT %update = f32[12,8,8] dynamic-update-slice(%stack.2, %layer, %turn.2, %nought, %nought)
+}
+
+%outer (old: f32[12,8,8], at: s32[]) -> f32[12,8,8] {
+  %old = f32[12,8,8] parameter(0)
+  %at = s32[] parameter(1)
+  %taken = f32[1,8,8] fusion(%old, %at), kind=kLoop, calls=%sliced
+  ROOT %new = f32[12,8,8] fusion(%old, %at, %taken), kind=kLoop, calls=%written
+}
+
+ENTRY %main (all: f32[12,8,8], i: s32[]) -> f32[12,8,8] {
+  %all = f32[12,8,8] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %fused = f32[12,8,8] fusion(%all, %i), kind=kLoop, calls=%outer
+}
+"""
+
+
+def test_of_stacked_layers_the_slices_count_that_a_fusion_within_a_fusion_takes():
+    layer, index = 8 * 8 * 4, 4
+    assert hlo.Program(SLICED).cost().bytes == layer + index + layer
+
+
 def test_flops_that_no_result_needs_are_not_counted():
     def function(x, w):
         _, unused = jax.lax.scan(lambda c, w: (c, x @ w), 0, w)

@@ -21,6 +21,7 @@ FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
     *("call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier"),
 }
+ALLOCATION = 'custom_call_target="AllocateBuffer"'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,7 +181,7 @@ class Program:
     def _bytes(self, where: str, instruction: Instruction) -> float:
         """Read and written by an instruction that stands by itself, or by a fusion."""
         computation, opcode = self._computations[where], instruction.opcode
-        if opcode in FREE or opcode.endswith("-start"):
+        if opcode in FREE or opcode.endswith("-start") or ALLOCATION in instruction.text:
             return 0.0
         if opcode.endswith("-done"):  # a transfer that began before: one side is counted
             return max(array.bytes for array in instruction.arrays)
@@ -195,31 +196,49 @@ class Program:
 
     def _fusion_bytes(self, fusion: Instruction, operands: list[Instruction]) -> float:
         """Of a large array that a fusion takes a slice of, or writes one to, the slice counts."""
-        body = self._computations[fusion.attribute("calls")]
-        users: dict[str, list[Instruction]] = {name: [] for name in body}
-        for instruction in body.values():
-            for operand in instruction.operands:
-                if operand in users:
-                    users[operand].append(instruction)
-
-        def seen(name: str) -> Iterator[Instruction]:
-            for user in users[name]:
-                yield from seen(user.name) if user.opcode == "bitcast" else (user,)
-
-        total = 0.0
-        for parameter in (i for i in body.values() if i.opcode == "parameter"):
-            operand = operands[int(re.match(r"\((\d+)\)", parameter.text)[1])]
-            uses = list(seen(parameter.name))
+        body, total = fusion.attribute("calls"), 0.0
+        for operand, parameter in zip(operands, self._parameters(body), strict=True):
+            uses = list(self._uses(body, parameter))
             if uses and all(use.opcode in SLICES for use in uses):
                 read = sum(use.bytes for use in uses if use.opcode == "dynamic-slice")
                 total += min(read, operand.bytes)
             else:
                 total += operand.bytes
-        updates = [i for i in body.values() if i.opcode == "dynamic-update-slice"]
-        if not updates:
-            return total + fusion.bytes
-        written = sum(body[update.operands[1]].bytes for update in updates)
-        return total + min(written, fusion.bytes)
+        written = self._updated(body)
+        return total + (min(written, fusion.bytes) if written else fusion.bytes)
+
+    def _parameters(self, where: str) -> list[str]:
+        """Names of a computation's parameters, in order."""
+        numbers = {
+            instruction.name: int(instruction.text[1 : instruction.text.index(")")])
+            for instruction in self._computations[where].values()
+            if instruction.opcode == "parameter"
+        }
+        return sorted(numbers, key=numbers.get)
+
+    def _uses(self, where: str, name: str) -> Iterator[Instruction]:
+        """What takes a value of a fusion's computation, those of fusions within it included."""
+        for user in self._computations[where].values():
+            for place, operand in enumerate(user.operands):
+                if operand != name:
+                    continue
+                if user.opcode == "bitcast":
+                    yield from self._uses(where, user.name)
+                elif user.opcode == "fusion":
+                    inner = user.attribute("calls")
+                    yield from self._uses(inner, self._parameters(inner)[place])
+                else:
+                    yield user
+
+    def _updated(self, where: str) -> float:
+        """Bytes of the slices that a fusion's computation writes into larger arrays."""
+        computation, total = self._computations[where], 0.0
+        for instruction in computation.values():
+            if instruction.opcode == "dynamic-update-slice":
+                total += computation[instruction.operands[1]].bytes
+            elif instruction.opcode == "fusion":
+                total += self._updated(instruction.attribute("calls"))
+        return total
 
 
 SLICES = ("dynamic-slice", "dynamic-update-slice")
