@@ -197,10 +197,17 @@ def seconds_of(call: Callable[[], Any]) -> float:
 def steady_seconds(call: Callable[[], Any]) -> float:
     """Of one of the calls that follow another, as in a loop.
 
-    The first finds memory and caches cold; short ones are queued, as a training's steps are.
+    The first finds memory and caches cold; on accelerators, short ones are queued, as a training's
+    steps are.
     """
-    count = calls(seconds_of(call))
-    return seconds_of(lambda: [call() for _ in range(count)]) / count
+    count = calls(seconds_of(call), jax.default_backend())
+
+    def queue():
+        for _ in range(count - 1):
+            call()
+        return call()
+
+    return seconds_of(queue) / count
 
 
 def measure(

@@ -471,7 +471,8 @@ def check(job, task: str) -> np.ndarray:
         job = copy.copy(job)
         job.c = job.c | {"dropout": 0.0, "class_dropout": 0.0}
     if task.endswith("_step"):
-        loss = job.loss()
+        with autocast():
+            loss = job.loss()
         return (loss[0] if isinstance(loss, tuple) else loss).detach().cpu().numpy()
     result = job(lambda logits: logits.argmax(-1)) if task == "sample" else job()
     return result.cpu().numpy()
@@ -497,15 +498,16 @@ def serve() -> None:
         if "task" in request:
             trees, rest = load(request["path"])
             job = TASKS[request["task"]](trees, rest, request["config"])
-            for name in ("run", "loss"):
-                if DEVICE == "cuda" and hasattr(job, name):
-                    setattr(job, name, torch.compile(getattr(job, name)))
             np.save(request["result"], check(job, request["task"]))
             if DEVICE == "cuda":
+                for name in ("run", "loss"):
+                    if hasattr(job, name):
+                        setattr(job, name, torch.compile(getattr(job, name)))
+                job()  # compiles
                 torch.cuda.empty_cache()  # the other process needs memory, too
             answer = {"device": DEVICE, "version": torch.__version__}
         else:
-            answer = {"seconds": seconds_of(job, calls(seconds_of(job)))}
+            answer = {"seconds": seconds_of(job, calls(seconds_of(job), DEVICE))}
         print(json.dumps(answer), flush=True)
 
 

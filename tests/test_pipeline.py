@@ -71,6 +71,12 @@ def test_batches_have_the_promised_shapes(root):
     assert batch["label"].shape == (8,) and batch["label"].dtype == np.int32
 
 
+def test_crops_are_resized_as_the_configuration_says(root):
+    bicubic, linear = (_take(_train(root, resize=r), 1)[0]["image"] for r in ("bicubic", "linear"))
+    difference = np.abs(bicubic.astype(int) - linear).mean((1, 2, 3))
+    assert 0 < difference.max() < 2
+
+
 @pytest.mark.parametrize("start, workers", [(0, 0), (2, 0), (3, 0), (50, 0), (3, 2)])
 def test_a_resumed_run_continues_bit_for_bit(root, start, workers):
     reference = _take(_train(root), start + 4)[start:]  # 23 images: an epoch ends within batch 2

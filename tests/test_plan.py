@@ -96,14 +96,20 @@ SLICED = """
 ENTRY %main (all: f32[12,8,8], i: s32[]) -> f32[12,8,8] {
   %all = f32[12,8,8] parameter(0)
   %i = s32[] parameter(1)
-  ROOT %fused = f32[12,8,8] fusion(%all, %i), kind=kLoop, calls=%outer
+  %fused = f32[12,8,8] fusion(%all, %i), kind=kLoop, calls=%outer
+  %near = f32[1,8,8]{2,1,0:S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %far = f32[1,8,8] custom-call(), custom_call_target="AllocateBuffer"
+  %first = f32[12,8,8] fusion(%fused, %i, %near), kind=kLoop, calls=%written
+  ROOT %second = f32[12,8,8] fusion(%first, %i, %far), kind=kLoop, calls=%written
 }
 """
 
 
-def test_of_stacked_layers_the_slices_count_that_a_fusion_within_a_fusion_takes():
+def test_of_stacked_layers_the_slices_count_that_a_fusion_takes_and_writes():
     layer, index = 8 * 8 * 4, 4
-    assert hlo.Program(SLICED).cost().bytes == layer + index + layer
+    nested = layer + index + layer
+    written, from_main_memory = index + layer, layer + index + layer
+    assert hlo.Program(SLICED).cost().bytes == nested + written + from_main_memory
 
 
 def test_flops_that_no_result_needs_are_not_counted():

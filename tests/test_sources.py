@@ -258,6 +258,7 @@ def test_drawings_are_as_many_as_asked_and_split():
         ("workers", -1),
         ("workers", 1.5),
         ("prefetch", 0),
+        ("resize", "cubic"),
         ("max_bad_share", 1.5),
         ("name", ""),
         ("split", ""),

@@ -163,6 +163,21 @@ def test_remat_changes_neither_the_output_nor_a_gradient():
         )
 
 
+def test_the_backward_pass_takes_no_statistics_again():
+    x = jnp.ones((2, 8, 8, 32))
+
+    def sums_of_pixels(remat):
+        norm = cnn.norm_silu(remat=remat, dtype=x.dtype, name=None)
+        params = norm.init(jax.random.key(0), x)
+        program = jax.make_jaxpr(jax.grad(lambda *px: norm.apply(*px).sum(), (0, 1)))(params, x)
+        return sum(
+            e.primitive.name == "reduce_sum" and e.params["axes"] == (1, 2)
+            for e in jaxprs.equations(program)
+        )
+
+    assert sums_of_pixels("dots") == sums_of_pixels("none")
+
+
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_remat_reaches_every_block_of_both_halves(remat):
     def recomputed(remat):

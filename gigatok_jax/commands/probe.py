@@ -28,7 +28,7 @@ from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.images import BadImage, center_crop
-from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.data.sources import NOT_CONTENT, DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets
 from gigatok_jax.evaluation.probe import ProbeConfig
@@ -168,7 +168,7 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
 
 def _decisive(config: ProbeConfig) -> dict[str, Any]:
     """The fields that results depend on: a probe may go on with others on another machine."""
-    how = {"workers", "prefetch", "max_bad_share", "mesh", "loop", "remat", "feature_batch_size"}
+    how = {*NOT_CONTENT, "mesh", "loop", "remat", "feature_batch_size"}
     flat = _flat(dataclasses.asdict(config), "config")
     decisive = {path: value for path, value in flat.items() if how.isdisjoint(path.split("."))}
     for path in ("config.batch_size", "config.sample_batch_size"):

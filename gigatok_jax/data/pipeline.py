@@ -93,7 +93,7 @@ class _TrainReader(_Reader):
     def __init__(self, *args, seed: int, resize: str):
         super().__init__(*args)
         self._seed, self._resize = seed, resize
-        if resize == "linear":
+        if resize == "linear" and not self.source.codes:
             opencv()  # refused now if it is not there
 
     def __len__(self) -> int:

@@ -46,9 +46,8 @@ class GroupNorm(nn.Module):
             means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
             return means.reshape(-1, 1, 1, channels)
 
-        center = mean(x)
-        variance = jnp.maximum(mean(x * x) - center * center, 0)
-        center, scale = layers.keep((center, jax.lax.rsqrt(variance + 1e-6)))
+        center, square = layers.keep((mean(x), mean(x * x)))
+        scale = jax.lax.rsqrt(jnp.maximum(square - center * center, 0) + 1e-6)
         if self.affine:
             ones, zeros = nn.initializers.ones, nn.initializers.zeros
             scale *= self.param("scale", layers.partitioned(ones, "norm"), (channels,))

@@ -57,7 +57,7 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
 
 
 def keep(arrays: Any) -> Any:
-    """Marks small arrays that even "full" keeps."""
+    """Marks small arrays that "full" keeps beside its inputs; the other policies ignore it."""
     return checkpoint_name(arrays, KEPT)
 
 

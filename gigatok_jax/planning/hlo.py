@@ -52,6 +52,11 @@ class Instruction:
     root: bool
 
     @property
+    def size(self) -> int:
+        """Bytes of the result, wherever it lies."""
+        return sum(array.bytes for array in self.arrays)
+
+    @property
     def bytes(self) -> int:
         """Of the result, in main memory."""
         return sum(array.bytes for array in self.arrays if array.main)
@@ -199,13 +204,13 @@ class Program:
         body, total = fusion.attribute("calls"), 0.0
         for operand, parameter in zip(operands, self._parameters(body), strict=True):
             uses = list(self._uses(body, parameter))
-            if uses and all(use.opcode in SLICES for use in uses):
-                read = sum(use.bytes for use in uses if use.opcode == "dynamic-slice")
+            if uses and all(place == 0 and use.opcode in SLICES for use, place in uses):
+                read = sum(use.size for use, _ in uses if use.opcode == "dynamic-slice")
                 total += min(read, operand.bytes)
             else:
                 total += operand.bytes
-        written = self._updated(body)
-        return total + (min(written, fusion.bytes) if written else fusion.bytes)
+        updates = list(self._updates(body))
+        return total + (min(sum(updates), fusion.bytes) if updates else fusion.bytes)
 
     def _parameters(self, where: str) -> list[str]:
         """Names of a computation's parameters, in order."""
@@ -216,8 +221,11 @@ class Program:
         }
         return sorted(numbers, key=numbers.get)
 
-    def _uses(self, where: str, name: str) -> Iterator[Instruction]:
-        """What takes a value of a fusion's computation, those of fusions within it included."""
+    def _uses(self, where: str, name: str) -> Iterator[tuple[Instruction, int]]:
+        """What takes a value of a fusion's computation, and as which operand.
+
+        Instructions of fusions within it are among them.
+        """
         for user in self._computations[where].values():
             for place, operand in enumerate(user.operands):
                 if operand != name:
@@ -228,17 +236,16 @@ class Program:
                     inner = user.attribute("calls")
                     yield from self._uses(inner, self._parameters(inner)[place])
                 else:
-                    yield user
+                    yield user, place
 
-    def _updated(self, where: str) -> float:
-        """Bytes of the slices that a fusion's computation writes into larger arrays."""
-        computation, total = self._computations[where], 0.0
+    def _updates(self, where: str) -> Iterator[int]:
+        """Bytes of each slice that a fusion's computation writes into a larger array."""
+        computation = self._computations[where]
         for instruction in computation.values():
             if instruction.opcode == "dynamic-update-slice":
-                total += computation[instruction.operands[1]].bytes
+                yield computation[instruction.operands[1]].size
             elif instruction.opcode == "fusion":
-                total += self._updated(instruction.attribute("calls"))
-        return total
+                yield from self._updates(instruction.attribute("calls"))
 
 
 SLICES = ("dynamic-slice", "dynamic-update-slice")

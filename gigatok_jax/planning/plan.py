@@ -182,7 +182,7 @@ class Setting:
 
 
 def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
-    """Settings that by estimate fit, the fastest first.
+    """Settings that by estimate fit, those that compute the least again first.
 
     A batch in parts is tried where none fits that takes it whole.
     """

@@ -28,7 +28,8 @@ class RunConfig:
         none.
       dtype: type of the computation; "auto": bfloat16, but float32 on CPU.
       remat: which activations are computed again in the backward pass: "none"; "dots", what lies
-        between products with weights, which is faster than keeping it; "full", all within a block.
+        between products with weights, which mostly is faster than keeping it; "full", all within
+        a block.
       evaluation_images: held-out images that evaluations read.
     """
 
