@@ -13,6 +13,7 @@ import numpy as np
 
 from gigatok_jax import recipes, sampling, teachers
 from gigatok_jax.config import from_mapping
+from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, quantizer
 from gigatok_jax.models.tokenizer import Tokenizer
 from gigatok_jax.pictures import to_float
@@ -346,7 +347,8 @@ def code_search(model: str, batch: int) -> Case:
 
 def features(model: str, batch: int) -> Case:
     """The metrics' Inception pass, in full float32."""
-    del model
+    if model != "inception":
+        raise UserError(f"features:{model}: expected features:inception")
     variables = fill(convert.shapes(inception.Inception(), (1, 299, 299, 3)))
     images = _images(batch, 256)
 

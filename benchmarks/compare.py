@@ -1,11 +1,10 @@
 """python -m benchmarks.compare A.json B.json: two runs of `benchmarks.run` side by side."""
 
 import argparse
-import json
 import pathlib
 from typing import Any
 
-from benchmarks.run import describe_machine
+from benchmarks.run import describe_machine, read
 
 FIELDS = {"seconds": "seconds", "compile": "compile_seconds", "memory, GB": "memory_bytes"}
 
@@ -13,16 +12,8 @@ FIELDS = {"seconds": "seconds", "compile": "compile_seconds", "memory, GB": "mem
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("reports", nargs=2, type=pathlib.Path, metavar="FILE.json")
-    first, second = (_read(parser, path) for path in parser.parse_args().reports)
+    first, second = (read(parser, path) for path in parser.parse_args().reports)
     print("\n".join(table(first, second)))
-
-
-def _read(parser: argparse.ArgumentParser, path: pathlib.Path) -> dict[str, Any]:
-    try:
-        report = json.loads(path.read_text())
-        return {"machine": report["machine"], "results": report["results"]}
-    except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{path}: expected what benchmarks.run writes ({error})")
 
 
 def table(first: dict[str, Any], second: dict[str, Any]) -> list[str]:

@@ -26,7 +26,6 @@ from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.partitioning import MeshConfig
 
 SIZE = 256
-COUNT = 500  # photos at most
 START_TIMEOUT = 1_800  # seconds
 
 photos: pathlib.Path | None = None  # folder of JPEGs; None: made-up ones
@@ -37,7 +36,7 @@ def augmentation(model: str, batch: int) -> Case:
     if model not in images.RESIZES:
         raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
-    files = list(itertools.islice(itertools.cycle(files), max(batch, len(files))))
+    files = list(itertools.islice(itertools.cycle(files), batch))
 
     def ours():
         for number, data in enumerate(files):
@@ -83,9 +82,11 @@ def _plain(data: bytes, rng: np.random.Generator) -> np.ndarray:
 
 def _read(folder: pathlib.Path) -> list[bytes]:
     paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".jpg", ".jpeg"))
+    if not folder.is_dir():
+        raise UserError(f"--photos: {folder}: no such folder")
     if not paths:
         raise UserError(f"--photos: {folder} has no JPEGs")
-    return [path.read_bytes() for path in paths[:COUNT]]
+    return [path.read_bytes() for path in paths]
 
 
 def _photos() -> list[bytes]:
@@ -138,7 +139,8 @@ def save(model: str, batch: int) -> Case:
         checkpoints.wait()
         return taken
 
-    return Case(None, 0, bytes=tree_bytes(state), seconds=seconds, close=close)
+    seconds()  # the first makes folders and threads
+    return Case(None, 0, seconds=seconds, close=close)
 
 
 def restore(model: str, batch: int) -> Case:

@@ -29,6 +29,7 @@ import numpy as np
 from benchmarks import cases, host
 from benchmarks.cases import Case, Rival
 from benchmarks.timing import calls
+from gigatok_jax.cli import take_huge_pages
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.models import layers
@@ -64,10 +65,10 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME[:MODEL[:BATCH]]")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file of the results")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each; 5")
     parser.add_argument("--photos", type=pathlib.Path, help="folder of JPEGs for `input`")
     parser.add_argument("--remat", choices=layers.REMAT, help="of training steps; the config's")
-    parser.add_argument("--no-yardstick", action="store_true", help="leave PyTorch out")
+    parser.add_argument("--no-yardstick", action="store_true", help="measure ours alone")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
@@ -81,7 +82,7 @@ def main() -> None:
     machine = Machine.find()
     report = {"machine": dataclasses.asdict(machine), "results": {}}
     if arguments.out.exists():
-        old = json.loads(arguments.out.read_text())
+        old = read(parser, arguments.out)
         if old["machine"]["device"] != machine.device:
             parser.error(f"--out: {arguments.out} is of {old['machine']['device']}")
         report["results"] = old["results"]
@@ -95,6 +96,15 @@ def main() -> None:
         report["results"][key] = result
         write_json(arguments.out, report)  # after each: what was measured is not lost
         print(row(key, result), flush=True)
+
+
+def read(parser: argparse.ArgumentParser, path: pathlib.Path) -> dict[str, Any]:
+    """A file of results, or the end of the program in one line."""
+    try:
+        report = json.loads(path.read_text())
+        return {"machine": report["machine"], "results": report["results"]}
+    except (OSError, ValueError, KeyError) as error:
+        parser.error(f"{path}: expected what benchmarks.run writes ({error})")
 
 
 def _defaults() -> str:
@@ -321,7 +331,7 @@ class Yardstick:
 
 HEADER = (
     f"{'':<34}{'compile':>9}{'median':>10}{'least':>10}{'most':>10}{'images/s':>10}"
-    f"{'TFLOP/s':>9}{'peak':>7}{'memory':>10}{'limit':>10}{'':<7}{'PyTorch':>10}{'ratio':>7}"
+    f"{'TFLOP/s':>9}{'peak':>7}{'memory':>10}{'limit':>10}{'':<7}{'other':>10}{'ratio':>7}"
 )
 
 
@@ -359,4 +369,5 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
+    take_huge_pages()
     main()

@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def entry() -> None:
     """The program: `main`, and the end of the process."""
-    _take_huge_pages()
+    take_huge_pages()
     try:
         code = main()
     except KeyboardInterrupt:
@@ -70,7 +70,7 @@ def entry() -> None:
     sys.exit(code)
 
 
-def _take_huge_pages() -> None:
+def take_huge_pages() -> None:
     """Starts the program again with huge pages for large allocations, where the C library has them.
 
     On CPUs, XLA maps gigabytes anew at each step; in pages of 4 KiB that costs a tenth of the time.

@@ -48,7 +48,7 @@ class DataConfig:
             is right up to about eight cores. Each worker keeps about one core busy.
         prefetch: batches that are kept ready, in each worker process if there are any.
         resize: of training crops, after halving: "bicubic", as the reference has it; or "linear",
-            by OpenCV, with which a core reads 1.4 times as many photos. It does not antialias:
+            by OpenCV, with which a core reads 1.3 times as many photos. It does not antialias:
             photos of up to twice the crop's size show fine detail more harshly.
         max_bad_share: share of unreadable images, in [0, 1], above which the run ends.
     """
