@@ -34,7 +34,7 @@ flags.DEFINE_float(
 flags.DEFINE_float(
     "effort",
     -1.0,
-    "of the compiler: -1 is quick, 0 what a run itself takes",
+    "of the compiler: -1 is quick, 0 what a run itself takes; until JAX 0.10",
     lower_bound=-1.0,
     upper_bound=1.0,
     flag_values=FLAGS,

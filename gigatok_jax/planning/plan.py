@@ -81,6 +81,9 @@ class Plan:
         return max(self.bound_seconds, self.device_flops / rate)
 
 
+HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
+
+
 def make(run: RunConfig, topology: Topology, job: str = "train", effort: float = -1.0) -> Plan:
     """Compiles a run's program for a topology, or estimates it where there is no compiler.
 
@@ -88,7 +91,8 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
       run: a tokenizer's or generator's; its `dtype` must not be "auto".
       topology: the devices.
       job: "train", or "sample" for a generator.
-      effort: of the compiler, from -1, the quickest, to 1; a run's own is 0.
+      effort: of the compiler, from -1, the quickest, to 1; a run's own is 0. JAX 0.11 and newer
+        have no choice: there it is 0.
 
     Raises:
       ValueError: the run's mesh or batch does not go with the devices.
@@ -112,7 +116,8 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     lowered = program.lower()
     start = time.monotonic()
     try:
-        compiled = lowered.compile({"exec_time_optimization_effort": effort})
+        options = {"exec_time_optimization_effort": effort} if HAS_EFFORT else {}
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
