@@ -16,6 +16,7 @@ from gigatok_jax.training import partitioning
 from gigatok_jax.training.partitioning import MeshConfig
 from gigatok_jax.training.run import RunConfig
 
+HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
 SPARE = 0.1  # share of the memory that a setting called fitting leaves free
 
 
@@ -79,9 +80,6 @@ class Plan:
         """Of a step whose products run at the given share of the peak, and within the bound."""
         rate = self.topology.chip.flops * utilisation
         return max(self.bound_seconds, self.device_flops / rate)
-
-
-HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
 
 
 def make(run: RunConfig, topology: Topology, job: str = "train", effort: float = -1.0) -> Plan:
