@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import recipes, sampling, teachers
+from gigatok_jax import frozen, recipes, sampling, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, quantizer
+from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer
 from gigatok_jax.pictures import to_float
 from gigatok_jax.planning import flops, programs
-from gigatok_jax.precision import compute_dtype
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training import loop
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.run import RunConfig
 from gigatok_jax.training.tokenizer_run import TokenizerRun
@@ -213,7 +213,7 @@ def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case
         "adversarial": adversarial,
         "channels": run.objective.discriminator_channels,
         "entropy": run.objective.entropy,
-        "teacher_heads": teachers.architecture(run.objective.teacher).heads,
+        "teacher_heads": frozen.architecture(run.objective.teacher).heads,
     }
 
     def expected():
@@ -253,7 +253,7 @@ class _Step:
     """The step that `train` runs, with random weights everywhere."""
 
     def __init__(self, run: RunConfig):
-        self.mesh = partitioning.make_mesh(run.mesh)
+        self.mesh = sharding.make_mesh(run.mesh)
         self.functions, frozen = programs.task(run)
         self.frozen = jax.tree.map(np.asarray, fill(frozen))
         abstract = loop.abstract_state(self.functions, self.mesh)
@@ -270,9 +270,9 @@ class _Step:
     def case(self, arrays: dict[str, np.ndarray], number: int) -> Case:
         """The case of step `number`."""
         size = len(next(iter(arrays.values())))
-        batch = partitioning.put_batch(self.mesh, {"label": np.zeros(size, np.int32)} | arrays)
-        shardings = partitioning.frozen_shardings(self.frozen, self.mesh, shard=False)
-        frozen = partitioning.put(self.frozen, shardings)
+        batch = sharding.put_batch(self.mesh, {"label": np.zeros(size, np.int32)} | arrays)
+        shardings = sharding.frozen_shardings(self.frozen, self.mesh, shard=False)
+        frozen = sharding.put(self.frozen, shardings)
         step = loop.jit_step(self.functions, self.state, self.mesh)
         phase = self.functions.phase(number)
         compiled, costs = _compile(step, self.state, batch, frozen, phase=phase)

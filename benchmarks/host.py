@@ -16,14 +16,14 @@ import numpy as np
 from PIL import Image
 
 from benchmarks.cases import Case, tree_bytes
-from gigatok_jax import recipes
-from gigatok_jax.data import images
+from gigatok_jax import recipes, sharding
+from gigatok_jax.data import crops
 from gigatok_jax.errors import UserError
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import loop
 from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.partitioning import MeshConfig
 
 SIZE = 256
 START_TIMEOUT = 1_800  # seconds
@@ -33,7 +33,7 @@ photos: pathlib.Path | None = None  # folder of JPEGs; None: made-up ones
 
 def augmentation(model: str, batch: int) -> Case:
     """The training crop of JPEGs, in float32, on one core; beside it Pillow called plainly."""
-    if model not in images.RESIZES:
+    if model not in crops.RESIZES:
         raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
     files = list(itertools.islice(itertools.cycle(files), batch))
@@ -41,7 +41,7 @@ def augmentation(model: str, batch: int) -> Case:
     def ours():
         for number, data in enumerate(files):
             rng = np.random.default_rng(number)
-            _float(images.random_crop(images.load(data), SIZE, rng, model))
+            _float(crops.random_crop(crops.load(data), SIZE, rng, model))
 
     def plain():
         for number, data in enumerate(files):
@@ -109,7 +109,7 @@ def _photos() -> list[bytes]:
 
 def _state(model: str):
     training = GeneratorTraining(recipes.generator_model(model), OptimizerConfig(), 10)
-    abstract = loop.abstract_state(training, partitioning.make_mesh(MeshConfig()))
+    abstract = loop.abstract_state(training, sharding.make_mesh(MeshConfig()))
     return abstract, loop.fresh_state(training, abstract, 0)
 
 

@@ -33,8 +33,8 @@ from gigatok_jax.cli import take_huge_pages
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
 from gigatok_jax.models import layers
+from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.planning.chips import CHIPS, Chip
-from gigatok_jax.precision import compute_dtype
 
 GUIDANCE = 2.0
 # Name to what prepares it, and the model and batch on CPUs and on accelerators.

@@ -17,9 +17,9 @@ from gigatok_jax import bundles, recipes, sampling
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.pictures import to_float, to_uint8
-from gigatok_jax.precision import compute_dtype
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 

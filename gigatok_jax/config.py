@@ -1,64 +1,131 @@
-"""Frozen dataclasses to `ConfigDict`s for the command line, and back with every field checked."""
+"""Configurations: frozen dataclasses that check their own fields, and how they are loaded.
+
+A configuration is declared once, as a dataclass under `@configclass`. Types are the rules:
+
+    @configclass
+    class SamplingConfig:
+        temperature: NonNegativeFloat = 1.0  # divides the logits; 0 takes the arg-max
+        schedule: Literal["constant", "step"] = "constant"
+
+Rules that involve several fields are Pydantic validators. A file in `configs/` composes these
+dataclasses, and `--config.a.b=c` overrides single fields.
+"""
 
 from collections.abc import Mapping
 import dataclasses
+import importlib.util
+import json
+import pathlib
 import types
 import typing
-from typing import Any, TypeVar
+from typing import Any, TypeVar, dataclass_transform
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_dict
+import pydantic
+import pydantic.dataclasses
 
 from gigatok_jax.errors import UserError
 
 T = TypeVar("T")
 
+PACKAGE = pathlib.Path(__file__).parent
+# A wheel has the experiments inside the package, a checkout beside it.
+CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 
-def to_config_dict(value: Any) -> ConfigDict:
-    """A dataclass instance, nested ones included, as a `ConfigDict` with the same fields."""
-    return ConfigDict(dataclasses.asdict(value))
+
+@dataclass_transform(frozen_default=True)
+def configclass(cls: type[T]) -> type[T]:
+    """Makes a frozen dataclass whose constructor raises a one-line ValueError for a wrong value."""
+    # A default instance in a field is shared, which is safe because it is frozen.
+    settings = pydantic.ConfigDict(strict=True, extra="forbid")
+    cls = pydantic.dataclasses.dataclass(cls, frozen=True, config=settings)
+    initialize = cls.__init__
+
+    def __init__(self, *args, **kwargs):
+        try:
+            initialize(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ValueError(_first_line(error, cls)) from None
+
+    cls.__init__ = __init__
+    return cls
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
-    """Builds dataclass `cls` from a mapping such as `to_config_dict` or a JSON file gives.
+    """Builds the configuration `cls` from nested mappings, as JSON and command lines give them.
 
     Args:
-      cls: a dataclass; fields that are dataclasses are built from nested mappings.
-      mapping: field name to value; a field with a default may be left out.
-      path: where the mapping stands, for messages.
+      cls: a `configclass`.
+      mapping: field name to value; fields with defaults may be left out.
+      path: where the mapping comes from, for messages.
 
     Raises:
-      UserError: a field is unknown, missing, of the wrong type, or refused by the dataclass.
+      UserError: a field is unknown, missing, of the wrong type or out of range.
     """
-    hints = typing.get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = sorted(mapping.keys() - fields.keys())
-    if unknown:
-        raise UserError(f"{path}.{unknown[0]}: no such field; known: {', '.join(sorted(fields))}")
-    values = {}
-    for name, field in fields.items():
-        if name in mapping:
-            values[name] = _convert(hints[name], mapping[name], f"{path}.{name}")
-        elif field.default is field.default_factory is dataclasses.MISSING:
-            raise UserError(f"{path}.{name}: missing")
     try:
-        return cls(**values)
+        # Through JSON, because in strict mode only JSON may give lists for tuples.
+        return pydantic.TypeAdapter(cls).validate_json(json.dumps(mapping))
+    except pydantic.ValidationError as error:
+        raise UserError(f"{path}.{_first_line(error, cls)}") from None
+
+
+def _first_line(error: pydantic.ValidationError, cls: type) -> str:
+    """The first fault as `FIELD: expected ..., got ...`."""
+    fault = error.errors(include_url=False)[0]
+    path = [str(part) for part in fault["loc"]]
+    name, kind = ".".join(path), fault["type"]
+    if kind == "value_error":  # a validator's own message begins with the field's name
+        return ".".join([*path, str(fault["ctx"]["error"])])
+    if kind == "missing":
+        return f"{name}: missing"
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        for part in path[:-1]:
+            cls = typing.get_type_hints(cls).get(part, cls)
+        known = ", ".join(sorted(field.name for field in dataclasses.fields(cls)))
+        return f"{name}: no such field; known: {known}"
+    expected = fault["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    return f"{name}: expected {expected}, got {fault['input']!r}"
+
+
+def to_config_dict(config: Any) -> ConfigDict:
+    """A configuration as the `ConfigDict` whose fields `--config.a.b=c` overrides."""
+    values = {}
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            value = to_config_dict(value)
+        elif value is None:  # the flag's parser needs the type that None stands in for
+            (kind,) = (t for t in typing.get_args(hints[field.name]) if t is not types.NoneType)
+            value = config_dict.placeholder(kind)
+        values[field.name] = value
+    return ConfigDict(values)
+
+
+def load(name: str) -> Any:
+    """What the `get_config` of a file in `configs/`, or of one's own, returns.
+
+    Args:
+      name: `FILE.py` or `FILE.py:ARGUMENT`, such as "configs/tokenizer.py:b_l". A file that does
+        not exist is looked up among the installed configs, and so is a bare name ("tokenizer:b_l").
+
+    Raises:
+      UserError: there is no such file, or it rejects the argument.
+    """
+    file, colon, argument = name.partition(":")
+    path = pathlib.Path(file).expanduser()
+    if not path.is_file():
+        installed = CONFIGS / f"{path.stem}.py"
+        if path.parent not in (pathlib.Path(), pathlib.Path("configs")) or not installed.is_file():
+            known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem[0] != "_"))
+            raise UserError(f"--config: {file}: no such file; installed configs: {known}")
+        path = installed
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config: {path}: expected a function get_config in it")
+    try:
+        return module.get_config(argument) if colon else module.get_config()
     except ValueError as error:
-        raise UserError(f"{path}.{error}") from error
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    if isinstance(value, Mapping) and dataclasses.is_dataclass(hint):
-        return from_mapping(hint, value, path)
-    origin = typing.get_origin(hint)
-    if origin is types.UnionType and value is None:
-        return None
-    if origin is types.UnionType:
-        return _convert(typing.get_args(hint)[0], value, path)
-    if origin is tuple and isinstance(value, list | tuple):
-        return tuple(_convert(typing.get_args(hint)[0], v, path) for v in value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    expected = origin or hint
-    if not isinstance(value, expected) or (expected is not bool and isinstance(value, bool)):
-        raise UserError(f"{path}: expected {expected.__name__}, got {value!r}")
-    return value
+        raise UserError(f"--config: {name}: {error}") from error

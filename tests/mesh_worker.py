@@ -18,13 +18,14 @@ import jax
 import numpy as np
 import optax
 
+from gigatok_jax import sharding
 from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
-from gigatok_jax.training import loop, optimizer, partitioning
+from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import loop, optimizer
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.partitioning import MeshConfig
 from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, TokenizerTraining
 
 import tiny
@@ -98,14 +99,14 @@ def generator():
 def run(task, sizes):
     training, frozen, make_batch = task()
     config = MeshConfig(*sizes)
-    mesh = partitioning.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
+    mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
     abstract = loop.abstract_state(training, mesh)
     state = loop.fresh_state(training, abstract, 0)
     step = loop.jit_step(training, abstract, mesh)
-    frozen = partitioning.put(frozen, partitioning.frozen_shardings(frozen, mesh, shard=True))
+    frozen = sharding.put(frozen, sharding.frozen_shardings(frozen, mesh, shard=True))
     rng, rows = np.random.default_rng(0), []
     for n in range(STEPS):
-        batch = partitioning.put_batch(mesh, make_batch(rng))
+        batch = sharding.put_batch(mesh, make_batch(rng))
         state, metrics = step(state, batch, frozen, phase=training.phase(n))
         rows.append({name: float(value) for name, value in metrics.items()})
     return rows, jax.device_get(state)

@@ -15,7 +15,8 @@ import test_commands
 
 from gigatok_jax import api, bundles
 from gigatok_jax.commands import encode
-from gigatok_jax.data import codes, images
+from gigatok_jax.data import codes
+from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
@@ -151,15 +152,15 @@ def ten_slices(large, size, end, middle):
 )
 def test_ten_crops_are_corners_and_centre_and_their_flips(size, factor, large, end, middle):
     image = np.random.default_rng(0).integers(0, 256, (large, large, 3), np.uint8)
-    crops = images.ten_crops(image, size, factor)
+    crops = cropping.ten_crops(image, size, factor)
     assert crops.shape == (10, size, size, 3) and crops.dtype == np.uint8
     np.testing.assert_array_equal(crops, ten_slices(image, size, end, middle))
 
 
 def test_ten_crops_lie_in_the_centre_crop():
     image = np.random.default_rng(0).integers(0, 256, (61, 45, 3), np.uint8)
-    crops = images.ten_crops(image, 16, 1.25)
-    np.testing.assert_array_equal(crops, ten_slices(images.center_crop(image, 20), 16, 4, 2))
+    crops = cropping.ten_crops(image, 16, 1.25)
+    np.testing.assert_array_equal(crops, ten_slices(cropping.center_crop(image, 20), 16, 4, 2))
 
 
 # What is stored.
@@ -170,7 +171,7 @@ def test_stored_codes_are_those_of_the_crops(whole, root, tokenizer):
         found = examples(whole, split)
         stored = np.concatenate([example["codes"] for example in found])
         assert stored.dtype == np.int32
-        crops = [crops_of(images.load(root / example["key"])) for example in found]
+        crops = [crops_of(cropping.load(root / example["key"])) for example in found]
         crops = np.resize(crops, (-(-len(stored) // size) * size, SIZE, SIZE, 3))
         # As many at once as the command takes, for which it is compiled.
         parts = [tokenizer.encode(crops[i : i + size]) for i in range(0, len(crops), size)]
@@ -178,10 +179,10 @@ def test_stored_codes_are_those_of_the_crops(whole, root, tokenizer):
         return len(np.unique(stored, axis=0))
 
     def twenty(image):
-        return np.concatenate([images.ten_crops(image, SIZE, factor) for factor in FACTORS])
+        return np.concatenate([cropping.ten_crops(image, SIZE, factor) for factor in FACTORS])
 
     assert check("train", twenty, 80) > 50
-    assert check("validation", lambda image: images.center_crop(image, SIZE), 4) > 2
+    assert check("validation", lambda image: cropping.center_crop(image, SIZE), 4) > 2
 
 
 @pytest.mark.parametrize("split, crops", [("train", 20), ("validation", 1)])

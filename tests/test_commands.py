@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, cli, teachers
+from gigatok_jax import bundles, cli, frozen
 from gigatok_jax.commands import train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
@@ -117,14 +117,14 @@ def test_unknown_verb(gigatok):
 
 def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigatok, tmp_path):
     with pytest.raises(UserError, match=r"gigatok weights fetch dino_vits16"):
-        teachers.load_dino()
+        frozen.load_dino()
     source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"
     tensors = synth.checkpoint("dino_vits16")
     torch_files.write(source, tensors)
     out = f"--out={kinds.fetched('dino_vits16')}"
     code, _, _ = gigatok("convert", "dino", f"--from={source}", "--model=dino_vits16", out)
     assert code == 0
-    params = teachers.load_dino()
+    params = frozen.load_dino()
     torch_files.write(back, convert.dino_to_torch(params, vit.DINO["dino_vits16"]))
     for name, returned in torch_files.read(back).items():
         expected = tensors[name].copy()

@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax.data.embedded import CLASS_NAMES, EmbeddedSource, draw
+from gigatok_jax.data.drawings import CLASS_NAMES, EmbeddedSource, draw
 
 
 def _images(source: EmbeddedSource, count: int) -> np.ndarray:

@@ -24,7 +24,7 @@ from gigatok_jax.models.generator import (
     GeneratorConfig,
     rotation,
 )
-from gigatok_jax.training.partitioning import RULES
+from gigatok_jax.sharding import RULES
 from gigatok_jax.weights import convert, layout, names
 
 import tiny

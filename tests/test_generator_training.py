@@ -14,7 +14,7 @@ import optax
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, config
+from gigatok_jax import bundles, config, sharding
 from gigatok_jax.commands import encode, train
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
@@ -22,7 +22,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training import optimizer, partitioning
+from gigatok_jax.training import optimizer
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.loop import LoopConfig
@@ -49,7 +49,7 @@ OPTIMIZER = OptimizerConfig(
     rate=1e-2, schedule="warmup_stable_decay", warmup_steps=2, decayed="matrices"
 )
 
-MESH = partitioning.make_mesh(partitioning.MeshConfig())
+MESH = sharding.make_mesh(sharding.MeshConfig())
 
 
 @pytest.fixture(scope="module", autouse=True)

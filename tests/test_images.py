@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax.data.images import BadImage, center_crop, load, opencv, random_crop
+from gigatok_jax.data.crops import BadImage, center_crop, load, opencv, random_crop
 from gigatok_jax.errors import UserError
 
 

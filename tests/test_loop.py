@@ -19,10 +19,10 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles
+from gigatok_jax import bundles, sharding
 from gigatok_jax.commands import train
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training import loop
 from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.loop import Job, LoopConfig
 from gigatok_jax.training.telemetry import read_metrics
@@ -99,7 +99,7 @@ def run_toy(workdir, batches=None, *, toy=None, finish=None, evaluate=None, advi
         finish=finish or finished.append,
     )
     config = {"log_every": 5, "evaluate_every": 0, "checkpoint_every": 7} | config
-    mesh = partitioning.make_mesh(partitioning.MeshConfig())
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     loop.run(job, LoopConfig(**config), mesh, workdir, seed=3)
     return finished
 
@@ -172,7 +172,7 @@ def test_signal_in_the_last_step_does_not_stop_a_run_that_is_done(tmp_path):
 
 def test_checkpoints_are_of_their_step_although_training_goes_on(tmp_path):
     run_toy(tmp_path, keep_last=5, checkpoint_every=1, toy=Toy(5))
-    mesh = partitioning.make_mesh(partitioning.MeshConfig())
+    mesh = sharding.make_mesh(sharding.MeshConfig())
     abstract = loop.abstract_state(Toy(), mesh)
     w = np.asarray(loop.fresh_state(Toy(), abstract, seed=3).w)
     expected = [w := w * np.float32(0.9) + np.float32(step * 0.5) for step in range(1, 6)]

@@ -11,11 +11,11 @@ import jax
 from jax.sharding import AbstractMesh, AxisType
 import pytest
 
-from gigatok_jax import recipes
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax import recipes, sharding
+from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import loop
 from gigatok_jax.training.generator import GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.partitioning import MeshConfig
 from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerTraining
 
 WORKER = pathlib.Path(__file__).parent / "mesh_worker.py"
@@ -47,7 +47,7 @@ def test_no_large_parameter_is_whole_under_fsdp(name):
     else:
         model = recipes.tokenizer_model(size)
         training = TokenizerTraining(model, ObjectiveConfig(), OptimizerConfig(), 10)
-    mesh = partitioning.abstract_mesh(MeshConfig(1, 8, 1), 8)
+    mesh = sharding.abstract_mesh(MeshConfig(1, 8, 1), 8)
     state = loop.abstract_state(training, mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
         whole = leaf.sharding.is_fully_replicated
@@ -55,7 +55,7 @@ def test_no_large_parameter_is_whole_under_fsdp(name):
 
 
 def test_an_axis_that_the_mesh_does_not_divide_is_left_whole():
-    mesh = AbstractMesh((1, 3, 1), partitioning.AXES, axis_types=(AxisType.Auto,) * 3)
+    mesh = AbstractMesh((1, 3, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
     training = GeneratorTraining(recipes.generator_model("b"), OptimizerConfig(), 10)
     state = loop.abstract_state(training, mesh)
     for leaf in jax.tree.leaves(state.params):
@@ -79,11 +79,11 @@ def test_block_of_a_process(parts, block, monkeypatch):
         for process, indices in parts.items()
         for index in indices
     }
-    sharding = mock.Mock(devices_indices_map=lambda shape: places)
-    monkeypatch.setattr(partitioning, "batch_sharding", lambda mesh: sharding)
-    mesh = partitioning.abstract_mesh(MeshConfig(2, 2, 1), 4)
+    placed = mock.Mock(devices_indices_map=lambda shape: places)
+    monkeypatch.setattr(sharding, "batch_sharding", lambda mesh: placed)
+    mesh = sharding.abstract_mesh(MeshConfig(2, 2, 1), 4)
     if isinstance(block, tuple):
-        assert partitioning.batch_block(mesh) == block
+        assert sharding.batch_block(mesh) == block
     else:
         with pytest.raises(ValueError, match=re.escape(block)):
-            partitioning.batch_block(mesh)
+            sharding.batch_block(mesh)

@@ -11,10 +11,10 @@ import numpy as np
 import optax
 import pytest
 
-from gigatok_jax import api, losses
+from gigatok_jax import api
 from gigatok_jax.models import discriminators, lpips, quantizer, resize, vit
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, TransformerSize
-from gigatok_jax.training import optimizer
+from gigatok_jax.training import losses, optimizer
 from gigatok_jax.training.generator import GeneratorState, GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.weights import convert, layout, names

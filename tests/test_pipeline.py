@@ -14,7 +14,7 @@ import pytest
 import test_sources
 
 from gigatok_jax.data import pipeline
-from gigatok_jax.data.images import center_crop
+from gigatok_jax.data.crops import center_crop
 from gigatok_jax.data.pipeline import Batches, eval_batches, prefetch_to_device, train_batches
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError

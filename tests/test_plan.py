@@ -8,14 +8,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from gigatok_jax import cli
+from gigatok_jax import cli, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.planning import chips, flops, hlo, plan, programs
-from gigatok_jax.training import partitioning
+from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.generator_run import OPTIMIZER, GeneratorRun
-from gigatok_jax.training.partitioning import MeshConfig
 from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 from jaxprs import equations
@@ -145,14 +144,14 @@ def test_traced_and_compiled_flops_of_a_training_step_agree():
 
 def test_parts_are_divided_as_the_mesh_says():
     mesh = MeshConfig(data=1, fsdp=-1)
-    whole = programs.training(GENERATOR, partitioning.abstract_mesh(MeshConfig(), 1))
-    shared = programs.training(GENERATOR, partitioning.abstract_mesh(mesh, 8))
+    whole = programs.training(GENERATOR, sharding.abstract_mesh(MeshConfig(), 1))
+    shared = programs.training(GENERATOR, sharding.abstract_mesh(mesh, 8))
     sizes = [programs.device_bytes(program.parts["parameters"]) for program in (whole, shared)]
     assert sizes[1] < sizes[0] / 4
 
 
 def test_weights_are_gathered_and_activations_shared_by_batch():
-    mesh = partitioning.abstract_mesh(MeshConfig(data=1, fsdp=-1), 8)
+    mesh = sharding.abstract_mesh(MeshConfig(data=1, fsdp=-1), 8)
     program = programs.training(GENERATOR, mesh)
     jaxpr = jax.make_jaxpr(lambda *x: program.jitted(*x, phase=None))(*program.arguments)
     specs = {
@@ -173,7 +172,7 @@ def test_frozen_networks_are_divided_if_asked_for():
     for shard in (False, True):
         mesh = MeshConfig(data=1, fsdp=-1, shard_frozen=shard)
         changed = dataclasses.replace(run, mesh=mesh)
-        program = programs.training(changed, partitioning.abstract_mesh(mesh, 8))
+        program = programs.training(changed, sharding.abstract_mesh(mesh, 8))
         sizes.append(programs.device_bytes(program.parts["frozen networks"]))
     assert sizes[1] < sizes[0] / 7
 

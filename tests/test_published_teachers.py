@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigatok_jax import bundles, teachers
+from gigatok_jax import bundles, frozen
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features
@@ -169,13 +169,13 @@ def test_teacher_that_was_not_fetched_says_how_to_get_it(tmp_path, monkeypatch, 
     monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
     command = rf"gigatok weights fetch {NAMES[family]}.* gigatok convert {family} --from=\S+ "
     with pytest.raises(UserError, match=command):
-        teachers.load_teacher(NAMES[family])
+        frozen.load_teacher(NAMES[family])
 
 
 @families
 def test_teacher_is_loaded_by_name_and_by_directory(fetched, family):
     for name in (NAMES[family], str(kinds.fetched(NAMES[family]))):
-        teacher = teachers.load_teacher(name)
+        teacher = frozen.load_teacher(name)
         assert teacher.config == CONFIGS[family]
         jax.tree.map(np.testing.assert_array_equal, teacher.params, parameters(family))
 
@@ -184,7 +184,7 @@ def test_bundle_that_is_no_teacher_is_refused(tmp_path):
     config = tiny.config()
     bundles.save(tmp_path / "bundle", "tokenizer", config, tiny.weights(config), {})
     with pytest.raises(UserError, match="holds a tokenizer, expected one of dinov2, clip, siglip"):
-        teachers.load_teacher(str(tmp_path / "bundle"))
+        frozen.load_teacher(str(tmp_path / "bundle"))
 
 
 @families

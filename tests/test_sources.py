@@ -9,7 +9,7 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from gigatok_jax.data.images import BadImage
+from gigatok_jax.data.crops import BadImage
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 

@@ -11,18 +11,19 @@ import optax
 from PIL import Image, ImageFilter
 import pytest
 
-from gigatok_jax import losses, teachers
-from gigatok_jax.data import embedded
+from gigatok_jax import frozen
+from gigatok_jax.data import drawings
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import vit
-from gigatok_jax.training import embedded_teacher
+from gigatok_jax.training import losses
+from tools import train_embedded_teacher
 
 TAPS = (0, 2, 4, 6)
 
 
 @pytest.fixture(scope="module")
-def teacher() -> teachers.Teacher:
-    return teachers.load_teacher("embedded")
+def teacher() -> frozen.Teacher:
+    return frozen.load_teacher("embedded")
 
 
 @pytest.fixture(scope="module")
@@ -38,8 +39,8 @@ def features(teacher):
 
 
 def _drawings(split: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    drawings = [embedded.draw(i, split=split) for i in range(count)]
-    fields = (np.stack([getattr(d, f) for d in drawings]) for f in ("image", "label", "mask"))
+    drawn = [drawings.draw(i, split=split) for i in range(count)]
+    fields = (np.stack([getattr(d, f) for d in drawn]) for f in ("image", "label", "mask"))
     return tuple(fields)
 
 
@@ -53,10 +54,10 @@ def _ridge_accuracy(x, labels, held_out, held_out_labels) -> float:
 
 
 def test_files_are_small_and_load_in_a_second(teacher):
-    size = sum(file.stat().st_size for file in teachers.EMBEDDED.iterdir())
+    size = sum(file.stat().st_size for file in frozen.EMBEDDED.iterdir())
     assert size < 1.6e6
     start = time.perf_counter()
-    teachers.load_teacher("embedded")
+    frozen.load_teacher("embedded")
     assert time.perf_counter() - start < 1
 
 
@@ -141,28 +142,28 @@ def test_feature_distance_is_bounded_and_ignores_token_lengths():
 
 
 def test_a_saved_teacher_loads_again_from_its_path(tmp_path, teacher):
-    teachers.save_teacher(tmp_path / "new", teacher)
-    loaded = teachers.load_teacher(str(tmp_path / "new"))
+    frozen.save_teacher(tmp_path / "new", teacher)
+    loaded = frozen.load_teacher(str(tmp_path / "new"))
     assert loaded.config == teacher.config
     jax.tree.map(np.testing.assert_array_equal, loaded.params, teacher.params)
 
 
 def test_unknown_names_and_foreign_directories_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"dinov9.*embedded"):
-        teachers.load_teacher("dinov9")
+        frozen.load_teacher("dinov9")
     with pytest.raises(UserError, match=r"absent.*a teacher's directory"):
-        teachers.load_teacher(str(tmp_path / "absent"))
+        frozen.load_teacher(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{}")
     (tmp_path / "weights.safetensors").write_bytes(b"text")
     with pytest.raises(UserError, match="not a teacher's directory"):
-        teachers.load_teacher(str(tmp_path))
+        frozen.load_teacher(str(tmp_path))
 
 
 def test_augmentation_keeps_the_mask_on_the_object():
     """The mask itself, augmented as an image, stays the mask."""
-    mask = embedded.draw(4).mask
+    mask = drawings.draw(4).mask
     image = np.repeat(2 * mask[..., None] - 1, 3, axis=-1)
-    augment = jax.jit(jax.vmap(embedded_teacher.augment, in_axes=(0, None, None)))
+    augment = jax.jit(jax.vmap(train_embedded_teacher.augment, in_axes=(0, None, None)))
     images, masks = augment(jax.random.split(jax.random.key(0), 16), image, mask)
     for changed, moved in zip(np.asarray(images).mean(-1), np.asarray(masks), strict=True):
         assert np.corrcoef(changed.ravel(), moved.ravel())[0, 1] > 0.9
@@ -173,7 +174,7 @@ def test_part_labels_are_the_masks_shares():
     masks = np.zeros((1, 64, 64), np.float32)
     masks[0, :8, 8:12] = 1  # half of the second patch of the first row
     masks[0, -8:, -8:] = 1
-    labels = np.asarray(embedded_teacher.part_labels(masks, np.array([3])))
+    labels = np.asarray(train_embedded_teacher.part_labels(masks, np.array([3])))
     assert labels.shape == (1, 64, 11)
     np.testing.assert_allclose(labels[0, 1, [0, 4]], 0.5)
     np.testing.assert_allclose(labels[0, 63, [0, 4]], [0, 1])

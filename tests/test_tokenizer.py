@@ -10,7 +10,7 @@ import pytest
 
 from gigatok_jax.models import cnn, layers
 from gigatok_jax.models.tokenizer import Tokenizer, TransformerSize
-from gigatok_jax.training.partitioning import RULES
+from gigatok_jax.sharding import RULES
 from gigatok_jax.weights import convert
 
 import jaxprs

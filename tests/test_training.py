@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import losses, pictures, recipes
+from gigatok_jax import pictures, recipes
 from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig
 from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, Phase, TokenizerTraining
 from gigatok_jax.training.tokenizer_run import TokenizerRun

@@ -18,7 +18,7 @@ from ml_collections import config_flags
 import numpy as np
 from PIL import Image
 
-from gigatok_jax import api, pictures, teachers
+from gigatok_jax import api, frozen, pictures
 from gigatok_jax.commands import probe, reconstruct, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data.sources import EmbeddedSource
@@ -100,7 +100,7 @@ def _classify(images: np.ndarray) -> np.ndarray:
 
     It learns from real drawings that neither tokenizer nor generator have seen.
     """
-    config, params = teachers.load_teacher("embedded")
+    config, params = frozen.load_teacher("embedded")
     source = EmbeddedSource(JUDGED_BY, images.shape[1], "validation")
     real = [source[i] for i in range(JUDGED_BY)]
 

@@ -27,7 +27,7 @@ from gigatok_jax import api, bundles, distributed, files, pictures
 from gigatok_jax.commands import encode, evaluate, sample, train
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes as stored
-from gigatok_jax.data.images import BadImage, center_crop
+from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import NOT_CONTENT, DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets

@@ -14,7 +14,7 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import api, pictures
-from gigatok_jax.data import images as image_files
+from gigatok_jax.data import crops
 from gigatok_jax.data.folders import image_paths
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import reconstruction
@@ -66,12 +66,12 @@ def reconstruct(
         batch, names = [], []
         for path in paths[start : start + batch_size]:
             try:
-                image = image_files.load(path)
-            except image_files.BadImage as error:
+                image = crops.load(path)
+            except crops.BadImage as error:
                 logger.warning("skipped %s: %s", path, error)
                 skipped += 1
                 continue
-            batch.append(image_files.center_crop(image, tokenizer.config.image_size))
+            batch.append(crops.center_crop(image, tokenizer.config.image_size))
             names.append(path.relative_to(source) if source.is_dir() else pathlib.Path(path.name))
         if not batch:
             continue

@@ -12,11 +12,11 @@ import pathlib
 from absl import flags
 from ml_collections import config_flags
 
-from gigatok_jax import distributed
+from gigatok_jax import distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json, write_json
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training import loop
 from gigatok_jax.training.tasks import TASKS
 
 logger = logging.getLogger(__name__)
@@ -51,9 +51,9 @@ def train(mapping: dict, workdir: pathlib.Path) -> None:
     if config.steps == 0 and not getattr(config, "branch_from", ""):
         logger.info("%g epochs are %d steps", config.epochs, config.total_steps)
     try:
-        mesh = partitioning.make_mesh(config.mesh)
-        partitioning.check_batch(config.batch_size, config.accumulate, mesh)
-        partitioning.batch_block(mesh)  # or a run's data could not be dealt out
+        mesh = sharding.make_mesh(config.mesh)
+        sharding.check_batch(config.batch_size, config.accumulate, mesh)
+        sharding.batch_block(mesh)  # or a run's data could not be dealt out
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     job = config.job(workdir, mesh)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from gigatok_jax.data import images
+from gigatok_jax.data import crops
 from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import stamp
@@ -48,9 +48,9 @@ class FolderSource:
         index = checked(index, len(self))
         key = self._key(index)
         try:
-            image = images.load(self.root / key)
-        except images.BadImage as error:
-            raise images.BadImage(f"{key}: {error}") from error
+            image = crops.load(self.root / key)
+        except crops.BadImage as error:
+            raise crops.BadImage(f"{key}: {error}") from error
         label = int(np.searchsorted(self._class_ends, index, side="right"))
         return {"image": image, "label": label, "key": key}
 

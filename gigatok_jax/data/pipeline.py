@@ -22,7 +22,7 @@ from absl import flags
 import grain
 import numpy as np
 
-from gigatok_jax.data.images import BadImage, center_crop, opencv, random_crop, ten_crops
+from gigatok_jax.data.crops import BadImage, center_crop, opencv, random_crop, ten_crops
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.errors import UserError
 
@@ -343,7 +343,7 @@ def eval_batches(
         batch_size: B of all processes together, a multiple of `process_count`.
         process_index, process_count: the part of each batch that this process reads.
         train: read the training examples instead.
-        crop_factors: see the crops of `images.ten_crops` for each of them instead.
+        crop_factors: see the crops of `crops.ten_crops` for each of them instead.
 
     Returns:
         Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 from ml_collections import ConfigDict
 
 from gigatok_jax.config import from_mapping
-from gigatok_jax.data import codes, embedded, folders, images
+from gigatok_jax.data import codes, crops, drawings, folders
 from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import stamp
@@ -73,9 +73,9 @@ class DataConfig:
                 raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}")
         if self.source not in OPENERS:
             raise ValueError(f"source is {self.source!r}, expected one of {', '.join(OPENERS)}")
-        if self.resize not in images.RESIZES:
+        if self.resize not in crops.RESIZES:
             raise ValueError(
-                f"resize is {self.resize!r}, expected one of {', '.join(images.RESIZES)}"
+                f"resize is {self.resize!r}, expected one of {', '.join(crops.RESIZES)}"
             )
         least = {"length": 0, "eval_length": 0, "workers": 0, "prefetch": 1}
         if self.source == "embedded":
@@ -168,14 +168,14 @@ class _First:
         return f"{self._source.version()} first {self._length}"
 
 
-class EmbeddedSource(embedded.EmbeddedSource):
+class EmbeddedSource(drawings.EmbeddedSource):
     """The drawings, as a source with class names."""
 
-    class_names = embedded.CLASS_NAMES
+    class_names = drawings.CLASS_NAMES
     codes = 0
 
     def version(self) -> str:
-        return f"drawings {embedded.VERSION}: {self}"
+        return f"drawings {drawings.VERSION}: {self}"
 
 
 def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
@@ -213,7 +213,7 @@ class TfdsSource:
             raise UserError(f"{self.folder}: no feature of classes, expected image classification")
         names = label.names
         self.class_names = tuple(names or map(str, range(label.num_classes)))
-        # The bytes go through `images.load`, like those of any other source.
+        # The bytes go through `crops.load`, like those of any other source.
         self._records = builder.as_data_source(
             self.split, decoders={self._image_key: tfds.decode.SkipDecoding()}
         )
@@ -234,9 +234,9 @@ class TfdsSource:
         key = next(named, f"{self.split}/{index}")
         key = key.decode(errors="replace") if isinstance(key, bytes) else key
         try:
-            image = images.load(record[self._image_key])
-        except images.BadImage as error:
-            raise images.BadImage(f"{key}: {error}") from error
+            image = crops.load(record[self._image_key])
+        except crops.BadImage as error:
+            raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(record[self._label_key]), "key": key}
 
     def version(self) -> str:

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from gigatok_jax import bundles, pictures, teachers
+from gigatok_jax import bundles, frozen, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, vit
 from gigatok_jax.weights import kinds
@@ -65,7 +65,7 @@ def load(name: str) -> Extractor:
     """The extractor called `name`.
 
     Args:
-      name: "inception"; or a teacher, see `teachers.load_teacher`, whose class token is taken: the
+      name: "inception"; or a teacher, see `frozen.load_teacher`, whose class token is taken: the
         distance is then `fd_dinov2`, or `fd_teacher` for another one, never FID.
 
     Raises:
@@ -74,7 +74,7 @@ def load(name: str) -> Extractor:
     if name == INCEPTION:
         return _inception()
     try:
-        config, params = teachers.load_teacher(name)
+        config, params = frozen.load_teacher(name)
     except UserError as error:
         raise UserError(f"features: {error}; {INCEPTION} and embedded are others") from None
     dinov2 = config in vit.DINOV2.values()

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, distributed, metrics, pictures, teachers
+from gigatok_jax import api, distributed, frozen, metrics, pictures
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation.distribution import frechet_distance
@@ -103,7 +103,7 @@ def evaluate(
 def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
     """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
     # All processes measure the same, or their sums could not be added.
-    lpips = teachers.load_lpips() if distributed.agree(teachers.has_lpips()) else None
+    lpips = frozen.load_lpips() if distributed.agree(frozen.has_lpips()) else None
     if lpips is None:
         logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
 

@@ -7,7 +7,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models import layers, placement
+from gigatok_jax import sharding
+from gigatok_jax.models import layers
 from gigatok_jax.models.convolution import conv_general_dilated
 
 
@@ -80,7 +81,7 @@ def conv(features: int, size: int = 3, *, stride: int = 1, padding=None, dtype, 
         dtype=dtype,
         conv_general_dilated=conv_general_dilated,
         kernel_init=layers.partitioned(layers.default_init, *axes),
-        promote_dtype=placement.promote(*axes),
+        promote_dtype=sharding.promote(*axes),
         bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
         name=name,
     )

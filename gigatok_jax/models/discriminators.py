@@ -9,7 +9,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from gigatok_jax.models import layers, placement, resize, vit
+from gigatok_jax import sharding
+from gigatok_jax.models import layers, resize, vit
 from gigatok_jax.models.batch_norm import BatchNorm, LocalBatchNorm
 from gigatok_jax.models.convolution import conv_general_dilated
 
@@ -39,7 +40,7 @@ class PatchGAN(nn.Module):
                 dtype=self.dtype,
                 conv_general_dilated=conv_general_dilated,
                 kernel_init=layers.partitioned(nn.initializers.normal(0.02), *axes),
-                promote_dtype=placement.promote(*axes),
+                promote_dtype=sharding.promote(*axes),
                 bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
                 name=name,
             )
@@ -85,7 +86,7 @@ class SpectralConv(nn.Module):
         init = layers.torch_uniform(self.window * x.shape[-1])
         kernel_init = layers.partitioned(init, None, "conv_in", "conv_out")
         kernel = self.param("kernel", kernel_init, shape)
-        kernel = placement.gather(kernel, None, "conv_in", "conv_out")
+        kernel = sharding.gather(kernel, None, "conv_in", "conv_out")
         bias = self.param("bias", layers.partitioned(init, "norm"), (self.features,))
 
         def random_unit():

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import layers, placement
+from gigatok_jax import sharding
+from gigatok_jax.models import layers
 
 POSITIONS = ("learned", "rotary", "rotary_2d")
 ADALN = ("none", "block", "shared")
@@ -141,7 +142,7 @@ class Block(nn.Module):
         if config.adaln == "shared":
             init = layers.partitioned(nn.initializers.normal(config.width**-0.5), None, "embed")
             offset = self.param("offset", init, (6, config.width))
-            self.offset = placement.gather(offset, None, "embed")
+            self.offset = sharding.gather(offset, None, "embed")
 
     def __call__(self, x, rotation=None, condition=None):
         """Maps `[B, T, W]` to its like; `condition` is what `Generator.condition` gives."""
@@ -197,7 +198,7 @@ class Generator(nn.Module):
 
         def table(name, rows, axis, std=layers.INIT_STD):
             init = layers.partitioned(nn.initializers.normal(std), axis, "embed")
-            return placement.gather(self.param(name, init, (rows, config.width)), axis, "embed")
+            return sharding.gather(self.param(name, init, (rows, config.width)), axis, "embed")
 
         self.class_embedding = table("class_embedding", config.classes + 1, None)
         self.embedding = table("embedding", config.codebook_size, "vocab")
@@ -347,3 +348,9 @@ class Decoder:
             updated.append(layer_cache)
         logits = self._apply(Generator.logits, x, self._first)
         return logits[:, 0].astype(jnp.float32), updated
+
+
+def param_shapes(config: GeneratorConfig) -> dict:
+    """Shapes of a generator's parameters; nothing is allocated."""
+    codes, classes = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (1,)))
+    return layers.param_shapes(Generator(config), codes, classes)

@@ -15,9 +15,10 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import placement
+from gigatok_jax import sharding
 
 Dtype = Any
+DTYPES = ("auto", "float32", "bfloat16")
 
 # PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred deviations: in effect a normal.
 INIT_STD = 0.02
@@ -35,6 +36,30 @@ ACTIVATIONS = {
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of the first CLIP, and of DFN's
 }
+
+
+def compute_dtype(name: str) -> Dtype:
+    """The type of the computation called `name`; "auto": bfloat16, but float32 on CPU.
+
+    Parameters, losses, norms' statistics, softmax and the code search are float32 in any case.
+
+    Raises:
+      ValueError: the name is not one of `DTYPES`.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {DTYPES}, got {name!r}")
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return jnp.dtype(name)
+
+
+def param_shapes(module: nn.Module, *inputs: Any) -> dict:
+    """The module's parameters as unboxed shapes; nothing is allocated.
+
+    An input is a `jax.ShapeDtypeStruct`, or the shape of a float32 array.
+    """
+    inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
+    return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
 
 def partitioned(init, *axes: str | None):
@@ -70,7 +95,7 @@ def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, n
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
         bias_init=partitioned(bias_init, axes[1]),
-        promote_dtype=placement.promote(*axes),
+        promote_dtype=sharding.promote(*axes),
         name=name,
         **kwargs,
     )
@@ -124,7 +149,7 @@ def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
 
 def constrain(x: jax.Array) -> jax.Array:
     """Pins the sharding of activations `[B, T, W]`."""
-    return placement.place(x, "batch", "length", "activation_embed")
+    return sharding.constrain(x, "batch", "length", "activation_embed")
 
 
 class Cache(NamedTuple):
@@ -189,7 +214,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral(
                 (self.heads, self.width // self.heads),
                 kernel_init=partitioned(kernel_init, *axes),
-                promote_dtype=placement.promote(*axes),
+                promote_dtype=sharding.promote(*axes),
                 bias_init=partitioned(nn.initializers.zeros, "heads", "head_dim"),
                 name=name,
                 **common,
@@ -201,7 +226,7 @@ class Attention(nn.Module):
             self.width,
             axis=(-2, -1),
             kernel_init=partitioned(default_init, *axes),
-            promote_dtype=placement.promote(*axes),
+            promote_dtype=sharding.promote(*axes),
             bias_init=partitioned(nn.initializers.zeros, "norm"),
             name="out",
             **common,

@@ -4,7 +4,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models import layers, placement
+from gigatok_jax import sharding
+from gigatok_jax.models import layers
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
@@ -31,7 +32,7 @@ class VGG16(nn.Module):
                     padding=1,
                     dtype=self.dtype,
                     kernel_init=layers.partitioned(nn.initializers.he_normal(), *axes),
-                    promote_dtype=placement.promote(*axes),
+                    promote_dtype=sharding.promote(*axes),
                     name=f"conv{stage}_{i}",
                 )(x)
                 x = nn.relu(x)

@@ -10,7 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models import cnn, layers, placement, quantizer
+from gigatok_jax import sharding
+from gigatok_jax.models import cnn, layers, quantizer
 
 INITS = ("reference", "fan_in")
 
@@ -179,7 +180,7 @@ class TokenTransformer(nn.Module):
 
         def positions(name, length):
             init = layers.partitioned(nn.initializers.normal(size.width**-0.5), None, "embed")
-            return placement.gather(self.param(name, init, (length, size.width)), None, "embed")
+            return sharding.gather(self.param(name, init, (length, size.width)), None, "embed")
 
         grid_positions = positions("grid_positions", config.grid**2)
         x = layers.layer_norm(dtype=self.dtype, name="norm_in")(x)
@@ -378,3 +379,8 @@ def init_params(module: Tokenizer, key: jax.Array):
         return kernel * (math.prod(shape) ** -0.5 / layers.INIT_STD)
 
     return jax.tree_util.tree_map_with_path(rescale, params)
+
+
+def param_shapes(config: TokenizerConfig) -> dict:
+    """Shapes of a tokenizer's parameters; nothing is allocated."""
+    return layers.param_shapes(Tokenizer(config), (1, config.image_size, config.image_size, 3))

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax.models import layers, placement, resize
+from gigatok_jax import sharding
+from gigatok_jax.models import layers, resize
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -160,7 +161,7 @@ class ViT(nn.Module):
             use_bias=not config.norm_in,
             dtype=self.dtype,
             kernel_init=layers.partitioned(layers.default_init, *axes),
-            promote_dtype=placement.promote(*axes),
+            promote_dtype=sharding.promote(*axes),
             name="patch_embed",
         )(images.astype(self.dtype))
         x = rearrange(x, "b h w c -> b (h w) c")

@@ -11,9 +11,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh
 
+from gigatok_jax import sharding
 from gigatok_jax.errors import UserError
-from gigatok_jax.training import partitioning
-from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.sharding import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,10 +65,10 @@ class Topology:
     devices: Sequence[Any] | None = None
 
     def mesh(self, config: MeshConfig) -> Mesh | AbstractMesh:
-        """A mesh over all devices; see `partitioning.make_mesh`."""
+        """A mesh over all devices; see `sharding.make_mesh`."""
         if self.devices is None:
-            return partitioning.abstract_mesh(config, self.count)
-        return partitioning.make_mesh(config, self.devices)
+            return sharding.abstract_mesh(config, self.count)
+        return sharding.make_mesh(config, self.devices)
 
 
 def topology(name: str) -> Topology:

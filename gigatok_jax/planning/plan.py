@@ -9,11 +9,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from gigatok_jax import sharding
 from gigatok_jax.models import layers
 from gigatok_jax.planning import estimate, flops, hlo, programs
 from gigatok_jax.planning.chips import Topology
-from gigatok_jax.training import partitioning
-from gigatok_jax.training.partitioning import MeshConfig
+from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.run import RunConfig
 
 HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
@@ -97,7 +97,7 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
       UserError: a network that the run names is not there.
     """
     mesh = topology.mesh(run.mesh)
-    partitioning.check_batch(run.batch_size, run.accumulate, mesh)
+    sharding.check_batch(run.batch_size, run.accumulate, mesh)
     build = programs.BUILDERS[job]
     program = build(run, mesh)
     plain = build(dataclasses.replace(run, remat="none"), mesh)
@@ -154,13 +154,13 @@ def _refusal(message: str) -> str:
 def _temporaries(run: RunConfig, topology: Topology, build: Any) -> int:
     """Estimated bytes of a device's activations, and of what does not grow with the batch."""
     single = dataclasses.replace(run, mesh=MeshConfig())
-    mesh = partitioning.abstract_mesh(MeshConfig(), 1)
+    mesh = sharding.abstract_mesh(MeshConfig(), 1)
 
     def trace(batch):
         return build(dataclasses.replace(single, batch_size=batch), mesh).trace()
 
     whole = topology.mesh(run.mesh)
-    batch = run.batch_size // partitioning.batch_shards(whole)
+    batch = run.batch_size // sharding.batch_shards(whole)
     return estimate.temporaries(trace, batch) + _fixed(run, build(run, whole))
 
 

@@ -11,10 +11,10 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 import numpy as np
 
-from gigatok_jax import bundles, sampling, teachers
+from gigatok_jax import bundles, sampling, sharding
 from gigatok_jax.models import vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
-from gigatok_jax.training import loop, partitioning
+from gigatok_jax.training import loop
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.run import RunConfig
 from gigatok_jax.training.tokenizer import Frozen
@@ -57,8 +57,8 @@ def training(run: RunConfig, mesh: Mesh | AbstractMesh) -> Program:
     """
     functions, frozen = task(run)
     state = loop.abstract_state(functions, mesh)
-    shardings = partitioning.frozen_shardings(frozen, mesh, shard=run.mesh.shard_frozen)
-    frozen = partitioning.abstract(frozen, shardings)
+    shardings = sharding.frozen_shardings(frozen, mesh, shard=run.mesh.shard_frozen)
+    frozen = sharding.abstract(frozen, shardings)
     batch = _batch(run, functions, mesh)
     parts = {
         "parameters": state.params,
@@ -91,7 +91,7 @@ def task(run: RunConfig) -> tuple[loop.Training, Any]:
 
 def drawing(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:
     """The drawing of `run.batch_size` images' codes, as `run.sampling` says."""
-    whole, shared = partitioning.replicated(mesh), partitioning.batch_sharding(mesh)
+    whole, shared = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = jax.tree.map(
         lambda leaf: ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole),
         convert.generator_shapes(run.model),
@@ -116,7 +116,7 @@ def _tokenizer(run: TokenizerRun):
     """Its training's functions, and the shapes of its frozen networks."""
     objective, config, frozen = run.objective, None, {}
     if objective.needs_teacher:
-        config = teachers.architecture(objective.teacher)
+        config = frozen.architecture(objective.teacher)
         shapes = convert.vit_shapes(config)
         rows = run.model.grid**2 + config.class_token
         positions = ShapeDtypeStruct((rows, config.width), jnp.float32)
@@ -140,7 +140,7 @@ _TASKS = {TokenizerRun: _tokenizer, GeneratorRun: _generator}
 
 
 def _batch(run: RunConfig, functions, mesh) -> dict[str, ShapeDtypeStruct]:
-    shared = partitioning.batch_sharding(mesh)
+    shared = sharding.batch_sharding(mesh)
     struct = functools.partial(ShapeDtypeStruct, sharding=shared)
     batch = {"label": struct((run.batch_size,), jnp.int32)}
     tokenizer = run.model if isinstance(run, TokenizerRun) else functions.tokenizer

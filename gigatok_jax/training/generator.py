@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gigatok_jax import losses, pictures
+from gigatok_jax import pictures
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from gigatok_jax.training import optimizer
+from gigatok_jax.training import losses, optimizer
 from gigatok_jax.training.accumulation import mean_gradients
 from gigatok_jax.training.optimizer import OptimizerConfig
 

@@ -10,16 +10,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from gigatok_jax import bundles, pictures, precision, sampling
+from gigatok_jax import bundles, pictures, sampling, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json
+from gigatok_jax.models import layers
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import generator as training
-from gigatok_jax.training import partitioning
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -103,7 +103,7 @@ class GeneratorRun(RunConfig):
             accumulate=self.accumulate,
             average_decay=self.average_decay,
             remat=self.remat,
-            dtype=precision.compute_dtype(self.dtype),
+            dtype=layers.compute_dtype(self.dtype),
             tokenizer=tokenizer,
         )
 
@@ -121,7 +121,7 @@ class GeneratorRun(RunConfig):
         tokenizer = _tokenizer(self) if self.tokenizer else None
         size = tokenizer.config.image_size if tokenizer else 0
         batches = pipeline.train_batches(
-            self.data, size, self.batch_size, self.seed, *partitioning.batch_block(mesh)
+            self.data, size, self.batch_size, self.seed, *sharding.batch_block(mesh)
         )
         if len(batches.class_names) > self.model.classes:
             raise UserError(
@@ -200,7 +200,7 @@ class _Evaluation:
         mesh: Mesh,
     ):
         self._run, self._mesh, self._dtype = run, mesh, functions.dtype
-        shared = partitioning.batch_sharding(mesh)
+        shared = sharding.batch_sharding(mesh)
         self._loss = jax.jit(functions.validation_loss, out_shardings=shared)
         decode = jax.jit(functions.decode)
         self._decode = tokenizer and functools.partial(
@@ -209,15 +209,15 @@ class _Evaluation:
         self._classes = np.arange(COLUMNS) * len(class_names) // COLUMNS
         size = tokenizer.config.image_size if tokenizer else 0
         self._batches = pipeline.eval_batches(
-            run.data, size, run.batch_size, *partitioning.batch_block(mesh)
+            run.data, size, run.batch_size, *sharding.batch_block(mesh)
         )
 
     def __call__(self, state: training.GeneratorState, frozen):
         params = training.params_for_use(state)
 
         def measure(batch):
-            loss = self._loss(params, partitioning.put_batch(self._mesh, batch), frozen)
-            return {"held_out/loss": partitioning.local_block(loss)}
+            loss = self._loss(params, sharding.put_batch(self._mesh, batch), frozen)
+            return {"held_out/loss": sharding.local_block(loss)}
 
         self._batches.set_state({"next_batch": 0})
         with self._batches:
@@ -229,7 +229,7 @@ class _Evaluation:
         classes = jnp.asarray(np.tile(self._classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         drawn = sampling.sample(run.model, params, classes, keys, run.sampling, self._dtype)
-        drawn = np.asarray(partitioning.replicate(self._mesh, drawn))
+        drawn = np.asarray(sharding.replicate(self._mesh, drawn))
         images = self._decode(drawn)
         return pictures.grid(np.split(np.asarray(images), ROWS))
 

@@ -10,10 +10,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gigatok_jax import losses
 from gigatok_jax.models import layers
 from gigatok_jax.models.batch_norm import BatchNorm
-from gigatok_jax.training import accumulation, optimizer
+from gigatok_jax.training import accumulation, losses, optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 

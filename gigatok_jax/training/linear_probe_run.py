@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from gigatok_jax import bundles, pictures, precision
+from gigatok_jax import bundles, pictures, sharding
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.errors import UserError
+from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import linear_probe as training
-from gigatok_jax.training import partitioning
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import batch_codes
 from gigatok_jax.training.loop import Job
@@ -94,7 +94,7 @@ class LinearProbeRun(RunConfig):
             probed.image_size,
             self.batch_size,
             self.seed,
-            *partitioning.batch_block(mesh),
+            *sharding.batch_block(mesh),
         )
         functions = training.LinearProbeTraining(
             probed.apply,
@@ -128,7 +128,7 @@ class _Probed:
 
 
 def _probed(run: LinearProbeRun) -> _Probed:
-    dtype = precision.compute_dtype(run.dtype)
+    dtype = layers.compute_dtype(run.dtype)
     tokenizer = generator = None
     if run.data.source != "codes" or run.features != "generator":
         if not run.tokenizer:
@@ -231,16 +231,16 @@ class _Evaluation:
         mesh: Mesh,
     ):
         self._images, self._mesh = run.evaluation_images, mesh
-        shared = partitioning.batch_sharding(mesh)
+        shared = sharding.batch_sharding(mesh)
         self._judge = jax.jit(functions.judge, out_shardings=shared)
         self._batches = pipeline.eval_batches(
-            run.data, image_size, run.batch_size, *partitioning.batch_block(mesh)
+            run.data, image_size, run.batch_size, *sharding.batch_block(mesh)
         )
 
     def __call__(self, state: training.LinearProbeState, frozen: Any):
         def measure(batch):
-            values = self._judge(state, partitioning.put_batch(self._mesh, batch), frozen)
-            return jax.tree.map(partitioning.local_block, values)
+            values = self._judge(state, sharding.put_batch(self._mesh, batch), frozen)
+            return jax.tree.map(sharding.local_block, values)
 
         self._batches.set_state({"next_batch": 0})
         with self._batches:

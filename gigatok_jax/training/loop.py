@@ -15,10 +15,9 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import distributed
+from gigatok_jax import distributed, sharding
 from gigatok_jax.data.pipeline import Batches, prefetch_to_device
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.training import partitioning
 from gigatok_jax.training.checkpoints import Checkpoints, Restored
 from gigatok_jax.training.telemetry import Telemetry
 
@@ -94,7 +93,7 @@ class Job:
 def abstract_state(training: Training, mesh: jax.sharding.Mesh) -> Any:
     """Shapes, types and shardings of a task's state; nothing is allocated."""
     boxed = jax.eval_shape(training.init, jax.random.key(0))
-    return partitioning.abstract(nn.meta.unbox(boxed), partitioning.state_shardings(boxed, mesh))
+    return sharding.abstract(nn.meta.unbox(boxed), sharding.state_shardings(boxed, mesh))
 
 
 def jit_step(training: Training, state: Any, mesh: jax.sharding.Mesh) -> Callable:
@@ -109,7 +108,7 @@ def jit_step(training: Training, state: Any, mesh: jax.sharding.Mesh) -> Callabl
     """
 
     def step(state, batch, frozen, *, phase):
-        with partitioning.use(mesh):
+        with sharding.use(mesh):
             return training.step(state, batch, frozen, phase)
 
     return jax.jit(
@@ -149,7 +148,7 @@ def run(
       mesh: where arrays lie.
       workdir: where the run lives.
       seed: of a fresh state.
-      shard_frozen: see `partitioning.MeshConfig`.
+      shard_frozen: see `sharding.MeshConfig`.
 
     Raises:
       RunStopped: a loss became non-finite (nothing is saved), or the process was asked to stop
@@ -158,8 +157,8 @@ def run(
     """
     with contextlib.ExitStack() as stack:
         # Once for the whole run, on every device; a step would move host arrays each time.
-        shardings = partitioning.frozen_shardings(job.frozen, mesh, shard=shard_frozen)
-        frozen = partitioning.put(job.frozen, shardings)
+        shardings = sharding.frozen_shardings(job.frozen, mesh, shard=shard_frozen)
+        frozen = sharding.put(job.frozen, shardings)
         job = dataclasses.replace(job, frozen=frozen)
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
@@ -205,7 +204,7 @@ def _branch(job: Job, abstract: Any) -> Restored | None:
 def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
     steps = job.training.steps
     step_function = jit_step(job.training, state, mesh)
-    batches = prefetch_to_device(job.batches, functools.partial(partitioning.put_batch, mesh))
+    batches = prefetch_to_device(job.batches, functools.partial(sharding.put_batch, mesh))
     meter = _Meter(unlogged)
     bar = tqdm(
         initial=start, total=steps, unit="step", disable=None if telemetry else True, mininterval=1

@@ -3,12 +3,11 @@
 import dataclasses
 import math
 
-from gigatok_jax import precision
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.models import layers
+from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.loop import LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.partitioning import MeshConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +63,8 @@ class RunConfig:
             raise ValueError(f"epochs or steps must be positive, got {self.epochs}, {self.steps}")
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay must be in [0, 1), got {self.average_decay}")
-        if self.dtype not in precision.DTYPES:
-            raise ValueError(f"dtype must be one of {precision.DTYPES}, got {self.dtype!r}")
+        if self.dtype not in layers.DTYPES:
+            raise ValueError(f"dtype must be one of {layers.DTYPES}, got {self.dtype!r}")
         if self.remat not in layers.REMAT:
             raise ValueError(f"remat must be one of {layers.REMAT}, got {self.remat!r}")
         if self.optimizer.warmup_steps >= self.total_steps:

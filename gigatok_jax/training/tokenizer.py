@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gigatok_jax import losses, metrics, pictures
+from gigatok_jax import metrics, pictures
 from gigatok_jax.models import discriminators, layers, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
-from gigatok_jax.training import diffaug, optimizer
+from gigatok_jax.training import diffaug, losses, optimizer
 from gigatok_jax.training.accumulation import mean_gradients
 from gigatok_jax.training.optimizer import OptimizerConfig
 

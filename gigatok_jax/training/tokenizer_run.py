@@ -11,12 +11,11 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-from gigatok_jax import bundles, pictures, precision, teachers
+from gigatok_jax import bundles, frozen, pictures, sharding
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import batch_norm, quantizer, vit
+from gigatok_jax.models import batch_norm, layers, quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
-from gigatok_jax.training import partitioning
 from gigatok_jax.training import tokenizer as training
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.loop import Job
@@ -78,7 +77,7 @@ class TokenizerRun(RunConfig):
             accumulate=self.accumulate,
             average_decay=self.average_decay,
             remat=self.remat,
-            dtype=precision.compute_dtype(self.dtype),
+            dtype=layers.compute_dtype(self.dtype),
             teacher=teacher,
         )
 
@@ -98,7 +97,7 @@ class TokenizerRun(RunConfig):
         functions = self.training(teacher_config)
         size = self.model.image_size
         batches = pipeline.train_batches(
-            self.data, size, self.batch_size, self.seed, *partitioning.batch_block(mesh)
+            self.data, size, self.batch_size, self.seed, *sharding.batch_block(mesh)
         )
         return Job(
             training=functions,
@@ -115,15 +114,15 @@ def _frozen(run: TokenizerRun) -> tuple[vit.ViTConfig | None, training.Frozen]:
     config, params = None, None
     objective = run.objective
     if objective.needs_teacher:
-        config, params = teachers.load_teacher(objective.teacher)
+        config, params = frozen.load_teacher(objective.teacher)
         params["positions"] = vit.resize_positions(params["positions"], run.model.grid)
         if objective.semantic and config.width != run.model.semantic_dim:
             raise UserError(
                 f"config.model.semantic_dim: expected {config.width}, the width of teacher "
                 f"{objective.teacher}, got {run.model.semantic_dim}"
             )
-    lpips = teachers.load_lpips() if objective.needs_lpips else None
-    dino = teachers.load_dino() if objective.needs_dino else None
+    lpips = frozen.load_lpips() if objective.needs_lpips else None
+    dino = frozen.load_dino() if objective.needs_dino else None
     return config, training.Frozen(teacher=params, lpips=lpips, dino=dino)
 
 
@@ -136,23 +135,22 @@ class _Evaluation:
             return (images[:PICTURES], outputs[:PICTURES]), values
 
         self._run, self._mesh = run, mesh
-        shardings = (partitioning.replicated(mesh), partitioning.batch_sharding(mesh))
+        shardings = (sharding.replicated(mesh), sharding.batch_sharding(mesh))
         self._reconstruct = jax.jit(reconstruct, out_shardings=shardings)
         self._batches = pipeline.eval_batches(
-            run.data, run.model.image_size, run.batch_size, *partitioning.batch_block(mesh)
+            run.data, run.model.image_size, run.batch_size, *sharding.batch_block(mesh)
         )
 
     def __call__(self, state: training.TokenizerState, frozen: training.Frozen):
         shown = []
 
         def measure(batch):
-            images = partitioning.put_batch(self._mesh, batch["image"])
+            images = sharding.put_batch(self._mesh, batch["image"])
             first, values = self._reconstruct(state, images, frozen)
             if not shown:
                 shown.extend(map(np.asarray, first))
             return {
-                f"held_out/{name}": partitioning.local_block(value)
-                for name, value in values.items()
+                f"held_out/{name}": sharding.local_block(value) for name, value in values.items()
             }
 
         self._batches.set_state({"next_batch": 0})

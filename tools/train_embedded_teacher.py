@@ -1,4 +1,4 @@
-"""Trains the embedded teacher: `python -m gigatok_jax.training.embedded_teacher --out=DIR`.
+"""Trains the embedded teacher: `python -m tools.train_embedded_teacher --out=DIR`.
 
 A small ViT of DINOv2's architecture learns the drawings of `data.embedded` with labels, so that
 its class token tells the class and its patch tokens tell what each patch shows. The pixels of the
@@ -20,12 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gigatok_jax import teachers
-from gigatok_jax.data import embedded
+from gigatok_jax import frozen
+from gigatok_jax.data import drawings
 from gigatok_jax.models import vit
 
 IMAGE_SIZE = 64
-CLASSES = len(embedded.CLASS_NAMES)
+CLASSES = len(drawings.CLASS_NAMES)
 CONFIG = vit.ViTConfig(depth=6, heads=3, width=96, patch_size=8, grid=8)
 PIXEL_TAPS = (3, 6)  # blocks whose outputs must tell the pixels
 PIXEL_WEIGHT = 1.0
@@ -55,13 +55,13 @@ class Pretext(nn.Module):
 
 def draw_all(count: int, split: str, seed: int) -> dict[str, np.ndarray]:
     """Draws in parallel: images uint8 `[N, S, S, 3]`, masks uint8 `[N, S, S]`, labels `[N]`."""
-    draw = functools.partial(embedded.draw, image_size=IMAGE_SIZE, seed=seed, split=split)
+    draw = functools.partial(drawings.draw, image_size=IMAGE_SIZE, seed=seed, split=split)
     with ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        drawings = list(pool.map(draw, range(count), chunksize=100))
+        drawn = list(pool.map(draw, range(count), chunksize=100))
     return {
-        "image": np.stack([d.image for d in drawings]),
-        "mask": np.stack([np.round(255 * d.mask).astype(np.uint8) for d in drawings]),
-        "label": np.array([d.label for d in drawings]),
+        "image": np.stack([d.image for d in drawn]),
+        "mask": np.stack([np.round(255 * d.mask).astype(np.uint8) for d in drawn]),
+        "label": np.array([d.label for d in drawn]),
     }
 
 
@@ -196,11 +196,11 @@ def initial_params(seed: int) -> dict:
     return params
 
 
-def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[teachers.Teacher, dict]:
+def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[frozen.Teacher, dict]:
     """Trains, printing as it goes; the same arguments give the same weights on one machine.
 
     Returns:
-      The teacher, and the record of its training for `teachers.save_teacher`.
+      The teacher, and the record of its training for `frozen.save_teacher`.
     """
     started = time.monotonic()
     data, held_out = draw_all(images, "train", seed), draw_all(500, "validation", seed)
@@ -221,7 +221,7 @@ def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[teachers
 
     record = {
         "training": {
-            "program": "gigatok_jax.training.embedded_teacher",
+            "program": "tools.train_embedded_teacher",
             "steps": steps,
             "batch_size": batch_size,
             "images": images,
@@ -229,7 +229,7 @@ def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[teachers
         },
         "validation": validate(state[0], held_out),
     }
-    return teachers.Teacher(CONFIG, jax.device_get(state[0]["teacher"])), record
+    return frozen.Teacher(CONFIG, jax.device_get(state[0]["teacher"])), record
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -241,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
     teacher, record = train(flags.steps, flags.batch_size, flags.images, flags.seed)
-    teachers.save_teacher(flags.out, teacher, record)
+    frozen.save_teacher(flags.out, teacher, record)
     print(f"{flags.out}: {record['validation']}")
 
 

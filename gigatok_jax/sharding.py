@@ -1,0 +1,289 @@
+"""Where arrays live on the devices: mesh axes, the table of logical axes, and all that follows.
+
+A mesh has three axes: `data` (replicas), `fsdp` (replicas that divide the parameters among them)
+and `tensor` (parts of a layer). Models never name them. They name what an axis *is* ("embed",
+"heads", "mlp", ...), and `RULES` maps these logical axes to the mesh:
+
+  - Parameters carry logical axes from initialization on (`nn.with_logical_partitioning`), so that
+    `state_shardings` can lay out the whole training state before any of it exists.
+  - Activations are pinned with `constrain`, which keeps the batch divided where XLA would otherwise
+    replicate it.
+  - Parameters that are divided along `fsdp` are divided in memory only. `gather` makes them whole
+    where they are used: a product with a part of a kernel would leave partial sums of activations,
+    which are far larger than the kernel. The gradient takes the same way back (reduce-scatter).
+
+Flax has constraints of its own, but they act only under `jax.set_mesh`, where `nn.DenseGeneral`
+fails (Flax 0.12). `use(mesh)` takes their place while a program is traced.
+"""
+
+import collections
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import contextvars
+import functools
+import math
+from typing import Annotated, Any
+
+from flax import linen as nn
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+from pydantic import Field, model_validator
+
+from gigatok_jax.config import configclass
+
+AXES = ("data", "fsdp", "tensor")
+# Linen's logical constraints need Auto axes; jax.make_mesh makes Explicit ones by default.
+TYPES = (AxisType.Auto,) * len(AXES)
+
+# Logical axis to mesh axes; where two logical axes of an array want the same mesh axis, the earlier
+# rule wins.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("conv_out", "fsdp"),
+    ("embed", "fsdp"),
+    ("embed_out", "tensor"),
+    ("layers", None),
+    ("norm", None),
+    ("head_dim", None),
+    ("conv_in", None),
+    ("length", None),
+    ("activation_embed", None),
+)
+GATHERED = ("embed", "conv_out")  # logical axes that `gather` makes whole
+
+FROZEN_LIMIT = 2**16  # elements; smaller frozen arrays are not worth dividing
+PARAMETER_LIMIT = 2**18  # elements (1 MiB of float32); larger parameters never stay whole
+
+DeviceCount = Annotated[int, Field(ge=-1)]
+
+
+@configclass
+class MeshConfig:
+    """How a run's arrays are divided over its devices."""
+
+    data: DeviceCount = -1  # devices along each axis; one of the three may be -1: the rest
+    fsdp: DeviceCount = 1
+    tensor: DeviceCount = 1
+    shard_frozen: bool = False  # divide the frozen networks along `fsdp` too
+
+    @model_validator(mode="after")
+    def _check(self):
+        sizes = self.sizes
+        if sizes.count(-1) > 1 or 0 in sizes:
+            raise ValueError(f"data, fsdp, tensor must be positive, one may be -1; got {sizes}")
+        return self
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Devices along each of `AXES`."""
+        return self.data, self.fsdp, self.tensor
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh over `devices`; None: over all devices of all processes.
+
+    Raises:
+      ValueError: the number of devices does not match the config.
+    """
+    count = jax.device_count() if devices is None else len(devices)
+    return jax.make_mesh(_mesh_shape(config, count), AXES, axis_types=TYPES, devices=devices)
+
+
+def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
+    """Like `make_mesh`, for `count` devices that need not exist."""
+    return AbstractMesh(_mesh_shape(config, count), AXES, axis_types=TYPES)
+
+
+def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
+    sizes = list(config.sizes)
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
+    if math.prod(sizes) != count:
+        raise ValueError(f"mesh {sizes} needs {math.prod(sizes)} devices, found {count}")
+    return tuple(sizes)
+
+
+# Set by `use` while a program is traced: logical axes of an array to its sharding.
+_sharding_of: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None] = (
+    contextvars.ContextVar("sharding_of", default=None)
+)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Programs traced inside this context are divided over `mesh`; without it, nothing is."""
+
+    def sharding_of(axes):
+        return nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, RULES)
+
+    token = _sharding_of.set(sharding_of)
+    try:
+        yield
+    finally:
+        _sharding_of.reset(token)
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pins the sharding of an array with the given logical axes."""
+    sharding_of = _sharding_of.get()
+    return x if sharding_of is None else jax.lax.with_sharding_constraint(x, sharding_of(axes))
+
+
+def gather(x: jax.Array, *axes: str | None) -> jax.Array:
+    """A parameter with the given logical axes, whole along those of `GATHERED`."""
+    return constrain(x, *(None if axis in GATHERED else axis for axis in axes))
+
+
+def promote(*axes: str | None) -> Callable:
+    """For `promote_dtype` of a Linen layer whose kernel has the given logical axes.
+
+    Kernel and bias are gathered after the cast: bfloat16 halves what travels between devices.
+    """
+
+    def promote_and_gather(x, kernel, bias, *, dtype):
+        x, kernel, bias = nn.dtypes.promote_dtype(x, kernel, bias, dtype=dtype)
+        kernel = gather(kernel, *axes)
+        return x, kernel, bias if bias is None else gather(bias, *axes[-bias.ndim :])
+
+    return promote_and_gather
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of an array whose leading axis is the batch."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh | AbstractMesh) -> int:
+    """Number of parts that a batch is divided into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def batch_block(mesh: Mesh) -> tuple[int, int]:
+    """Index of the block of each global batch that this process reads, and the number of blocks.
+
+    Processes whose devices differ along `tensor` only read the same block.
+
+    Raises:
+      ValueError: a process does not own a contiguous block of the batch (raised on every process).
+    """
+    shards = batch_shards(mesh)
+    owned = collections.defaultdict(set)  # process to the parts of the batch on its devices
+    for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
+        owned[device.process_index].add(index[0].start or 0)
+    length = len(owned[jax.process_index()])
+    for process, parts in sorted(owned.items()):
+        first = min(parts)
+        if parts != set(range(first, first + length)) or first % length or shards % length:
+            raise ValueError(
+                f"mesh: the devices of a process must share one block of the batch, but process "
+                f"{process} has parts {sorted(parts)} of {shards}"
+            )
+    return min(owned[jax.process_index()]) // length, shards // length
+
+
+def check_batch(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
+    """Raises ValueError if the devices cannot share a batch (or its `accumulate` parts) equally."""
+    if batch_size % (accumulate * batch_shards(mesh)):
+        parts = f"accumulate={accumulate} times " if accumulate > 1 else ""
+        raise ValueError(
+            f"batch_size: expected a multiple of {parts}{batch_shards(mesh)}, the devices that "
+            f"share a batch, got {batch_size}"
+        )
+
+
+def put_batch(mesh: Mesh, local: Any) -> Any:
+    """Global arrays made of every process's block, a pytree of host arrays `[B/P, ...]`."""
+    put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
+    return jax.tree.map(put, local)
+
+
+def local_block(array: jax.Array) -> np.ndarray:
+    """This process's block `[B/P, ...]` of an array that is divided like a batch."""
+    rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
+    return np.concatenate([rows[start] for start in sorted(rows)])
+
+
+def replicate(mesh: Mesh, tree: Any) -> Any:
+    """Copies of divided arrays, whole on every device."""
+    return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
+
+
+def state_shardings(boxed_state: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """Shardings of an abstract state whose parameters carry logical axes (`nn.Partitioned`).
+
+    `RULES` decide, with two exceptions. An axis that the mesh does not divide evenly stays whole.
+    A large array that would then be whole along `fsdp` is divided along its longest free axis.
+    """
+    by_rules = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_state), mesh, RULES)
+
+    def fit(sharding, array):
+        spec = [
+            axes if axes is None or length % _devices_along(mesh, axes) == 0 else None
+            for axes, length in zip(sharding.spec, array.shape, strict=False)
+        ]
+        spec += [None] * (len(array.shape) - len(spec))
+        whole = not any("fsdp" in (axes or ()) for axes in spec)
+        if whole and math.prod(array.shape) >= PARAMETER_LIMIT:
+            _divide_longest(spec, array.shape, mesh)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(fit, by_rules, nn.meta.unbox(boxed_state))
+
+
+def frozen_shardings(frozen: Any, mesh: Mesh | AbstractMesh, *, shard: bool) -> Any:
+    """Shardings of arrays (or shapes) without logical axes.
+
+    With `shard`, large arrays are divided along their longest axis that `fsdp` divides evenly.
+    """
+
+    def fit(array):
+        shape = np.shape(array)
+        spec = [None] * len(shape)
+        if shard and math.prod(shape) >= FROZEN_LIMIT:
+            _divide_longest(spec, shape, mesh)
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(fit, frozen)
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """Host arrays that every process has, placed as `shardings` (of the same structure) say."""
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def place(array, sharding):
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    return jax.tree.map(place, tree, shardings)
+
+
+def abstract(arrays: Any, shardings: Any) -> Any:
+    """Shapes and types of arrays, with their shardings."""
+    return jax.tree.map(
+        lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
+        arrays,
+        shardings,
+    )
+
+
+def _devices_along(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...]) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _divide_longest(spec: list, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+    """Gives the longest free axis that `fsdp` divides evenly to it, if there is one."""
+    fits = [
+        i for i, length in enumerate(shape) if spec[i] is None and length % mesh.shape["fsdp"] == 0
+    ]
+    if fits:
+        spec[max(fits, key=lambda i: shape[i])] = "fsdp"
