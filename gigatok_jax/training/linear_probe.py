@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from gigatok_jax.models import layers
-from gigatok_jax.models.batch_norm import BatchNorm
+from gigatok_jax.models.norms import BatchNorm
 from gigatok_jax.training import accumulation, losses, optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 

@@ -14,7 +14,7 @@ import numpy as np
 from gigatok_jax import bundles, frozen, pictures, sharding
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import batch_norm, layers, quantizer, vit
+from gigatok_jax.models import layers, norms, quantizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import tokenizer as training
 from gigatok_jax.training.evaluating import held_out_means
@@ -52,7 +52,7 @@ class TokenizerRun(RunConfig):
         if self.objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("objective.semantic is positive, so model.semantic_dim must be too")
         if self.objective.needs_dino:
-            batch_norm.batch_groups(self.batch_size // self.accumulate)
+            norms.batch_groups(self.batch_size // self.accumulate)
         if self.batch_size // self.accumulate % self.objective.patchgan_groups:
             raise ValueError(
                 f"objective.patchgan_groups must divide batch_size={self.batch_size} over "
