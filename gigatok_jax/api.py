@@ -20,9 +20,7 @@ import numpy as np
 
 from gigatok_jax import bundles, recipes, sampling
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import generator as generators
-from gigatok_jax.models import quantizer
-from gigatok_jax.models import tokenizer as tokenizers
+from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -208,8 +206,8 @@ class PretrainedGenerator(Pretrained):
     def _classes(self, classes) -> np.ndarray:
         classes = np.asarray(classes)
         if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
-            shape = f"{list(classes.shape)} {classes.dtype}"
-            raise ValueError(f"classes: expected integers [B], got {shape}")
+            found = f"{list(classes.shape)} {classes.dtype}"
+            raise ValueError(f"classes: expected integers [B], got {found}")
         bad = classes[(classes < 0) | (classes > self.config.null_class)]
         if bad.size:
             raise ValueError(f"classes: expected 0..{self.config.null_class}, got {bad[0]}")
@@ -318,9 +316,9 @@ def parameter_count(name: str) -> int:
     """
     kind, _, rest = name.rpartition(":")
     if kind == "generator":
-        shapes = generators.param_shapes(recipes.generator_model(rest))
+        shapes = generator.param_shapes(recipes.generator_model(rest))
     elif kind:
         raise UserError(f"{name!r}: no such model; known: generator:b, ..., b_l, ...")
     else:
-        shapes = tokenizers.param_shapes(recipes.tokenizer_model(name))
+        shapes = tokenizer.param_shapes(recipes.tokenizer_model(name))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

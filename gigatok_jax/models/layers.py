@@ -101,21 +101,28 @@ def keep(arrays: Any) -> Any:
 
 
 def dense(
-    features: int,
-    axes: tuple[str | None, str | None],
+    features: int | tuple[int, ...],
+    axes: tuple[str | None, ...],
     *,
+    axis: int | tuple[int, ...] = -1,
     kernel_init: Callable = default_init,
     bias_init: Callable = nn.initializers.zeros,
+    bias_axes: tuple[str | None, ...] | None = None,
     dtype: Dtype,
     name: str,
     **kwargs,
 ):
-    """A Linear layer whose `[in, out]` kernel carries the logical `axes`."""
-    return nn.Dense(
+    """A Linear layer, from `axis` to `features`, whose kernel carries the logical `axes`.
+
+    The bias carries those of the features, unless `bias_axes` say otherwise.
+    """
+    count = len(features) if isinstance(features, tuple) else 1
+    return nn.DenseGeneral(
         features,
+        axis,
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
-        bias_init=partitioned(bias_init, axes[1]),
+        bias_init=partitioned(bias_init, *(bias_axes or axes[-count:])),
         promote_dtype=sharding.promote(*axes),
         name=name,
         **kwargs,
@@ -229,27 +236,18 @@ class Attention(nn.Module):
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        def linear(name, features, axes, kernel_init, bias_axes, axis=-1):
-            return nn.DenseGeneral(
-                features,
-                axis,
-                use_bias=self.bias,
-                dtype=self.dtype,
-                kernel_init=partitioned(kernel_init, *axes),
-                bias_init=partitioned(nn.initializers.zeros, *bias_axes),
-                promote_dtype=sharding.promote(*axes),
-                name=name,
-            )
-
-        head = ("heads", "head_dim")
-        # Xavier-uniform of PyTorch's [3W, W] matrix of all three.
+        # Xavier-uniform of PyTorch's packed [3W, W] matrix.
         init = self.kernel_init or uniform((6 / (4 * self.width)) ** 0.5)
-        shape = (self.heads, self.width // self.heads)
-        self.query = linear("query", shape, ("embed", *head), init, head)
-        self.key = linear("key", shape, ("embed", *head), init, head)
-        self.value = linear("value", shape, ("embed", *head), init, head)
+        linear = functools.partial(dense, use_bias=self.bias, dtype=self.dtype)
+        shape, axes = (self.heads, self.width // self.heads), ("heads", "head_dim")
+        project = functools.partial(linear, shape, ("embed", *axes), kernel_init=init)
+        self.query, self.key, self.value = (
+            project(name="query"),
+            project(name="key"),
+            project(name="value"),
+        )
         self.out = linear(
-            "out", self.width, (*head, "embed"), default_init, ("norm",), axis=(-2, -1)
+            self.width, (*axes, "embed"), axis=(-2, -1), bias_axes=("norm",), name="out"
         )
         if self.qk_norm:
             self.query_norm = layer_norm(dtype=self.dtype, name="query_norm")
