@@ -272,7 +272,7 @@ class Tokenizer(nn.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Images `[B, H, W, 3]` float32, not clipped, of codes `[B, N]`."""
-        return self.cnn_decoder(self._decode_grid(self._look_up(codes))[0]).astype(jnp.float32)
+        return self.cnn_decoder(self.decoder_grid(codes)).astype(jnp.float32)
 
     def decoder_features(self, codes: jax.Array, layer: int) -> jax.Array:
         """Output of the decoder transformer's `layer` (from 1), `[B, grid*grid, W]` float32."""
