@@ -28,6 +28,8 @@ from gigatok_jax.pictures import to_float, to_uint8
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
+Path = str | pathlib.Path
+
 
 class Pretrained:
     """A network with its weights, on all local devices, which share each batch that they divide.
@@ -249,7 +251,7 @@ def draw(
         yield chosen, images[: len(chosen)]
 
 
-def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedTokenizer:
+def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
     """Loads a tokenizer's bundle, or that of a workdir.
 
     Args:
@@ -264,14 +266,14 @@ def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> Pretra
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
 
 
-def load_generator(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedGenerator:
+def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
     """Loads a generator's bundle, or that of a workdir; see `load_tokenizer`."""
     bundle = bundles.load(directory, "generator", GeneratorConfig)
     return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
 
 
 def tokenizer_from_torch(
-    checkpoint: str | pathlib.Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
+    checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedTokenizer:
     """Loads a checkpoint of the reference.
 
@@ -290,7 +292,7 @@ def tokenizer_from_torch(
 
 
 def generator_from_torch(
-    checkpoint: str | pathlib.Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
+    checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedGenerator:
     """Loads a generator's checkpoint of the reference, such as "b" or "b,2d".
 

@@ -43,7 +43,7 @@ class GroupNorm(nn.Module):
         x = x.astype(jnp.float32)
 
         def mean(x):
-            """Of each channel's group, `[B, 1, 1, C]`; over pixels first, as channels are dense."""
+            """Mean of each channel's group, `[B, 1, 1, C]`; over pixels first, which is faster."""
             means = rearrange(x.mean((1, 2)), "b (g c) -> b g c", g=group_count(channels))
             means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
             return means.reshape(-1, 1, 1, channels)
