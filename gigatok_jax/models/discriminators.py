@@ -131,16 +131,10 @@ class DinoHeads(nn.Module):
 
 
 def dino_inputs(images: jax.Array, config: vit.ViTConfig, key: jax.Array) -> jax.Array:
-    """Images as DINO's input: all of them cropped at one random place, or all of them whole.
+    """Square images `[B, H, H, 3]` in [-1, 1] as DINO's input, normalized, `[B, S, S, 3]`.
 
-    Args:
-      images: square, `[B, H, H, 3]` in [-1, 1].
-      config: DINO's; S = grid * patch_size.
-      key: decides, as in the reference for the whole batch, with even odds.
-
-    Returns:
-      Normalized images `[B, S, S, 3]`. Whole images are resized by area; images that are no larger
-      than S are never cropped, and resized bicubically.
+    With even odds, all are cropped at one random place, or all are resized by area (as in the
+    reference, which decides for the whole batch). Images no larger than S are resized bicubically.
     """
     size, extent = config.grid * config.patch_size, images.shape[1]
     images = vit.normalize(images, config)

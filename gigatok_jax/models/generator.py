@@ -204,14 +204,11 @@ class Generator(nn.Module):
         self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
 
     def __call__(self, codes: jax.Array, classes: jax.Array) -> jax.Array:
-        """Logits of n + 1 codes.
+        """Logits of n + 1 codes, `[B, n + 1, K]` of the compute type.
 
         Args:
           codes: the first n codes of each image, `[B, n]` int32, n < N.
           classes: `[B]` int32; `config.null_class` where there is none.
-
-        Returns:
-          `[B, n + 1, K]` of the compute type: logits of code 1 given the class, and so on.
         """
         x, _ = self._run(codes, classes)
         return self.logits(x, self.class_vectors(classes))
@@ -262,15 +259,9 @@ class Generator(nn.Module):
 
 
 class Decoder:
-    """`Generator`, one code at a time, with the keys and values of all codes before it.
+    """A `Generator` with the given parameters, for one code at a time of images of some classes.
 
     Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
-
-    Args:
-      config: the architecture.
-      params: of a `Generator`.
-      classes: `[B]` int32.
-      dtype: type of the computation.
     """
 
     def __init__(
@@ -298,15 +289,10 @@ class Decoder:
         return [layers.Cache(zeros, zeros)] * config.depth
 
     def step(self, codes: jax.Array, position: jax.Array, cache: list[layers.Cache]):
-        """Logits of the code after one position.
+        """Logits of the code after `position`, float32 `[B, K]`, and the cache with it included.
 
-        Args:
-          codes: `[B]`, the codes at `position`; at position 0 is the class, and they are not read.
-          position: scalar.
-          cache: of the positions before.
-
-        Returns:
-          float32 `[B, K]`, and the cache with this position in it.
+        `codes` `[B]` are those at `position`, a scalar. Position 0 is the class's, and they are not
+        read; `cache` holds the positions before.
         """
         x = self._apply(codes[:, None], position[None], method="code_vectors")
         x = jnp.where(position == 0, self._first, x)

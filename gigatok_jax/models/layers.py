@@ -82,13 +82,10 @@ def uniform(bound: float):
 
 
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """Wraps `module` so that its activations are recomputed in the backward pass.
+    """The class `module`, with its activations recomputed in the backward pass.
 
-    Args:
-      module: a Linen module class.
-      policy: "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
-        inputs, and what `keep` marks.
-      scanned: the module is the body of a scan, where XLA cannot merge the recomputation away.
+    The policy "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
+    inputs and what `keep` marks. In a `scanned` body, XLA cannot merge the recomputation away.
     """
     if policy == "none":
         return module
@@ -200,15 +197,10 @@ class Cache(NamedTuple):
 
 
 def rotary_table(positions: np.ndarray, head_dim: int, base: float = 10_000.0) -> np.ndarray:
-    """Cosines and sines of rotary position embeddings.
+    """Cosines and sines of rotary position embeddings, float32 `[T, head_dim / 2, 2]`.
 
-    Args:
-      positions: `[T, axes]`; each axis turns an equal share of the head's dimensions.
-      head_dim: a multiple of twice the number of axes.
-      base: of the geometric series of wave lengths.
-
-    Returns:
-      float32 `[T, head_dim / 2, 2]`, for pairs of neighbouring dimensions.
+    Each axis of the positions `[T, axes]` turns an equal share of the head's pairs of neighbouring
+    dimensions. `base` is that of the geometric series of wave lengths.
     """
     dims = head_dim // positions.shape[1]
     frequencies = base ** (-np.arange(0, dims, 2) / dims)
@@ -269,16 +261,10 @@ class Attention(nn.Module):
         return self.out(dot_product_attention(q, k, v, is_causal=causal))
 
     def decode(self, x, cache: Cache, position, rotation=None) -> tuple[jax.Array, Cache]:
-        """Causal self-attention of one more position, given those before it.
+        """Causal self-attention of one more position `[B, 1, W]`, given those before it.
 
-        Args:
-          x: `[B, 1, W]`.
-          cache: of all positions; those from `position` on are not read.
-          position: scalar.
-          rotation: this position's row of the `rotary_table`, `[1, head_dim / 2, 2]`, or None.
-
-        Returns:
-          `[B, 1, W]`, and the cache with this position in it.
+        Returns its like, and the cache with `position`, a scalar, in it. What the cache holds from
+        there on is not read. `rotation` is this position's row of the `rotary_table`, if any.
         """
         q, k, v = self._project(x, x, x, rotation)
         q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
@@ -350,15 +336,9 @@ class Transformer(nn.Module):
     def __call__(
         self, x: jax.Array, *shared, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Runs the stack.
+        """Maps `[B, T, W]` to the last layer's output, and those of the layers in `taps`.
 
-        Args:
-          x: `[B, T, W]`.
-          shared: what each block gets beside its input.
-          taps: layers, counted from 1, whose outputs are wanted (0: the input).
-
-        Returns:
-          The last layer's output `[B, T, W]`, and the outputs of the layers in `taps`.
+        Layers are counted from 1 (0: the input). Each gets what is `shared` beside its input.
         """
         block = remat(self.block.func, self.remat, scanned=True)
 

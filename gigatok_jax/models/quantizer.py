@@ -74,14 +74,10 @@ def search(
 
 
 def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:
-    """Returns `quantized` in the forward pass, with a gradient to `z` in the backward pass.
+    """The code vectors `quantized`, nearest to `z`, with a gradient to `z` in the backward pass.
 
-    Args:
-      z: `[..., D]`.
-      quantized: `[..., D]`, the nearest code vectors.
-      rule: "straight_through" copies the gradient; "rotation" rotates it from the code's
-        direction to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the
-        Rotation Trick").
+    The rule "straight_through" copies the gradient. "rotation" rotates it from the code's direction
+    to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick").
     """
     if rule == "straight_through":
         return z + lax.stop_gradient(quantized - z)

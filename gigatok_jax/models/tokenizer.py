@@ -127,12 +127,8 @@ def _blocks(level: int) -> tuple[int, int]:
 def pool_queries(grid: jax.Array, count: int) -> jax.Array:
     """Multi-level average pooling that seeds the Q-Former's queries (paper, appendix C).
 
-    Args:
-      grid: `[B, H, W, C]`.
-      count: number of queries, a power of two.
-
-    Returns:
-      `[B, count, C]`: groups of 1, 1, 2, 4, ... count/2 block means, each read row-major.
+    Maps `[B, H, W, C]` to `[B, count, C]`, count a power of two: groups of 1, 1, 2, 4, ...,
+    count / 2 block means, each group read row-major.
     """
     groups = []
     for group in range(count.bit_length()):
@@ -292,10 +288,8 @@ class Tokenizer(nn.Module):
     ) -> TokenizerOutput:
         """The training forward pass on `[B, H, W, 3]` images in [-1, 1].
 
-        Args:
-          images: the batch.
-          entropy: whether to compute the entropy loss.
-          auxiliary: whether to compute the older recipe's direct image and feature loss.
+        The entropy loss is 0 without `entropy`. `auxiliary` adds what only the older recipe needs,
+        the direct image and the feature loss.
         """
         config = self.config
         features = self.cnn_features(images)

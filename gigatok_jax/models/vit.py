@@ -77,26 +77,18 @@ class ViT(nn.Module):
     def __call__(
         self, images: jax.Array, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Encodes normalized images, see `preprocess`.
-
-        Args:
-          images: `[B, g*patch, g*patch, 3]`; the position table in the variables must be for a
-            g x g grid (see `resize_positions`).
-          taps: blocks, counted from 1, whose outputs are wanted as well (0: the input).
+        """Encodes normalized images, see `preprocess`; `resize_positions` fits the grid to them.
 
         Returns:
-          Class token `[B, W]` and patch tokens `[B, g*g, W]` after the final norm, and the tapped
-          blocks' patch tokens before it, each `[B, g*g, W]`. Without a class token, the mean of the
-          patch tokens stands for it.
+          Class token `[B, W]` and patch tokens `[B, g*g, W]` after the final norm, and the patch
+          tokens of the blocks in `taps`, counted from 1 (0: the input), before it. Without a class
+          token, the mean of the patch tokens stands for it.
         """
         x, tapped = self._tokens(images, taps)
         return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
 
     def readouts(self, images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
-        """The tapped blocks' patch tokens plus their class token, `[taps, B, g*g, W]` float32.
-
-        The arguments are those of a call.
-        """
+        """The tapped blocks' patch tokens plus their class token, `[taps, B, g*g, W]` float32."""
         tapped = jnp.stack(self._tokens(images, taps)[1]).astype(jnp.float32)
         return tapped[:, :, 1:] + tapped[:, :, :1]
 
