@@ -1,4 +1,4 @@
-"""A GigaTok tokenizer on ImageNet (paper, Table 9): `--config=configs/tokenizer.py:NAME[,VARIANT...]`.
+"""A GigaTok tokenizer on ImageNet (Table 9): `--config=configs/tokenizer.py:NAME[,VARIANT...]`.
 
 NAME (encoder and decoder size): s_s s_b s_l b_s b_l xl_xxl s_s_2d s_b_2d b_l_2d, or tiny_tiny.
 VARIANT: `released`, the older recipe of the released weights; `vanilla`, no semantic loss;

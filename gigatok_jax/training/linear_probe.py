@@ -17,8 +17,8 @@ from gigatok_jax.config import configclass
 from gigatok_jax.data import codes as stored
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import layers
-from gigatok_jax.models.batch_norm import BatchNorm
 from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.norms import BatchNorm
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import losses, task
 from gigatok_jax.training.generator import batch_codes
@@ -169,7 +169,7 @@ def _chosen_layer(run: LinearProbeRun, default: int, depth: int) -> int:
 
 
 class LinearProbe(nn.Module):
-    """BatchNorm without gain and bias (eps 1e-6) and a Linear layer: `[B, W]` to logits `[B, C]`."""
+    """BatchNorm without gain and bias (eps 1e-6), then a Linear: `[B, W]` to logits `[B, C]`."""
 
     classes: int
 

@@ -133,9 +133,9 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
 
         # A checkpoint comes before the evaluation of the same step. If the run was killed between
         # the two, the evaluation is missing; only process 0 knows.
-        if start and due(config.evaluate_every, start):
-            if not distributed.agree(telemetry is None or telemetry.evaluated(start)):
-                evaluate(start, state)
+        missing = start > 0 and due(config.evaluate_every, start)
+        if missing and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
+            evaluate(start, state)
 
         step_function = jit_step(task, state, mesh)
         device_batches = pipeline.prefetch_to_device(
@@ -309,7 +309,7 @@ class Meter:
     def row(self, step: int, checkpoint: int | None) -> dict[str, float]:
         """Means and rates since the last call.
 
-        A metric that some steps lack (a term that starts later) is averaged over those that have it.
+        A metric that some steps lack (a term that starts later) is averaged over the others.
         """
         self.check(step, checkpoint)
         values = collections.defaultdict(list)

@@ -119,8 +119,8 @@ def is_matrix(params: Any) -> Any:
 def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """The exponential moving average of the weights after step number `step` (from 0).
 
-    The reference's decay is constant. Here it grows towards that value, as (1 + step) / (10 + step),
-    so that short runs leave their first weights behind.
+    The reference's decay is constant. Here it grows towards that value as (1 + step) / (10 + step):
+    short runs leave their first weights behind.
     """
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

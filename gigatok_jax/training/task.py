@@ -26,7 +26,6 @@ from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
-
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -143,7 +142,7 @@ class Task:
         raise NotImplementedError
 
     def pictures(self, state: Any, shown: Any, frozen: Any, mesh: Any) -> dict[str, np.ndarray]:
-        """Pictures uint8 `[H, W, 3]` by name; `shown` is what `measure` gave for the first batch."""
+        """Pictures uint8 `[H, W, 3]`; `shown` is what `measure` returned for the first batch."""
         return {}
 
     def advise(self, row: Mapping[str, float]) -> str | None:

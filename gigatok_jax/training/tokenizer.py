@@ -21,7 +21,7 @@ from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_valida
 from gigatok_jax import frozen, metrics, pictures
 from gigatok_jax.config import configclass
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import batch_norm, discriminators, layers, quantizer, vit
+from gigatok_jax.models import discriminators, layers, norms, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
 from gigatok_jax.training import diffaug, losses
@@ -102,7 +102,7 @@ class TokenizerRun(RunConfig):
             raise ValueError("model.semantic_dim: expected a width with objective.semantic, got 0")
         part = self.batch_size // self.accumulate
         if objective.needs_dino:
-            batch_norm.batch_groups(part)
+            norms.batch_groups(part)
         if part % objective.patchgan_groups:
             raise ValueError(
                 f"objective.patchgan_groups: expected a divisor of batch_size={self.batch_size} "
