@@ -56,7 +56,7 @@ class DataConfig:
     # How training crops are resized, after halving: "bicubic", like the reference, or "linear",
     # with OpenCV, which reads 1.3 times as many photos per core. It does not antialias: photos of
     # up to twice the crop's size show fine detail more harshly.
-    resize: Literal["bicubic", "linear"] = "bicubic"
+    resize: crops.Resize = "bicubic"
 
     # A run ends when a larger share of its images cannot be read.
     max_bad_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.05
