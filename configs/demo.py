@@ -9,7 +9,7 @@ import dataclasses
 from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.sampling import SamplingConfig

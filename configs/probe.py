@@ -7,7 +7,7 @@ is the linear probe alone.
 
 from gigatok_jax import recipes
 from gigatok_jax.config import to_config_dict
-from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.training import linear_probe_run
 from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.linear_probe_run import LinearProbeRun

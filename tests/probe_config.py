@@ -2,7 +2,7 @@
 
 from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
-from gigatok_jax.evaluation.probe import ProbeConfig
+from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator_run import GeneratorRun

@@ -14,8 +14,8 @@ import optax
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, config, sharding
-from gigatok_jax.commands import encode, train
+from gigatok_jax import bundles, config, encoding, sharding
+from gigatok_jax.commands import train
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -80,7 +80,7 @@ def stored(tmp_path_factory, directory, photos) -> DataConfig:
     """Codes of the centre crops of `photos`."""
     out = tmp_path_factory.mktemp("codes")
     bundle = bundles.load(directory, "tokenizer", type(TOKENIZER))
-    encode.encode(bundle, photos, out, crop_factors=(), batch_size=8, shard_images=8)
+    encoding.encode(bundle, photos, out, crop_factors=(), batch_size=8, shard_images=8)
     return DataConfig(source="codes", path=str(out))
 
 
