@@ -5,8 +5,7 @@ codes = tokenizer.encode(images)
 images = tokenizer.decode(codes)
 """
 
-from collections.abc import Iterator, Mapping
-import dataclasses
+from collections.abc import Mapping
 import functools
 import pathlib
 from typing import Any
@@ -24,7 +23,7 @@ from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from gigatok_jax.pictures import to_float, to_uint8
+from gigatok_jax.pictures import to_float
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
@@ -214,41 +213,6 @@ class PretrainedGenerator(Pretrained):
         if bad.size:
             raise ValueError(f"classes: expected 0..{self.config.null_class}, got {bad[0]}")
         return classes.astype(np.int32)
-
-
-def draw(
-    generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer,
-    classes: np.ndarray,
-    numbers: np.ndarray,
-    settings: SamplingConfig,
-    *,
-    seed: int,
-    batch_size: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draws some of a sequence of images; each is the same whichever others are drawn.
-
-    Args:
-      generator, tokenizer: belong together.
-      classes: `[n]`, of all images of the sequence.
-      numbers: `[m]`, which of them to draw.
-      settings: how.
-      seed: image i's key is folded from it.
-      batch_size: images at once.
-
-    Yields:
-      Numbers `[b]` and their images, uint8 `[b, H, W, 3]`.
-    """
-    key = jax.random.key(seed)
-    batch_size = min(batch_size, max(len(numbers), 1))
-    for start in range(0, len(numbers), batch_size):
-        chosen = np.asarray(numbers[start : start + batch_size])
-        # Short batches are filled up, so that only one size is compiled.
-        filled = np.resize(chosen, batch_size)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(filled))
-        codes = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
-        images = np.asarray(to_uint8(tokenizer.decode(codes)))
-        yield chosen, images[: len(chosen)]
 
 
 def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:

@@ -225,6 +225,7 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     OUT gets metrics.json and pictures.
     """
     from gigatok_jax import distributed
+    from gigatok_jax.evaluation import print_metrics
     from gigatok_jax.files import write_json
 
     measures = {
@@ -242,15 +243,6 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     if distributed.is_main():
         write_json(folder / "metrics.json", result)
     print(folder)
-
-
-def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """Prints a table of the metrics that are numbers."""
-    for name, value in metrics.items():
-        if isinstance(value, int):
-            print(f"  {name:<18}{value:>12,}")
-        elif isinstance(value, float):
-            print(f"  {name:<18}{value:12.4f}")
 
 
 def _directory(args: types.SimpleNamespace, name: str) -> str:

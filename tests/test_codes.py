@@ -14,8 +14,7 @@ import numpy as np
 import pytest
 import test_commands
 
-from gigatok_jax import api, bundles
-from gigatok_jax.commands import encode
+from gigatok_jax import api, bundles, encoding
 from gigatok_jax.data import codes
 from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
@@ -109,7 +108,7 @@ def whole(tmp_path_factory, bundle, data, tokenizer) -> Path:
     out = tmp_path_factory.mktemp("whole") / "codes"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(api, "PretrainedTokenizer", always(tokenizer))
-        encode.encode(bundle, data, out, **OPTIONS)
+        encoding.encode(bundle, data, out, **OPTIONS)
     return out
 
 
@@ -269,7 +268,7 @@ def test_loss_of_stored_codes_is_that_of_encoding_the_images(
         ("more", "'more': unexpected argument"),
     ],
 )
-def test_command_refuses_in_one_line(gigatok, directory, tmp_path, argument, message):
+def test_encode_rejects_a_wrong_value_in_one_line(gigatok, directory, tmp_path, argument, message):
     out = tmp_path / "codes"
     result = gigatok(
         *("encode", f"--config={train_config.__file__}", "--config.data.path=X"),
@@ -277,9 +276,6 @@ def test_command_refuses_in_one_line(gigatok, directory, tmp_path, argument, mes
     )
     assert refused(result) == message
     assert not out.exists()
-
-
-# Going on.
 
 
 class Killed(Exception):
@@ -299,7 +295,7 @@ class Mortal:
         return self._tokenizer.encode(images)
 
 
-def test_killed_runs_end_in_the_files_of_an_unbroken_one(
+def test_killed_encoding_resumes_to_the_same_files(
     whole, bundle, data, tokenizer, tmp_path, monkeypatch
 ):
     out = tmp_path / "codes"
@@ -307,7 +303,7 @@ def test_killed_runs_end_in_the_files_of_an_unbroken_one(
 
     def run(tokenizer):
         monkeypatch.setattr(api, "PretrainedTokenizer", always(tokenizer))
-        encode.encode(bundle, data, out, **OPTIONS)
+        encoding.encode(bundle, data, out, **OPTIONS)
 
     with pytest.raises(Killed):
         run(Mortal(tokenizer, after))  # half-way through the second shard
@@ -327,20 +323,18 @@ def test_killed_runs_end_in_the_files_of_an_unbroken_one(
     assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
 
 
-def test_finished_codes_encoded_again_stay_as_they_are(
-    copy, whole, bundle, data, tokenizer, monkeypatch
-):
+def test_finished_codes_stay_unchanged(copy, whole, bundle, data, tokenizer, monkeypatch):
     shards = sorted(copy.glob("*.array_record"))
     before = [path.stat().st_mtime_ns for path in shards]
     monkeypatch.setattr(api, "PretrainedTokenizer", lambda config, weights: Mortal(tokenizer, 1))
-    encode.encode(bundle, data, copy, **OPTIONS)
+    encoding.encode(bundle, data, copy, **OPTIONS)
     assert contents(copy) == contents(whole)
     assert [path.stat().st_mtime_ns for path in shards] == before
 
 
-def test_what_changes_no_code_may_change(copy, whole, bundle, data):
+def test_options_that_change_no_code_may_change(copy, whole, bundle, data):
     other = dataclasses.replace(data, workers=1, prefetch=1, max_bad_share=0.5)
-    encode.encode(bundle, other, copy, **OPTIONS)
+    encoding.encode(bundle, other, copy, **OPTIONS)
     assert contents(copy) == contents(whole)
 
 
@@ -359,7 +353,7 @@ def other_weights(bundle):
         ("data", {"data": lambda data: dataclasses.replace(data, length=8)}),
     ],
 )
-def test_codes_of_something_else_are_refused_by_name(copy, whole, bundle, data, field, changes):
+def test_folder_with_other_codes_is_rejected(copy, whole, bundle, data, field, changes):
     inputs = [
         changes.get(name, lambda value: value)(value)
         for name, value in (("bundle", bundle), ("data", data))
@@ -367,15 +361,15 @@ def test_codes_of_something_else_are_refused_by_name(copy, whole, bundle, data, 
     options = {name: changes.get(name, value) for name, value in OPTIONS.items()}
     message = rf"^{re.escape(str(copy))}: holds codes made with another {field}: "
     with pytest.raises(UserError, match=message):
-        encode.encode(*inputs, copy, **options)
+        encoding.encode(*inputs, copy, **options)
     assert contents(copy) == contents(whole)
 
 
-def test_going_on_over_a_damaged_shard_is_refused(copy, bundle, data):
+def test_resuming_over_a_damaged_shard_is_rejected(copy, bundle, data):
     path = copy / SHARDS[1]
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: missing or damaged shard"):
-        encode.encode(bundle, data, copy, **OPTIONS)
+        encoding.encode(bundle, data, copy, **OPTIONS)
 
 
 # Reading.

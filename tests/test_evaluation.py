@@ -1,6 +1,5 @@
 """Evaluation of reconstruction and generation, and the search for guidance."""
 
-import dataclasses
 import itertools
 import json
 import os
@@ -16,7 +15,6 @@ from gigatok_jax import api, cli, files, recipes
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
-from gigatok_jax.evaluation.generation import Draw
 from gigatok_jax.evaluation.sets import FeatureSet
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
@@ -47,10 +45,17 @@ def extractor():
 
 
 @pytest.fixture(scope="module")
-def draw(networks):
+def evaluate(networks, extractor):
+    """`generation.evaluate` of 40 samples."""
     tokenizer = api.load_tokenizer(networks["tokenizer"])
     generator = api.load_generator(networks["generator"])
-    return Draw(generator, tokenizer, count=40, batch_size=16)
+
+    def evaluate(reference, settings, out, extractor=extractor, batch_size=16):
+        options = {"count": 40, "seed": 0, "batch_size": batch_size}
+        models = (generator, tokenizer, extractor)
+        return generation.evaluate(*models, reference, settings, out, **options)
+
+    return evaluate
 
 
 @pytest.fixture
@@ -87,16 +92,10 @@ def test_a_damaged_cached_reference_is_named(extractor, reference):
         sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
 
 
-def test_generation_does_not_depend_on_batches(draw, extractor, reference, tmp_path):
+def test_generation_does_not_depend_on_batches(evaluate, reference, tmp_path):
+    settings = SamplingConfig(guidance=2.0)
     found = [
-        generation.evaluate(
-            dataclasses.replace(draw, batch_size=size),
-            extractor,
-            reference,
-            SamplingConfig(guidance=2.0),
-            tmp_path / str(size),
-        )
-        for size in (16, 9)
+        evaluate(reference, settings, tmp_path / str(size), batch_size=size) for size in (16, 9)
     ]
     assert found[0].keys() == {"images", "guidance", "gfd_teacher", "precision", "recall"}
     for name, value in found[0].items():
@@ -105,18 +104,18 @@ def test_generation_does_not_depend_on_batches(draw, extractor, reference, tmp_p
     assert not (tmp_path / "16" / "features").exists()
 
 
-def test_killed_generation_goes_on(draw, extractor, reference, tmp_path, monkeypatch):
-    settings = SamplingConfig()
-    whole = generation.evaluate(draw, extractor, reference, settings, tmp_path / "whole")
+def test_killed_generation_resumes(evaluate, extractor, reference, tmp_path, monkeypatch):
+    settings = SamplingConfig(guidance=2.0)
+    whole = evaluate(reference, settings, tmp_path / "whole")
     monkeypatch.setattr(generation, "CHUNK", 16)
-    asked = []
+    extracted = []
 
     class Killed(Exception):
         pass
 
     def mortal(images):
-        asked.append(len(images))
-        if len(asked) == 2:
+        extracted.append(len(images))
+        if len(extracted) == 2:
             raise Killed
         return extractor(images)
 
@@ -124,17 +123,17 @@ def test_killed_generation_goes_on(draw, extractor, reference, tmp_path, monkeyp
         setattr(mortal, name, getattr(extractor, name))
     out = tmp_path / "killed"
     with pytest.raises(Killed):
-        generation.evaluate(draw, mortal, reference, settings, out)
-    resumed = generation.evaluate(draw, mortal, reference, settings, out)
-    assert asked == [16, 16, 16, 8]  # the first chunk was kept
+        evaluate(reference, settings, out, mortal)
+    resumed = evaluate(reference, settings, out, mortal)
+    assert extracted == [16, 16, 16, 8]  # the first chunk was kept
     for name, value in whole.items():
         assert resumed[name] == pytest.approx(value, rel=1e-5), name
     with pytest.raises(UserError, match="holds results made with another sampling"):
-        generation.evaluate(draw, extractor, reference, SamplingConfig(guidance=3.0), out)
+        evaluate(reference, SamplingConfig(guidance=3.0), out)
 
 
 @pytest.mark.parametrize("start, best", [(1.0, 1.0), (1.0, 2.5), (2.0, 1.25), (2.0, 3.75)])
-def test_search_walks_down_to_the_least(start, best):
+def test_search_finds_the_least_distance(start, best):
     asked = []
 
     def measure(scale):
@@ -148,20 +147,19 @@ def test_search_walks_down_to_the_least(start, best):
     assert set(found) == {s for s in np.arange(ends[0], ends[1] + 0.1, 0.25) if s >= 1}
 
 
-def test_search_samples_no_setting_twice(draw, extractor, reference, tmp_path, monkeypatch):
-    distances = dict(zip((1.5, 1.75, 1.25, 1.0), itertools.count(), strict=False))
-    drawn = []
+def test_search_samples_each_guidance_once(extractor, tmp_path, monkeypatch):
+    distances = {1.5: 0, 1.75: 1, 1.25: 2}
+    sampled = []
 
-    def evaluate(draw, extractor, reference, settings, out):
-        drawn.append(settings.guidance)
+    def evaluate(generator, tokenizer, extractor, reference, settings, out, **options):
+        sampled.append(settings.guidance)
         return {"gfd_teacher": distances[settings.guidance], "guidance": settings.guidance}
 
     monkeypatch.setattr(generation, "evaluate", evaluate)
-    best = generation.evaluate_best(
-        draw, extractor, reference, SamplingConfig(guidance=1.5), tmp_path
-    )
-    assert best["guidance"] == 1.5
-    assert [row["guidance"] for row in best["search"]] == sorted(drawn) == [1.25, 1.5, 1.75]
+    settings = SamplingConfig(guidance=1.5)
+    best = generation.evaluate_best(None, None, extractor, None, settings, tmp_path)
+    assert best["guidance"] == 1.5 and len(sampled) == 3
+    assert [row["guidance"] for row in best["search"]] == sorted(distances)
 
 
 def test_commands_write_metrics(networks, tmp_path, capsys):

@@ -12,11 +12,10 @@ from PIL import Image
 from probe_config import CONFIG
 import pytest
 
-from gigatok_jax import bundles, cli
-from gigatok_jax.commands import probe
+from gigatok_jax import bundles, cli, pictures
 from gigatok_jax.data import codes
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import generation, maps, probe_page, sets
+from gigatok_jax.evaluation import generation, probe_page, probing, sets
 from gigatok_jax.training.checkpoints import Checkpoints
 
 import tiny
@@ -44,7 +43,7 @@ def tokenizer(tmp_path_factory) -> str:
 def whole(tokenizer, tmp_path_factory) -> pathlib.Path:
     """The workdir of an unbroken probe."""
     workdir = tmp_path_factory.mktemp("whole")
-    probe.probe(tokenizer, CONFIG, workdir)
+    probing.probe(tokenizer, CONFIG, workdir)
     return workdir
 
 
@@ -80,65 +79,61 @@ def dies_after(function, calls: int):
     return dying
 
 
-def test_probe_killed_in_every_step_ends_in_the_same_numbers(
+def test_probe_killed_in_every_step_resumes_to_the_same_results(
     tokenizer, whole, tmp_path, monkeypatch
 ):
     for place, name, calls in (
         (sets.FeatureSet, "add_features", 3),  # in the middle of reconstruction
         (codes, "write_shard", 2),
         (Checkpoints, "save", 1),  # of the generator
-        (Checkpoints, "save", 1),
-        (probe.evaluate, "held_out_means", 1),
-        (generation, "_write_chunk", 1),
-        (generation, "_write_chunk", 2),
+        (generation, "held_out_means", 1),
+        (generation, "write_npz", 1),
         (sets, "compare", 1),
         (Checkpoints, "save", 2),  # the linear probe's last
-        (probe.maps, "feature_maps", 1),
+        (pictures, "save_png", 3),  # of the samples
+        (probing, "component_maps", 1),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(place, name, dies_after(getattr(place, name), calls))
             with pytest.raises(Killed):
-                probe.probe(tokenizer, CONFIG, tmp_path)
-    probe.probe(tokenizer, CONFIG, tmp_path)
+                probing.probe(tokenizer, CONFIG, tmp_path)
+    probing.probe(tokenizer, CONFIG, tmp_path)
     assert results(tmp_path) == results(whole)
 
 
-def test_probe_goes_on_with_other_batches_and_workers(tokenizer, whole, tmp_path):
+def test_finished_probe_accepts_other_batches_and_workers(tokenizer, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "probe")
     data = dataclasses.replace(CONFIG.data, workers=1, prefetch=3)
     other = dataclasses.replace(CONFIG, data=data, sample_batch_size=4, batch_size=4)
-    probe.probe(tokenizer, other, tmp_path / "probe")
+    probing.probe(tokenizer, other, tmp_path / "probe")
     assert results(tmp_path / "probe") == results(whole)
 
 
-def test_finished_probe_does_nothing_again(tokenizer, whole, monkeypatch):
-    before = (whole / "generation" / "metrics.json").stat().st_mtime_ns
+def test_finished_probe_runs_no_step_again(tokenizer, whole, monkeypatch):
     found = results(whole)
-    monkeypatch.setattr(probe.generation, "evaluate_best", None)
-    monkeypatch.setattr(probe.reconstruction, "evaluate", None)
-    probe.probe(tokenizer, CONFIG, whole)
+    monkeypatch.setattr(probing, "STEPS", dict.fromkeys(probing.STEPS))
+    probing.probe(tokenizer, CONFIG, whole)
     assert results(whole) == found
-    assert (whole / "generation" / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_workdir_of_another_probe_is_refused(tokenizer, whole):
+def test_workdir_of_another_probe_is_rejected(tokenizer, whole):
     other = dataclasses.replace(CONFIG, samples=20)
     with pytest.raises(UserError, match=r"made with another config\.samples: 16, not 20"):
-        probe.probe(tokenizer, other, whole)
+        probing.probe(tokenizer, other, whole)
 
 
 def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
     missing = dataclasses.replace(CONFIG, features="inception")
     with pytest.raises(UserError, match="weights fetch inception_fid"):
-        probe.probe(tokenizer, missing, tmp_path)
+        probing.probe(tokenizer, missing, tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-def test_probe_refuses_a_reference_before_it_trains(tokenizer, tmp_path):
+def test_probe_rejects_a_reference_before_it_trains(tokenizer, tmp_path):
     np.savez(tmp_path / "real.npz", mu=np.zeros(7), sigma=np.eye(7))
     other = dataclasses.replace(CONFIG, reference=str(tmp_path / "real.npz"))
     with pytest.raises(UserError, match="statistics of 7 features, but fd_teacher is over 96"):
-        probe.probe(tokenizer, other, tmp_path / "probe")
+        probing.probe(tokenizer, other, tmp_path / "probe")
     assert not (tmp_path / "probe").exists()
 
 
@@ -155,7 +150,7 @@ def test_report_holds_everything(whole):
 
 def test_samples_have_their_classes_names_before_them(whole):
     with Image.open(whole / "samples" / "grid.png") as grid:
-        margin = grid.width - (probe.PER_CLASS * 100 + 4)
+        margin = grid.width - (probing.PER_CLASS * 100 + 4)
     assert margin > 60  # 40 with numbers alone
 
 
@@ -193,9 +188,9 @@ def test_probe_measures_ssim_of_the_range_asked_for(tokenizer, tmp_path, monkeyp
     def evaluate(*args, ssim_range, **kwargs):
         raise InterruptedError(ssim_range)
 
-    monkeypatch.setattr(probe.reconstruction, "evaluate", evaluate)
+    monkeypatch.setattr(probing.reconstruction, "evaluate", evaluate)
     with pytest.raises(InterruptedError, match="2"):
-        probe.probe(tokenizer, dataclasses.replace(CONFIG, ssim_range=2), tmp_path)
+        probing.probe(tokenizer, dataclasses.replace(CONFIG, ssim_range=2), tmp_path)
 
 
 def test_report_puts_probes_side_by_side(whole, tmp_path):
@@ -204,19 +199,19 @@ def test_report_puts_probes_side_by_side(whole, tmp_path):
     assert "Against the tokenizer" in out.read_text()
 
 
-def test_maps_give_equal_features_equal_colours():
+def test_maps_show_equal_features_in_equal_colours():
     rng = np.random.default_rng(0)
     kinds = rng.standard_normal((3, 8))
     kind = rng.integers(3, size=(2, 16))
-    colours = maps.component_maps(kinds[kind]).reshape(2, 16, 3)
+    colours = probing.component_maps(kinds[kind]).reshape(2, 16, 3)
     for k in range(3):
         assert len(np.unique(colours[kind == k], axis=0)) == 1
     assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 3
 
 
-def test_probe_config_takes_what_the_flags_give(tokenizer, tmp_path, capsys):
+def test_wrong_field_of_the_config_is_named(tokenizer, tmp_path, capsys):
     config = pathlib.Path(__file__).parents[1] / "configs" / "probe.py"
     arguments = ["probe", f"--config={config}", f"--tokenizer={tokenizer}", "--config.samples=1"]
     assert cli.main([*arguments, f"--workdir={tmp_path}"]) == 2
-    assert "config.samples must be at least 2, got 1" in capsys.readouterr().err
+    assert "config.samples: expected greater than or equal to 2, got 1" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

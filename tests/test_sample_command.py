@@ -1,4 +1,4 @@
-"""`gigatok sample`: which images it draws, that a kill changes none, and what it refuses."""
+"""`gigatok sample`: which images it samples, that a restart changes none, and what it rejects."""
 
 import dataclasses
 import json
@@ -16,6 +16,7 @@ import test_commands
 from gigatok_jax import api, bundles, pictures
 from gigatok_jax.commands import sample
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import generation
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
@@ -79,11 +80,10 @@ def saved(tmp_path_factory, tokenizer, generator) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def draw(generator, tokenizer):
-    """Runs the command's function."""
-
     def draw(out, classes=CLASSES, settings=SETTINGS, seed=5, batch_size=7, **others):
         models = {"generator": generator, "tokenizer": tokenizer} | others
-        sample.sample(*models.values(), classes, settings, out, seed=seed, batch_size=batch_size)
+        options = {"seed": seed, "batch_size": batch_size}
+        generation.sample(*models.values(), classes, settings, out, **options)
 
     return draw
 
@@ -112,10 +112,7 @@ def assert_same(images, others):
 
 
 def times(out: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
-
-
-# What is drawn.
+    return {path.name: path.stat().st_mtime_ns for path in (out / "images").glob("*.png")}
 
 
 def test_images_are_those_of_the_classes_and_settings(whole, generator, tokenizer):
@@ -133,12 +130,12 @@ def test_npz_has_the_layout_of_adm(whole):
     assert images.shape == (7, 16, 16, 3) and images.dtype == np.uint8
     assert classes.dtype == np.int64
     np.testing.assert_array_equal(classes, CLASSES)
-    assert sorted(path.name for path in (whole / "images").iterdir()) == NAMES
+    assert sorted(times(whole)) == NAMES
     for name, image in zip(NAMES, images, strict=True):
         np.testing.assert_array_equal(Image.open(whole / "images" / name), image)
 
 
-def test_grid_has_a_class_a_row(whole):
+def test_grid_has_a_row_per_class(whole):
     grid = np.asarray(Image.open(whole / "grid.png"))
     # As many columns as each class has images; a margin of 40 for the class, gaps of 4.
     assert grid.shape == (3 * 100 + 4, 40 + 2 * 100 + 4, 3)
@@ -149,10 +146,15 @@ def test_grid_has_a_class_a_row(whole):
             np.testing.assert_array_equal(place, images[i])
 
 
-def test_grid_names_classes_that_have_names():
-    assert sample._label(1, ("cat", "dog")) == "1: dog"
-    assert sample._label(1, ("0", "1")) == sample._label(1, ()) == "1"
-    assert len(sample._label(0, ("n" * 200,))) < 30
+def test_grid_names_classes_that_have_names(whole, tmp_path):
+    def width(*class_names):
+        paths = [whole / "images" / name for name in NAMES]
+        generation._write_class_grid(tmp_path / "grid.png", paths, CLASSES, class_names)
+        return Image.open(tmp_path / "grid.png").width
+
+    assert width() == width("0", "1", "2") == Image.open(whole / "grid.png").width
+    assert width() < width("cat", "albatross", "dog") < width(*["a name of many letters"] * 3)
+    assert width("n" * 200) == width("n" * 300)
 
 
 def test_batch_size_changes_no_image(whole, draw, tmp_path):
@@ -160,7 +162,7 @@ def test_batch_size_changes_no_image(whole, draw, tmp_path):
     assert_same(drawn(tmp_path), drawn(whole))
 
 
-def test_going_on_draws_what_is_missing_and_nothing_else(copy, whole, draw):
+def test_restart_samples_what_is_missing_and_nothing_else(copy, whole, draw):
     missing = [NAMES[i] for i in (1, 4, 5)]
     for name in missing:
         (copy / "images" / name).unlink()
@@ -173,7 +175,7 @@ def test_going_on_draws_what_is_missing_and_nothing_else(copy, whole, draw):
     assert {name: time for name, time in after.items() if name not in missing} == kept
 
 
-def test_more_images_leave_those_before_as_they_are(whole, draw, tmp_path):
+def test_more_images_leave_earlier_ones_unchanged(whole, draw, tmp_path):
     draw(tmp_path, CLASSES[:2])
     before = times(tmp_path)
     draw(tmp_path)
@@ -181,7 +183,7 @@ def test_more_images_leave_those_before_as_they_are(whole, draw, tmp_path):
     assert before.items() <= times(tmp_path).items()
 
 
-def test_another_seed_draws_other_images(whole, draw, tmp_path):
+def test_another_seed_gives_other_images(whole, draw, tmp_path):
     draw(tmp_path, seed=6)
     same = (drawn(tmp_path) == drawn(whole)).all((1, 2, 3))
     assert same.sum() < 3
@@ -202,18 +204,17 @@ def shifted(model, name):
         ("tokenizer", lambda models: {"tokenizer": shifted(models[1], "codebook")}),
     ],
 )
-def test_images_of_other_settings_are_refused_by_name(
+def test_folder_with_images_of_other_settings_is_rejected(
     copy, draw, generator, tokenizer, field, change
 ):
     (copy / "images" / NAMES[0]).unlink()
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     with pytest.raises(UserError) as caught:
         draw(copy, **change((generator, tokenizer)))
-    assert str(caught.value).startswith(f"{copy}: holds images made with another {field}: ")
+    assert str(caught.value).startswith(
+        f"{copy / 'images'}: holds images made with another {field}: "
+    )
     assert before == {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
-
-
-# The command line.
 
 
 @pytest.mark.parametrize(
@@ -229,7 +230,7 @@ def arguments(saved, out, *others) -> list[str]:
     return ["sample", *models, f"--out={out}", *others]
 
 
-def test_command_draws_the_classes_in_turn_and_says_so(gigatok, saved, tmp_path):
+def test_command_samples_the_classes_in_turn(gigatok, saved, tmp_path):
     settings = ("guidance", "schedule", "temperature")
     more = [f"--{name}={getattr(SETTINGS, name)}" for name in settings]
     more += ["--classes=2,0-1", "--count=4", "--batch_size=7"]
@@ -237,16 +238,16 @@ def test_command_draws_the_classes_in_turn_and_says_so(gigatok, saved, tmp_path)
     assert code == 0
     assert text.splitlines() == ["4 images (0 were there)", str(tmp_path)]
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["arr_1"], [2, 0, 1, 2])
-    record = json.loads((tmp_path / "sampling.json").read_text())
+    record = json.loads((tmp_path / "images" / "sampling.json").read_text())
     assert SamplingConfig(**record["sampling"]) == SETTINGS and record["seed"] == 0
-    # Nothing is drawn again.
+    # Nothing is sampled again.
     code, text, _ = gigatok(*arguments(saved, tmp_path, *more))
     assert (code, text.splitlines()[0]) == (0, "4 images (4 were there)")
 
 
 def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     def classes(name, seed):
-        # Any image that may be asked for is there, so that none is drawn.
+        # Any image that may be requested is there, so that none is sampled.
         (tmp_path / name / "images").mkdir(parents=True)
         for i in range(64):
             for c in (0, 2):
@@ -289,7 +290,7 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
         (["0,1"], "'0,1': unexpected argument"),
     ],
 )
-def test_command_refuses_in_one_line(gigatok, saved, tmp_path, others, message):
+def test_command_rejects_a_wrong_value_in_one_line(gigatok, saved, tmp_path, others, message):
     out = tmp_path / "out"
     assert refused(gigatok(*arguments(saved, out, *others))).startswith(message)
     assert not out.exists()
@@ -305,7 +306,7 @@ def test_command_refuses_in_one_line(gigatok, saved, tmp_path, others, message):
         (["--topp=0.5"], "topp"),
     ],
 )
-def test_flags_out_of_range_are_refused_by_name(gigatok, saved, tmp_path, others, culprit):
+def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
     assert culprit in refused(gigatok(*arguments(saved, tmp_path / "out", *others)))
 
 
@@ -313,14 +314,12 @@ def test_flags_out_of_range_are_refused_by_name(gigatok, saved, tmp_path, others
     "flag, name, message",
     [
         ("tokenizer", "other", "not the tokenizer that the generator was trained on"),
-        ("tokenizer", "short", "a tokenizer of 2 codes out of 32, but the generator draws 4 out"),
+        ("tokenizer", "short", "a tokenizer of 2 codes out of 32, but the generator samples 4"),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],
 )
-def test_bundles_that_do_not_belong_together_are_refused(
-    gigatok, saved, tmp_path, flag, name, message
-):
+def test_bundles_that_do_not_match_are_rejected(gigatok, saved, tmp_path, flag, name, message):
     out = tmp_path / "out"
     result = gigatok(*arguments(saved | {flag: saved[name]}, out))
     assert refused(result).startswith(f"{saved[name]}: {message}")
@@ -328,13 +327,13 @@ def test_bundles_that_do_not_belong_together_are_refused(
 
 
 @pytest.mark.parametrize("flag", ["generator", "tokenizer", "out"])
-def test_missing_flag(gigatok, saved, tmp_path, flag):
+def test_missing_flag_is_named(gigatok, saved, tmp_path, flag):
     given = [a for a in arguments(saved, tmp_path / "out") if not a.startswith(f"--{flag}=")]
     assert f"--{flag}" in refused(gigatok(*given))
 
 
-def test_damaged_record_of_settings_is_refused(copy, draw):
-    path = copy / "sampling.json"
+def test_damaged_record_of_settings_is_named(copy, draw):
+    path = copy / "images" / "sampling.json"
     os.truncate(path, 20)
     with pytest.raises(UserError) as caught:
         draw(copy)

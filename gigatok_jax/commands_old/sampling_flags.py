@@ -1,4 +1,4 @@
-"""Flags that say how codes are drawn, one for each field of `SamplingConfig`."""
+"""Flags for how codes are sampled, one per field of `SamplingConfig`."""
 
 import dataclasses
 
@@ -19,7 +19,7 @@ def define(flag_values: flags.FlagValues) -> None:
         flag_values=flag_values,
     )
     flags.DEFINE_float(
-        "temperature", defaults.temperature, "0: the likeliest code", flag_values=flag_values
+        "temperature", defaults.temperature, "0: take the likeliest code", flag_values=flag_values
     )
     for name in ("schedule_start", "schedule_end", "top_p"):
         text = f"see sampling.SamplingConfig.{name}"
@@ -28,11 +28,7 @@ def define(flag_values: flags.FlagValues) -> None:
 
 
 def settings(flag_values: flags.FlagValues) -> SamplingConfig:
-    """What the flags say.
-
-    Raises:
-      UserError: a value is outside its range, or a schedule has no guidance to change.
-    """
+    """The settings that the flags describe."""
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
     try:
         chosen = SamplingConfig(**{name: flag_values[name].value for name in names})

@@ -1,188 +1,363 @@
-"""How well a generator draws: gFID and its kin, with a search for the best guidance (paper, B)."""
+"""Sampling images from a generator, and measuring how good they are (paper, appendix B).
 
-from collections.abc import Callable, Iterator
+Image n of a sequence depends on its class, the seed and n only, so it is the same whichever other
+images are sampled. Files are written as soon as their images are there, and a restart samples only
+what is missing. Several processes share the work.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
-import pathlib
+import functools
+import math
+from pathlib import Path
 import shutil
 from typing import Any
+import zipfile
 
+import jax
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from gigatok_jax import api, distributed, pictures
+from gigatok_jax import bundles, distributed, pictures
+from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer
+from gigatok_jax.data import codes, pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import sets
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.sets import FeatureSet, Reference
-from gigatok_jax.files import read_json, write_json, write_npz
+from gigatok_jax.files import read_json, replacing, write_json, write_npz
+from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.task import held_out_means
 
-CHUNK = 512  # images between two savings of their features
+COLUMNS = 8  # images in a row of a grid, at most
+CLASSES = 12  # rows of a grid of classes, at most
+SHOWN = 64  # images in the grid of an evaluation
+NAME_LENGTH = 24  # letters of a class name that the grid has room for
+CHUNK = 512  # images whose features are stored in one file
 GUIDANCE_STEP = 0.25
-SHOWN, COLUMNS = 64, 8  # samples in the grid
 
 
-@dataclasses.dataclass(frozen=True)
-class Draw:
-    """Which images are drawn.
+def load_matching_tokenizer(
+    directory: str | Path, generator: PretrainedGenerator
+) -> PretrainedTokenizer:
+    """Loads the tokenizer whose codes the generator models.
 
-    Attributes:
-      generator, tokenizer: belong together.
-      count: number of images; classes are drawn uniformly.
-      seed: of classes and codes; image n is the same in any batch.
-      batch_size: images at once.
+    Raises:
+      UserError: `directory` is not a tokenizer, or the generator was trained on another one.
     """
-
-    generator: api.PretrainedGenerator
-    tokenizer: api.PretrainedTokenizer
-    count: int = 50_000
-    seed: int = 0
-    batch_size: int = 64
-
-    def images(
-        self, settings: SamplingConfig, start: int, stop: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yields what `api.draw` does of images `start` to `stop`."""
-        classes = np.random.default_rng(self.seed).integers(
-            self.generator.config.classes, size=self.count
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    config, model = bundle.config, generator.config
+    if (model.codes, model.codebook_size) != (config.latents, config.codebook_size):
+        raise UserError(
+            f"{directory}: a tokenizer of {config.latents} codes out of {config.codebook_size}, "
+            f"but the generator samples {model.codes} out of {model.codebook_size}"
         )
-        return api.draw(
-            self.generator,
-            self.tokenizer,
-            classes,
-            np.arange(start, stop),
-            settings,
-            seed=self.seed,
-            batch_size=self.batch_size,
-        )
+    if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
+        raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
+    return PretrainedTokenizer(config, bundle.weights)
+
+
+def sample(
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer,
+    classes: np.ndarray,
+    settings: SamplingConfig,
+    out: Path,
+    *,
+    class_names: Sequence[str] = (),
+    seed: int,
+    batch_size: int,
+) -> None:
+    """Samples images into a folder; memory does not grow with their number.
+
+    Args:
+      generator, tokenizer: must match, see `load_matching_tokenizer`.
+      classes: integers `[n]`, the class of each image.
+      settings: how codes are sampled.
+      out: gets `images/` (a PNG per image), `grid.png` (a row per class) and `samples.npz` in the
+        layout of ADM's evaluator: `arr_0`, uint8 `[n, H, W, 3]`, and `arr_1`, the classes.
+      class_names: shown in the grid, by class number.
+      seed: determines the images, together with `classes` and `settings`.
+      batch_size: images per call of the networks; has no effect on the images.
+
+    Raises:
+      UserError: `out` holds images of other networks, another seed or other settings.
+    """
+    folder = out / "images"
+    # The classes are in the file names, so more images can be added later.
+    identity = _identity(generator, tokenizer, settings, seed)
+    distributed.claim(folder / "sampling.json", identity, "images")
+    paths = [folder / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
+    sampled = 0
+    for path, images in _sample_missing(
+        generator, tokenizer, classes, settings, paths, 1, seed=seed, batch_size=batch_size
+    ):
+        pictures.save_png(path, images[0])
+        sampled += 1
+    distributed.barrier("images", working=True)
+    sampled = int(distributed.sums({"sampled": sampled})["sampled"])
+    if distributed.is_main():
+        _write_npz(out / "samples.npz", paths, classes)
+        _write_class_grid(out / "grid.png", paths, classes, class_names)
+        print(f"{len(paths)} images ({len(paths) - sampled} were there)")
+        print(out)
 
 
 def evaluate(
-    draw: Draw,
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer,
     extractor: Extractor,
     reference: Reference | None,
     settings: SamplingConfig,
-    out: pathlib.Path,
-) -> dict[str, float]:
-    """Metrics of one setting; computed once, and resumed where a kill left it.
+    out: Path,
+    *,
+    count: int,
+    seed: int,
+    batch_size: int,
+) -> dict[str, Any]:
+    """Compares samples of uniformly drawn classes with real images.
 
     Args:
-      draw: which images.
-      extractor: of the features.
-      reference: what they are compared with, see `sets.load_reference`.
-      settings: how codes are drawn.
-      out: folder; gets `metrics.json` and `grid.png`, and holds features until they are there.
+      generator, tokenizer, settings, batch_size: as for `sample`.
+      extractor: network whose features are compared.
+      reference: what `sets.load_reference` returned in this process.
+      out: gets `grid.png` and `metrics.json`; holds features until these are complete.
+      count: number of samples.
+      seed: of the samples and their classes.
 
     Returns:
-      See `sets.compare`; also "images" and "guidance".
+      The metrics of `sets.compare`, and "images" and "guidance". They are read from
+      `metrics.json` if it is there.
 
     Raises:
-      UserError: `out` holds results of something else.
+      UserError: `out` holds the results of another evaluation.
     """
-    record = {
-        "sampling": dataclasses.asdict(settings),
-        "count": draw.count,
-        "seed": draw.seed,
-        "generator": draw.generator.fingerprint,
-        "tokenizer": draw.tokenizer.fingerprint,
-        "features": extractor.fingerprint,
-    }
+    identity = _identity(generator, tokenizer, settings, seed)
+    identity |= {"count": count, "features": extractor.fingerprint}
     if reference is not None:
-        record["reference"] = reference.name
-    distributed.claim(out / "evaluation.json", record, "results")
+        identity["reference"] = reference.name
+    distributed.claim(out / "evaluation.json", identity, "results")
     path = out / "metrics.json"
     if path.exists():
         return read_json(path, "the metrics")
-    starts = range(0, draw.count, CHUNK)
-    chunks = [out / "features" / f"{start:06d}.npz" for start in starts]
-    process, processes = distributed.place()
-    mine = slice(process, None, processes)
-    bar = tqdm(
-        total=sum(min(CHUNK, draw.count - start) for start in starts[mine]),
-        unit="image",
-        desc=f"guidance {settings.guidance:g}",
-        disable=None,
-    )
-    with bar:
-        for start, chunk in zip(starts[mine], chunks[mine], strict=True):
-            stop = min(start + CHUNK, draw.count)
-            if chunk.exists():
-                bar.update(stop - start)
-            else:
-                _write_chunk(chunk, draw, extractor, settings, (start, stop), bar)
+
+    classes = np.random.default_rng(seed).integers(generator.config.classes, size=count)
+    files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
+    for file, images in _sample_missing(
+        generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size
+    ):
+        if file == files[0]:
+            rows = min(len(images), SHOWN) // COLUMNS
+            if rows:
+                picture = pictures.grid(np.split(images[: rows * COLUMNS], rows))
+                pictures.save_png(out / "grid.png", picture)
+        starts = range(0, len(images), batch_size)
+        parts = [extractor(images[start : start + batch_size]) for start in starts]
+        write_npz(file, {name: np.concatenate([p[name] for p in parts]) for name in parts[0]})
     distributed.barrier("samples", working=True)
     if distributed.is_main():
         samples = FeatureSet(extractor, members=reference.members is not None)
-        for chunk in chunks:
-            with np.load(chunk) as file:
-                samples.add_features(dict(file))
-        result = {"images": draw.count, "guidance": settings.guidance}
-        write_json(path, result | sets.compare(samples, reference, extractor.distance))
+        for file in files:
+            with np.load(file) as features:
+                samples.add_features(dict(features))
+        metrics = sets.compare(samples, reference, extractor.distance)
+        write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
         shutil.rmtree(out / "features")
     distributed.barrier("metrics", working=True)
     return read_json(path, "the metrics")
 
 
-def _write_chunk(path, draw: Draw, extractor, settings, place: tuple[int, int], bar: tqdm) -> None:
-    """Features of images `place[0]` to `place[1]`; of the first ones also a picture."""
-    parts, shown = [], []
-    for _, images in draw.images(settings, *place):
-        parts.append(extractor(images))
-        if place[0] == 0 and len(shown) < SHOWN:
-            shown += list(images[: SHOWN - len(shown)])
-        bar.update(len(images))
-    if len(shown) >= COLUMNS:
-        rows = np.stack(shown[: len(shown) // COLUMNS * COLUMNS])
-        picture = pictures.grid(np.split(rows, len(rows) // COLUMNS))
-        pictures.save_png(path.parents[1] / "grid.png", picture)
-    write_npz(path, {name: np.concatenate([part[name] for part in parts]) for name in parts[0]})
+def evaluate_best(
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer,
+    extractor: Extractor,
+    reference: Reference | None,
+    settings: SamplingConfig,
+    out: Path,
+    **options: int,
+) -> dict[str, Any]:
+    """`evaluate` at the guidance with the least distance, found by `search_guidance`.
+
+    Takes the arguments of `evaluate`; the search starts at `settings.guidance`. Each scale has a
+    folder in `out`, so none is sampled twice. "search" in the result lists the metrics of all
+    scales tried, in ascending order.
+    """
+    results = {}
+
+    def distance(scale: float) -> float:
+        folder = out / f"guidance_{scale:.2f}"
+        guided = dataclasses.replace(settings, guidance=scale)
+        results[scale] = evaluate(
+            generator, tokenizer, extractor, reference, guided, folder, **options
+        )
+        return results[scale][f"g{extractor.distance}"]
+
+    found = search_guidance(distance, settings.guidance)
+    best = min(found, key=found.get)
+    return results[best] | {"search": [results[scale] for scale in sorted(results)]}
 
 
-def search_guidance(
-    measure: Callable[[float], float], start: float, step: float = GUIDANCE_STEP
-) -> dict[float, float]:
-    """Walks from `start` while the measure falls, first up, then down to 1 (paper, B).
+def search_guidance(distance: Callable[[float], float], start: float) -> dict[float, float]:
+    """Walks in steps of 0.25 while the distance falls, first up, then down to 1 (paper, B).
 
     Args:
-      measure: guidance scale to a distance, called once for each scale.
-      start: the first scale, at least 1.
-      step: between scales.
+      distance: of the samples at a guidance scale; called once per scale.
+      start: first scale, at least 1.
 
     Returns:
-      The distance at each scale that was tried; the least is the result.
+      The distance at each scale that was tried.
     """
-    found = {start: measure(start)}
-    for direction in (step, -step):
+    found = {start: distance(start)}
+    for step in (GUIDANCE_STEP, -GUIDANCE_STEP):
         scale = start
-        while (following := round(scale + direction, 6)) >= 1:
-            if following not in found:
-                found[following] = measure(following)
+        while (following := round(scale + step, 6)) >= 1:
+            found[following] = distance(following)
             if not found[following] < found[scale]:
                 break
             scale = following
     return found
 
 
-def evaluate_best(
-    draw: Draw,
-    extractor: Extractor,
-    reference: Reference | None,
-    settings: SamplingConfig,
-    out: pathlib.Path,
-) -> dict[str, Any]:
-    """The metrics at the guidance that `search_guidance` finds best.
+def evaluate_loss(
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer | None,
+    data: DataConfig,
+    batch_size: int,
+) -> dict[str, float]:
+    """Mean cross entropy of the codes of held-out images, given their classes.
 
-    "search" holds those of all scales tried, in order.  `out` gets a folder for each scale; none is
-    sampled twice, whatever was killed between.  Arguments are those of `evaluate`, whose
-    `settings.guidance` is where the search starts.
+    Args:
+      generator: the model.
+      tokenizer: encodes the images; None if `data` holds codes.
+      data: its evaluation images or codes are used.
+      batch_size: images per step, over all processes.
+
+    Returns:
+      "images", the number of images that could be read, and "loss", in nats per code.
+
+    Raises:
+      UserError: the data cannot be read, have too many classes, or are another tokenizer's codes.
     """
-    results = {}
+    config = generator.config
+    size = tokenizer.config.image_size if tokenizer else 0
+    batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
+    if len(batches.class_names) > config.classes:
+        raise UserError(
+            f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
+        )
+    if data.source == "codes":
+        codes.find_info(data.path).check(
+            codes=config.codes,
+            codebook_size=config.codebook_size,
+            tokenizer=generator.made_by.get("tokenizer"),
+        )
+    params, dtype = generator.variables["params"], generator.module.dtype
+    losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
 
-    def measure(scale):
-        chosen = dataclasses.replace(settings, guidance=scale)
-        folder = out / f"guidance_{scale:.2f}"
-        results[scale] = evaluate(draw, extractor, reference, chosen, folder)
-        return results[scale][f"g{extractor.distance}"]
+    def measure(batch):
+        encoded = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
+        return {"loss": losses(params, encoded, batch["label"])}
 
-    found = search_guidance(measure, settings.guidance)
-    best = min(found, key=found.get)
-    return results[best] | {"search": [results[scale] for scale in sorted(results)]}
+    with batches:
+        progress = tqdm(batches, total=math.ceil(batches.examples / batch_size), disable=None)
+        means = held_out_means(measure, progress, batches.examples)
+    bad = distributed.sums({"bad": batches.bad_count})["bad"]
+    return {"images": batches.examples - int(bad), **means}
+
+
+def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:
+    """At most `count` of the items, the first among them."""
+    count = min(count, len(items))
+    return items[np.arange(count) * len(items) // count]
+
+
+def _identity(generator, tokenizer, settings: SamplingConfig, seed: int) -> dict[str, Any]:
+    """What images of known classes depend on."""
+    return {
+        "sampling": dataclasses.asdict(settings),
+        "seed": seed,
+        "generator": generator.fingerprint,
+        "tokenizer": tokenizer.fingerprint,
+    }
+
+
+def _sample_missing(
+    generator: PretrainedGenerator,
+    tokenizer: PretrainedTokenizer,
+    classes: np.ndarray,
+    settings: SamplingConfig,
+    paths: Sequence[Path],
+    per_file: int,
+    *,
+    seed: int,
+    batch_size: int,
+) -> Iterator[tuple[Path, np.ndarray]]:
+    """Yields the missing files of this process's share and their images, uint8 `[n, H, W, 3]`.
+
+    File i holds `per_file` images from number i * per_file on. A batch may span several files.
+    """
+    process, processes = distributed.place()
+    todo = {
+        paths[i]: range(i * per_file, min((i + 1) * per_file, len(classes)))
+        for i in range(process, len(paths), processes)
+        if not paths[i].exists()
+    }
+    numbers = np.array([n for group in todo.values() for n in group], int)
+    size = min(batch_size, len(numbers))
+    key = jax.random.key(seed)
+
+    def images():
+        for start in range(0, len(numbers), batch_size):
+            chosen = numbers[start : start + batch_size]
+            filled = np.resize(chosen, size)  # a shorter last batch would need a compilation
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, filled)
+            sampled = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
+            batch = np.asarray(pictures.to_uint8(tokenizer.decode(sampled)))
+            yield from batch[: len(chosen)]
+
+    label = f"guidance {settings.guidance:g}"
+    with tqdm(images(), total=len(numbers), unit="image", desc=label, disable=None) as progress:
+        stream = iter(progress)
+        for path, group in todo.items():
+            yield path, np.stack([next(stream) for _ in group])
+
+
+def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
+    """ADM's layout, written image by image: 50,000 of 256 pixels are 10 GB."""
+    shape = (len(images), *np.asarray(Image.open(images[0])).shape)
+    with replacing(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:
+        with file.open("arr_0.npy", "w", force_zip64=True) as array:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(array, header)
+            for image in images:
+                array.write(np.asarray(Image.open(image)).tobytes())
+        with file.open("arr_1.npy", "w") as array:
+            np.lib.format.write_array(array, np.asarray(classes, np.int64))
+
+
+def _write_class_grid(
+    path: Path, images: Sequence[Path], classes: np.ndarray, class_names: Sequence[str]
+) -> None:
+    """A row of samples per class, labelled; evenly spaced classes if there are many."""
+    shown = evenly_spaced(np.unique(classes), CLASSES)
+    columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
+    rows, labels = [], []
+    for c in shown:
+        chosen = np.flatnonzero(classes == c)[:columns]
+        rows.append(np.stack([np.asarray(Image.open(images[i])) for i in chosen]))
+        named = c < len(class_names) and class_names[c] != str(c)
+        labels.append(f"{c}: {class_names[c][:NAME_LENGTH]}" if named else str(c))
+    grid = Image.fromarray(pictures.grid(rows))
+    font = ImageFont.load_default(14)
+    margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))
+    labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    labelled.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(labelled)
+    for row, label in enumerate(labels):
+        place = (6, (row + 0.5) * grid.height / len(rows))
+        canvas.text(place, label, fill="black", anchor="lm", font=font)
+    pictures.save_png(path, np.asarray(labelled))

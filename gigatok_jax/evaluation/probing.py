@@ -1,67 +1,303 @@
-"""How a tokenizer is probed."""
+"""AR probing: evaluating a tokenizer by a small generator trained on its codes (paper, 3.1)."""
 
 import dataclasses
+import functools
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from gigatok_jax.data.sources import DataConfig
+from flax.traverse_util import flatten_dict
+import jax
+import numpy as np
+import pydantic
+from pydantic import Field, PositiveInt
+
+from gigatok_jax import api, bundles, distributed, encoding, files, pictures
+from gigatok_jax.config import configclass
+from gigatok_jax.data import codes as stored
+from gigatok_jax.data.crops import BadImage, center_crop
+from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.evaluation import (
+    features,
+    generation,
+    print_metrics,
+    reconstruction,
+    report,
+    sets,
+)
+from gigatok_jax.files import read_json, write_json
+from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
+from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.training.linear_probe import LinearProbeRun
+from gigatok_jax.training.loop import train
+from gigatok_jax.training.telemetry import read_metrics
+
+PER_CLASS = 8  # samples of each class in the report
+MAPPED = 8  # images whose features are shown as maps
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@configclass
 class ProbeConfig:
-    """AR probing's settings (paper, 3.1 and appendix B).
+    """Settings of AR probing (paper, 3.1 and appendix B).
 
-    Attributes:
-      data: images; the training ones make the generator's codes, the evaluation ones judge.
-      crop_factors: see `gigatok encode`.
-      generator: the run of the small generator. Its data, tokenizer, and its model's codes,
-        codebook and classes are what is probed.
-      linear_probe: the run of the linear probe, likewise.
-      features: whose features judge pictures, see `evaluation.features.load`.
-      reference: an `.npz` of real images or their statistics; "": the evaluation images.
-      ssim_range: data_range of SSIM, 1 or the reference's 2, see `metrics.ssim`.
-      samples: images drawn at each guidance.
-      sampling: how they are drawn; the search for guidance starts at its scale.
-      batch_size: images at once in encoding and metrics.
-      shard_images: images a shard of codes holds, a multiple of `batch_size`.
-      sample_batch_size: images at once in sampling.
-      seed: of the samples.
+    Networks, data, and the number of codes and classes in `generator` and `linear_probe` are
+    replaced by those that are probed.
     """
 
-    generator: GeneratorRun
-    linear_probe: LinearProbeRun
-    data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    crop_factors: tuple[float, ...] = (1.1,)
-    features: str = "inception"
-    reference: str = ""
-    ssim_range: int = 1
-    samples: int = 50_000
-    sampling: SamplingConfig = dataclasses.field(
-        default_factory=lambda: SamplingConfig(guidance=2.0)
-    )
-    batch_size: int = 32
-    shard_images: int = 4_096
-    sample_batch_size: int = 64
-    seed: int = 0
+    generator: GeneratorRun  # run of the small generator
+    linear_probe: LinearProbeRun  # run of the linear probe
+    data: DataConfig = DataConfig()  # training images to encode, evaluation images to compare
+    crop_factors: tuple[float, ...] = (1.1,)  # see `encoding.encode`
+    features: str = "inception"  # network whose features are compared, see `features.load`
+    reference: str = ""  # .npz of real images or their statistics; "": the evaluation images
+    ssim_range: Literal[1, 2] = 1  # data_range of SSIM; the reference program passes 2
+    samples: Annotated[int, Field(ge=2)] = 50_000  # per guidance scale
+    sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # the search starts at its guidance
+    batch_size: PositiveInt = 32  # images at once, except in sampling
+    shard_images: PositiveInt = 4_096  # images per shard of codes, a multiple of batch_size
+    sample_batch_size: PositiveInt = 64  # images at once in sampling
+    seed: int = 0  # of the samples
 
-    def __post_init__(self):
-        for name in ("batch_size", "shard_images", "sample_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    @pydantic.model_validator(mode="after")
+    def _check(self):
         if self.shard_images % self.batch_size:
             raise ValueError(
-                f"shard_images must be a multiple of batch_size={self.batch_size}, got "
+                f"shard_images: expected a multiple of batch_size={self.batch_size}, got "
                 f"{self.shard_images}"
             )
         if self.data.source == "codes":
-            raise ValueError("data.source must have images, got 'codes'")
-        if self.ssim_range not in (1, 2):
-            raise ValueError(f"ssim_range must be 1 or 2, got {self.ssim_range}")
+            raise ValueError("data.source: expected images, got 'codes'")
         if self.sampling.schedule != "constant" and self.sampling.guidance == 1:
             raise ValueError(
-                "sampling.guidance must be more than 1 with sampling.schedule="
+                "sampling.guidance: expected more than 1 with sampling.schedule="
                 f"{self.sampling.schedule}, got 1"
             )
-        if self.samples < 2:
-            raise ValueError(f"samples must be at least 2, got {self.samples}")
+        return self
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that results depend on, by dotted name; others may change on a restart."""
+        fields = dataclasses.asdict(self) | {"data": self.data.content()}
+        del fields["batch_size"], fields["sample_batch_size"]
+        for run in (fields["generator"], fields["linear_probe"]):
+            for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):
+                run.pop(name, None)
+        return flatten_dict({"config": fields}, sep=".")
+
+
+@dataclasses.dataclass
+class _Probe:
+    """What the steps share."""
+
+    config: ProbeConfig
+    workdir: Path
+    directory: str  # the tokenizer's
+    bundle: bundles.Bundle
+    tokenizer: api.PretrainedTokenizer
+    extractor: features.Extractor
+    reference: sets.Reference | None
+    results: dict[str, Any]  # metrics of the steps so far
+
+    @property
+    def codes(self) -> DataConfig:
+        """The codes as training data."""
+        path = str(self.workdir / "codes")
+        return dataclasses.replace(
+            self.config.data, source="codes", path=path, length=0, eval_length=0
+        )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return stored.find_info(self.codes.path).class_names
+
+    @functools.cached_property
+    def generator(self) -> api.PretrainedGenerator:
+        return api.load_generator(self.workdir / "generator")
+
+
+def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
+    """Runs the steps that `workdir` lacks, in the order of `STEPS`, and writes a report.
+
+    Args:
+      tokenizer_directory: bundle or workdir of the tokenizer.
+      config: how to probe it.
+      workdir: gets the files of step NAME in `NAME/` and its metrics in `steps/NAME.json`, which
+        marks it as finished; `tokenizer.json`, `results.json` with all metrics, and `report.html`.
+
+    Returns:
+      The metrics of all steps.
+
+    Raises:
+      UserError: `workdir` holds another probe, or a step cannot work.
+    """
+    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
+    extractor = features.load(config.features)
+    identity = {"tokenizer": bundle.fingerprint, **config.identity()}
+    files.claim(workdir / "probe.json", identity, "a probe", write=False)
+    reference = sets.load_reference(
+        config.reference,
+        config.data,
+        extractor,
+        count=config.samples,
+        batch_size=config.batch_size,
+        image_size=bundle.config.image_size,
+    )
+    # The inputs have been checked; only now is anything written.
+    distributed.claim(workdir / "probe.json", identity, "a probe")
+    if distributed.is_main():
+        described = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
+        write_json(workdir / "tokenizer.json", described)
+
+    shared = _Probe(
+        config=config,
+        workdir=workdir,
+        directory=tokenizer_directory,
+        bundle=bundle,
+        tokenizer=api.PretrainedTokenizer(bundle.config, bundle.weights),
+        extractor=extractor,
+        reference=reference,
+        results={"parameters": sum(x.size for x in jax.tree.leaves(bundle.weights["params"]))},
+    )
+    for name, step in STEPS.items():
+        finished = workdir / "steps" / f"{name}.json"
+        if not finished.exists():
+            print(f"{name} ...", flush=True)
+            metrics = step(shared, workdir / name)
+            print_metrics(metrics)
+            if distributed.is_main():
+                write_json(finished, metrics)
+        distributed.barrier(name, working=True)
+        metrics = read_json(finished, f"the metrics of {name}")
+        if "images" in metrics:
+            metrics[f"{name}_images"] = metrics.pop("images")
+        shared.results |= metrics
+    if distributed.is_main():
+        write_json(workdir / "results.json", shared.results)
+        report.write([workdir], workdir / "report.html")
+        print(workdir / "report.html")
+    return shared.results
+
+
+def _reconstruct(probe: _Probe, out: Path) -> dict[str, Any]:
+    config = probe.config
+    return reconstruction.evaluate(
+        probe.tokenizer,
+        probe.extractor,
+        config.data,
+        out,
+        batch_size=config.batch_size,
+        ssim_range=config.ssim_range,
+    )
+
+
+def _encode(probe: _Probe, out: Path) -> dict[str, Any]:
+    config = probe.config
+    encoding.encode(
+        probe.bundle,
+        config.data,
+        out,
+        crop_factors=config.crop_factors,
+        batch_size=config.batch_size,
+        shard_images=config.shard_images,
+    )
+    return {}
+
+
+def _train_generator(probe: _Probe, out: Path) -> dict[str, Any]:
+    run = probe.config.generator
+    model = dataclasses.replace(
+        run.model,
+        codes=probe.bundle.config.latents,
+        codebook_size=probe.bundle.config.codebook_size,
+        classes=len(probe.class_names),
+    )
+    train(dataclasses.replace(run, model=model, data=probe.codes, tokenizer=probe.directory), out)
+    return {}
+
+
+def _evaluate_loss(probe: _Probe, out: Path) -> dict[str, Any]:
+    del out
+    return generation.evaluate_loss(probe.generator, None, probe.codes, probe.config.batch_size)
+
+
+def _evaluate_generation(probe: _Probe, out: Path) -> dict[str, Any]:
+    config = probe.config
+    return generation.evaluate_best(
+        probe.generator,
+        probe.tokenizer,
+        probe.extractor,
+        probe.reference,
+        config.sampling,
+        out,
+        count=config.samples,
+        seed=config.seed,
+        batch_size=config.sample_batch_size,
+    )
+
+
+def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
+    run = probe.config.linear_probe
+    run = dataclasses.replace(
+        run,
+        # Only the generator's features can be computed from stored codes.
+        data=probe.codes if run.features == "generator" else probe.config.data,
+        tokenizer=probe.directory,
+        generator=str(probe.workdir / "generator"),
+    )
+    train(run, out)
+    return {"linear_accuracy": read_metrics(out / "metrics.jsonl")[-1]["held_out/accuracy"]}
+
+
+def _sample_classes(probe: _Probe, out: Path) -> dict[str, Any]:
+    """Samples of evenly spaced classes, at the best guidance."""
+    config, classes = probe.config, np.arange(probe.generator.config.classes)
+    generation.sample(
+        probe.generator,
+        probe.tokenizer,
+        np.tile(generation.evenly_spaced(classes, generation.CLASSES), PER_CLASS),
+        dataclasses.replace(config.sampling, guidance=probe.results["guidance"]),
+        out,
+        class_names=probe.class_names,
+        seed=config.seed,
+        batch_size=config.sample_batch_size,
+    )
+    return {}
+
+
+def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
+    """Evaluation images of one class, and maps of the decoder's features below them (Fig. 8)."""
+    if not distributed.is_main():
+        return {}
+    size = probe.tokenizer.config.image_size
+    source = open_source(probe.config.data, train=False, image_size=size)
+    images, label = [], None
+    for index in range(len(source)):
+        try:
+            example = source[index]
+        except BadImage:
+            continue
+        label = example["label"] if label is None else label
+        if example["label"] == label:
+            images.append(center_crop(example["image"], size))
+        if len(images) == MAPPED:
+            break
+    images = np.stack(images)
+    tokens = probe.tokenizer.decoder_features(probe.tokenizer.encode(images), layer=1)
+    maps = component_maps(np.asarray(tokens))
+    scale = size // maps.shape[1]
+    maps = maps.repeat(scale, axis=1).repeat(scale, axis=2)
+    pictures.save_png(out.with_suffix(".png"), pictures.grid([images, maps]))
+    return {}
+
+
+# In the order in which they run. Each writes files to a folder of its name (the maps to maps.png)
+# and returns metrics.
+STEPS = {
+    "reconstruction": _reconstruct,
+    "codes": _encode,
+    "generator": _train_generator,
+    "loss": _evaluate_loss,
+    "generation": _evaluate_generation,
+    "linear_probe": _train_linear_probe,
+    "samples": _sample_classes,
+    "maps": _map_features,
+}

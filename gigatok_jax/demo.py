@@ -1,0 +1,103 @@
+"""The whole program at work on drawings that it makes itself; minutes on two cores."""
+
+import dataclasses
+from pathlib import Path
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from gigatok_jax import api, frozen, pictures
+from gigatok_jax.data.sources import DataConfig, Source, open_source
+from gigatok_jax.evaluation import generation, probing
+from gigatok_jax.evaluation.reconstruction import reconstruct
+from gigatok_jax.files import read_json, replacing
+from gigatok_jax.models import vit
+from gigatok_jax.training.loop import train
+from gigatok_jax.training.tokenizer import TokenizerRun
+
+HELD_OUT = 96  # drawings to reconstruct
+PER_CLASS = 40  # samples
+REAL = 2_000  # real drawings that the classifier of samples learns from
+
+
+def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
+    """Trains a tokenizer, reconstructs held-out drawings, probes the tokenizer, and samples.
+
+    A restart resumes where the last one stopped.
+
+    Args:
+      workdir: gets `tokenizer/` (the run), `drawings/`, `reconstructions/`, `probe/` and
+        `samples/`.
+      run: how to train the tokenizer.
+      config: how to probe it.
+    """
+    train(run, workdir / "tokenizer")
+    tokenizer = api.load_tokenizer(workdir / "tokenizer")
+    size = tokenizer.config.image_size
+    drawings = workdir / "drawings"
+    if not drawings.exists():
+        _write(_real_drawings(HELD_OUT, size), drawings)
+    reconstruct(tokenizer, drawings, workdir / "reconstructions", batch_size=32)
+
+    record = workdir / "probe" / "probe.json"
+    if record.exists() and read_json(record, "a probe")["tokenizer"] != tokenizer.fingerprint:
+        shutil.rmtree(workdir / "probe")  # the tokenizer has been trained further
+    results = probing.probe(str(workdir / "tokenizer"), config, workdir / "probe")
+
+    generator = api.load_generator(workdir / "probe" / "generator")
+    classes = np.tile(np.arange(generator.config.classes), PER_CLASS)
+    real = _real_drawings(REAL, size)
+    out = workdir / "samples"
+    shutil.rmtree(out, ignore_errors=True)
+    generation.sample(
+        generator,
+        tokenizer,
+        classes,
+        dataclasses.replace(config.sampling, guidance=results["guidance"]),
+        out,
+        class_names=real.class_names,
+        seed=0,
+        batch_size=100,
+    )
+    share = np.mean(_classify(np.load(out / "samples.npz")["arr_0"], real) == classes)
+    print(f"a classifier of real drawings finds the intended class in {share:.1%} of the samples")
+    print(workdir / "probe" / "report.html")
+
+
+def _real_drawings(count: int, size: int) -> Source:
+    """Drawings that neither tokenizer nor generator were trained on."""
+    data = DataConfig(source="embedded", length=1, eval_length=count)
+    return open_source(data, train=False, image_size=size)
+
+
+def _write(source: Source, folder: Path) -> None:
+    """Writes PNGs into a folder per class."""
+    with replacing(folder) as aside:
+        for example in (source[i] for i in range(len(source))):
+            path = aside / source.class_names[example["label"]] / f"{example['key'][-8:]}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(example["image"]).save(path)
+
+
+def _classify(images: np.ndarray, real: Source) -> np.ndarray:
+    """Classes of images `[n, S, S, 3]`, by a ridge regression on features of the teacher."""
+    config, params = frozen.load_teacher("embedded")
+
+    @jax.jit
+    def features(images):
+        inputs = vit.preprocess(pictures.to_float(images), config, config.grid)
+        token, patches, _ = vit.ViT(config).apply({"params": params}, inputs)
+        return jnp.concatenate([token, patches.mean(1), jnp.ones((len(token), 1))], axis=1)
+
+    def design(images):
+        parts = [features(images[i : i + 100]) for i in range(0, len(images), 100)]
+        return np.concatenate(parts).astype(np.float64)
+
+    examples = [real[i] for i in range(len(real))]
+    x = design(np.stack([example["image"] for example in examples]))
+    y = np.eye(len(real.class_names))[[example["label"] for example in examples]]
+    weights = np.linalg.solve(x.T @ x + np.eye(x.shape[1]), x.T @ y)
+    return np.argmax(design(images) @ weights, axis=1)

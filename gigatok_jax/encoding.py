@@ -1,0 +1,130 @@
+"""Storing the codes of a data set, so that training a generator need not encode images."""
+
+import dataclasses
+import logging
+import math
+from pathlib import Path
+
+from einops import rearrange
+import numpy as np
+from tqdm import tqdm
+
+from gigatok_jax import api, bundles, distributed, files
+from gigatok_jax.data import codes as stored
+from gigatok_jax.data import pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+def encode(
+    bundle: bundles.Bundle,
+    data: DataConfig,
+    out: Path,
+    *,
+    crop_factors: tuple[float, ...],
+    batch_size: int,
+    shard_images: int,
+) -> None:
+    """Encodes the training and evaluation images of a data set into ArrayRecord shards.
+
+    Shards that `out` already has are kept; each process writes its share of the others.
+
+    Args:
+      bundle: a tokenizer.
+      data: must have images.
+      out: gets the shards and `codes.json`, which describes them.
+      crop_factors: store ten crops of each training image per factor, see `crops.ten_crops`. If
+        empty, store its centre crop, as of evaluation images.
+      batch_size: images read at once, and crops encoded at once.
+      shard_images: images per shard, a multiple of `batch_size`.
+
+    Raises:
+      UserError: an option is invalid, the data cannot be read, or `out` holds other codes.
+    """
+    if any(not 1 <= factor <= 2 for factor in crop_factors):
+        raise UserError(f"--crop_factors: expected numbers in [1, 2], got {crop_factors}")
+    if shard_images % batch_size:
+        raise UserError(
+            f"--shard_images: expected a multiple of --batch_size={batch_size}, got {shard_images}"
+        )
+    splits = {
+        split: pipeline.eval_images(
+            data,
+            image_size=bundle.config.image_size,
+            batch_size=batch_size,
+            train=split == "train",
+            crop_factors=crop_factors if split == "train" else (),
+        )
+        for split in stored.SPLITS
+    }
+    info = stored.CodesInfo(
+        tokenizer=bundle.fingerprint,
+        codes=bundle.config.latents,
+        codebook_size=bundle.config.codebook_size,
+        class_names=splits["train"].class_names,
+        data=data.content(),
+        crop_factors=crop_factors,
+        shard_images=shard_images,
+    )
+    identity = dataclasses.asdict(info)
+    del identity["images"]  # counted at the end
+    files.claim(out / "codes.json", identity, "codes", write=False)
+    if distributed.is_main() and stored.read_info(out) is None:
+        stored.write_info(out, info)
+
+    tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
+    counts = {}
+    for split, batches in splits.items():
+        shards = math.ceil(batches.examples / shard_images)
+        paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
+        _write_missing(paths, tokenizer, batches, batch_size, shard_images)
+        distributed.barrier(f"codes of {split}", working=True)
+        counts[split] = tuple(stored.count(path) for path in paths)
+        images = sum(counts[split])
+        skipped = batches.examples - images
+        print(f"{split}: {images} images ({skipped} skipped) in {shards} shards")
+    if distributed.is_main():
+        stored.write_info(out, dataclasses.replace(info, images=counts))
+    distributed.barrier("codes")
+    print(out)
+
+
+def _write_missing(
+    paths: list[Path],
+    tokenizer: api.PretrainedTokenizer,
+    batches: pipeline.Batches,
+    batch_size: int,
+    shard_images: int,
+) -> None:
+    """Writes the shards of this process's share that are missing."""
+    dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
+
+    def encoded(images: np.ndarray) -> np.ndarray:
+        """Codes `[B, crops, N]` of uint8 images `[B, S, S, 3]` or crops `[B, crops, S, S, 3]`."""
+        flat = images.reshape(-1, *images.shape[-3:])
+        parts = [flat[start : start + batch_size] for start in range(0, len(flat), batch_size)]
+        codes = np.concatenate([np.asarray(tokenizer.encode(part), dtype) for part in parts])
+        return rearrange(codes, "(b crops) n -> b crops n", b=len(images))
+
+    def records(count: int):
+        for _ in range(math.ceil(count / batch_size)):
+            batch = next(batches)
+            yield from stored.records(batch, encoded(batch["image"]))
+
+    process, processes = distributed.place()
+    mine = np.array_split(range(len(paths)), processes)[process].tolist()
+    starts = [shard * shard_images for shard in mine]
+    counts = [min(shard_images, batches.examples - start) for start in starts]
+    bar = tqdm(total=sum(counts), unit="image", desc="encode", disable=None)
+    with batches, bar:
+        for shard, start, count in zip(mine, starts, counts, strict=True):
+            if not paths[shard].exists():
+                first = {"next_batch": start // batch_size}
+                if batches.get_state() != first:  # setting the state restarts the workers
+                    batches.set_state(first)
+                stored.write_shard(paths[shard], records(count))
+            bar.update(count)
+            if bar.disable:
+                logger.info("%s", paths[shard].name)
