@@ -301,3 +301,26 @@ STEPS = {
     "samples": _sample_classes,
     "maps": _map_features,
 }
+
+
+def component_maps(features: np.ndarray) -> np.ndarray:
+    """Shows the first three principal components of features as colours (Fig. 8).
+
+    Args:
+      features: `[n, T, W]` of T tokens, which form a square.
+
+    Returns:
+      uint8 `[n, side, side, 3]`. The components are those of all tokens of all images, each
+      stretched over its central 98 %.
+    """
+    count, tokens, width = features.shape
+    flat = features.reshape(-1, width).astype(np.float64)
+    flat = flat - flat.mean(axis=0)
+    axes = np.linalg.eigh(flat.T @ flat).eigenvectors[:, ::-1][:, :3]
+    # An eigenvector's sign is arbitrary: make its largest entry positive.
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
+    components = flat @ axes
+    low, high = np.percentile(components, [1, 99], axis=0)
+    colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    side = round(tokens**0.5)
+    return (255 * colours).astype(np.uint8).reshape(count, side, side, -1)
