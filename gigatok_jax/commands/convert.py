@@ -10,7 +10,7 @@ import pathlib
 from absl import flags
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.weights import kinds
+from gigatok_jax.weights import convert
 
 FLAGS = flags.FlagValues()
 flags.DEFINE_multi_string("from", None, "what to read", flag_values=FLAGS)
@@ -31,22 +31,12 @@ flags.mark_flags_as_required(["from", "out"], flag_values=FLAGS)
 
 def run(positional: list[str]) -> None:
     if len(positional) != 1:
-        raise UserError(f"expected one KIND of {', '.join(kinds.KINDS)}, got {positional}")
+        raise UserError(f"expected one KIND of {', '.join(convert.KINDS)}, got {positional}")
     kind, sources, out = positional[0], FLAGS["from"].value, pathlib.Path(FLAGS.out)
     if FLAGS.to_torch:
         if len(sources) != 1:
             raise UserError(f"--from: expected one bundle, got {sources}")
-        kinds.to_torch(kind, sources[0], out)
+        convert.to_file(kind, sources[0], out)
     else:
-        if kinds.find(kind).architecture and not FLAGS.model:
-            examples = {
-                "generator": "b",
-                "dino": "dino_vits16",
-                "dinov2": "dinov2_vitb14",
-                "clip": "clip_dfn_vitl14",
-                "siglip": "siglip_so400m14",
-            }
-            example = examples.get(kind, "b_l")
-            raise UserError(f"--model: expected the architecture of this {kind}, such as {example}")
-        kinds.to_bundle(kind, sources, out, architecture=FLAGS.model, weights=FLAGS.weights)
+        convert.to_bundle(kind, sources, out, model=FLAGS.model, weights=FLAGS.weights)
     print(out)

@@ -6,7 +6,7 @@ Downloads published weights into the cache (GIGATOK_CACHE), checks them and conv
 from absl import flags
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.weights import fetch, kinds
+from gigatok_jax.weights import convert, fetch
 
 FLAGS = flags.FlagValues()
 
@@ -14,4 +14,4 @@ FLAGS = flags.FlagValues()
 def run(positional: list[str]) -> None:
     if len(positional) != 2 or positional[0] != "fetch":
         raise UserError(f"expected: weights fetch NAME, with NAME of {', '.join(fetch.PUBLISHED)}")
-    print(kinds.fetch_bundle(positional[1]))
+    print(convert.fetch_bundle(positional[1]))
