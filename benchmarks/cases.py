@@ -249,7 +249,7 @@ class _Step:
 
     def __init__(self, run: RunConfig):
         self.mesh = sharding.make_mesh(run.mesh)
-        self.task, frozen = programs.task(run)
+        self.task, frozen = programs.abstract_task(run)
         self.frozen = jax.tree.map(np.asarray, fill(frozen))
         abstract = loop.abstract_state(self.task, self.mesh)
         self.trees = {"params": fill(abstract.params)}

@@ -375,7 +375,10 @@ def plan(config, topology: str, job: str, utilisation: float, effort: float) -> 
     from shapes. Exits with 1 if the memory does not suffice, after listing settings that fit.
     """
     from gigatok_jax.planning import plan as planning
+    from gigatok_jax.training import GeneratorRun, TokenizerRun
 
+    if not isinstance(config, TokenizerRun | GeneratorRun):
+        raise UserError("--config: expected the run of a tokenizer or a generator")
     planning.plan(config, topology, job, utilisation, effort)
 
 

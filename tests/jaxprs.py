@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
+from gigatok_jax.planning.flops import inner_jaxprs
+
 
 def equations(jaxpr) -> Iterator:
-    """All equations of a jaxpr, those of the jaxprs inside them included."""
-    for equation in getattr(jaxpr, "jaxpr", jaxpr).eqns:
+    """All equations of a jaxpr, including those of the jaxprs inside them."""
+    for equation in jaxpr.eqns:
         yield equation
-        for value in equation.params.values():
-            for inner in value if isinstance(value, tuple | list) else (value,):
-                if hasattr(inner, "eqns") or hasattr(inner, "jaxpr"):
-                    yield from equations(inner)
+        for inner in inner_jaxprs(equation):
+            yield from equations(inner)

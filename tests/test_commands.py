@@ -1,6 +1,7 @@
 """The command line: what it writes, and one line for whatever cannot work."""
 
 import copy
+import dataclasses
 import json
 import logging
 import pathlib
@@ -10,13 +11,11 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, cli, frozen
-from gigatok_jax.commands import train
-from gigatok_jax.config import from_mapping
+from gigatok_jax import bundles, cli, commands, frozen
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import vit
-from gigatok_jax.training.tokenizer_run import TokenizerRun
-from gigatok_jax.weights import convert, kinds, torch_files
+from gigatok_jax.training import loop
+from gigatok_jax.weights import convert, fetch, torch_files
 
 import image_folders
 import synth
@@ -63,8 +62,8 @@ def refused(result) -> str:
 def test_help_lists_every_verb_and_each_has_its_own(gigatok):
     code, out, lines = gigatok("--help")
     assert code == 0 and not lines
-    assert all(f"  {verb} " in out for verb in cli.VERBS)
-    for verb in cli.VERBS:
+    assert all(f"  {verb} " in out for verb in commands.VERBS)
+    for verb in commands.VERBS:
         code, out, lines = gigatok(verb, "--help")
         assert code == 0 and out.startswith(f"gigatok {verb} ") and not lines
 
@@ -174,8 +173,8 @@ def test_command_line_of_the_process_is_left_alone(gigatok):
         ("--config.optimiser.rate=1", "optimiser"),
         ("--config.optimizer.rat=1", "rat"),
         ("--config.batch_size=many", "batch_size"),
-        ("--config.batch_size=0", "config.batch_size must be positive, got 0"),
-        ("--config.model.latents=100", "config.model.latents must be a power of two"),
+        ("--config.batch_size=0", "config.batch_size: expected greater than 0, got 0"),
+        ("--config.model.latents=100", "config.model.latents: expected a power of two"),
         ("--config.task=classifier", "config.task"),
         ("--config.teacher=x", "--config.teacher: no such field; known: accumulate, average_decay"),
         ("--config.objective.semantik=1", "--config.objective.semantik: no such field; known: "),
@@ -218,20 +217,21 @@ def test_missing_images(gigatok, bundle, tmp_path, content, message):
     assert not out.exists()
 
 
-def test_run_goes_on_where_a_field_is_newer_than_it_but_not_with_another_discriminator(tmp_path):
+def test_run_resumes_with_newer_fields_but_not_with_another_discriminator(tmp_path):
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
-    config = train_config.get_config().to_dict()
-    older = copy.deepcopy(config)
+    run = train_config.get_config()
+    older = json.loads(json.dumps(dataclasses.asdict(run)))
+    newest = copy.deepcopy(older)
     del older["objective"]["discriminator"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    train._settle(tmp_path, from_mapping(TokenizerRun, config))
-    assert json.loads((tmp_path / "config.json").read_text())["objective"] == json.loads(
-        json.dumps(config["objective"])
+    loop._claim_workdir(tmp_path, run)
+    assert json.loads((tmp_path / "config.json").read_text()) == newest
+    other = dataclasses.replace(
+        run, objective=dataclasses.replace(run.objective, discriminator="dino")
     )
-    config["objective"]["discriminator"] = "dino"
     message = r"^config\.objective\.discriminator: 'dino', but the run in .* has 'patchgan'"
     with pytest.raises(UserError, match=message):
-        train._settle(tmp_path, from_mapping(TokenizerRun, config))
+        loop._claim_workdir(tmp_path, other)
 
 
 def test_bundle_of_another_kind(gigatok, tmp_path):
@@ -243,7 +243,9 @@ def test_bundle_of_another_kind(gigatok, tmp_path):
 
 def test_checkpoint_of_another_architecture(gigatok, tmp_path):
     path, out = tmp_path / "checkpoint.safetensors", tmp_path / "bundle"
-    torch_files.write(path, convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config()))
+    torch_files.write(
+        path, convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
+    )
     result = gigatok("convert", "tokenizer", f"--from={path}", "--model=s_s", f"--out={out}")
     assert refused(result).startswith(f"{path}: tensor '")
     assert not out.exists()

@@ -1,37 +1,35 @@
-"""Plans: what is counted, what is compiled, and what is said of it."""
+"""Plans: what is counted, what is compiled, and what is printed."""
 
 import dataclasses
 import importlib.util
-import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from gigatok_jax import cli, sharding
-from gigatok_jax.config import from_mapping
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.planning import chips, flops, hlo, plan, programs
 from gigatok_jax.sharding import MeshConfig
-from gigatok_jax.training.generator_run import OPTIMIZER, GeneratorRun
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.training.optimizer import OptimizerConfig
 
 from jaxprs import equations
 import train_config
 
 GENERATOR = GeneratorRun(
     model=GeneratorConfig(
-        depth=3, heads=2, width=64, codes=16, codebook_size=128, classes=10, dropout=0.0
+        depth=2, heads=2, width=64, codes=8, codebook_size=64, classes=10, dropout=0.0
     ),
-    optimizer=dataclasses.replace(OPTIMIZER, warmup_steps=2),
+    optimizer=OptimizerConfig(warmup_steps=2),
     steps=10,
     batch_size=8,
     dtype="float32",
     remat="full",
 )
 CPU = chips.Topology("cpu", chips.CHIPS["v5e"], 1, jax.devices()[:1])
-CPU_ESTIMATED = dataclasses.replace(CPU, devices=None)
+ESTIMATED = dataclasses.replace(CPU, devices=None)
 CONFIG = f"--config={train_config.__file__}"
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
@@ -104,14 +102,14 @@ ENTRY %main (all: f32[12,8,8], i: s32[]) -> f32[12,8,8] {
 """
 
 
-def test_of_stacked_layers_the_slices_count_that_a_fusion_takes_and_writes():
+def test_fusions_move_only_the_slices_that_they_read_and_update():
     layer, index = 8 * 8 * 4, 4
     nested = layer + index + layer
     written, from_main_memory = index + layer, layer + index + layer
     assert hlo.Program(SLICED).cost().bytes == nested + written + from_main_memory
 
 
-def test_flops_that_no_result_needs_are_not_counted():
+def test_traced_flops_leave_out_dead_code():
     def function(x, w):
         _, unused = jax.lax.scan(lambda c, w: (c, x @ w), 0, w)
         del unused
@@ -121,7 +119,7 @@ def test_flops_that_no_result_needs_are_not_counted():
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_convolution_flops_are_those_of_xla(stride):
+def test_convolution_flops_equal_those_of_xla(stride):
     def convolve(x, kernel):
         dimensions = ("NHWC", "HWIO", "NHWC")
         return jax.lax.conv_general_dilated(
@@ -142,18 +140,17 @@ def test_traced_and_compiled_flops_of_a_training_step_agree():
     assert made.fits
 
 
-def test_parts_are_divided_as_the_mesh_says():
+def test_parameters_are_divided_over_fsdp():
     mesh = MeshConfig(data=1, fsdp=-1)
     whole = programs.training(GENERATOR, sharding.abstract_mesh(MeshConfig(), 1))
     shared = programs.training(GENERATOR, sharding.abstract_mesh(mesh, 8))
-    sizes = [programs.device_bytes(program.parts["parameters"]) for program in (whole, shared)]
+    sizes = [program.memory["parameters"] for program in (whole, shared)]
     assert sizes[1] < sizes[0] / 4
 
 
-def test_weights_are_gathered_and_activations_shared_by_batch():
+def test_weights_are_gathered_and_activations_divided_by_batch():
     mesh = sharding.abstract_mesh(MeshConfig(data=1, fsdp=-1), 8)
-    program = programs.training(GENERATOR, mesh)
-    jaxpr = jax.make_jaxpr(lambda *x: program.jitted(*x, phase=None))(*program.arguments)
+    jaxpr = programs.training(GENERATOR, mesh).trace().jaxpr
     specs = {
         (equation.invars[0].aval.ndim, tuple(equation.params["sharding"].spec))
         for equation in equations(jaxpr)
@@ -164,68 +161,76 @@ def test_weights_are_gathered_and_activations_shared_by_batch():
     assert not any("fsdp" in spec for _, spec in specs)
 
 
-def test_frozen_networks_are_divided_if_asked_for():
-    mapping = train_config.get_config().to_dict()
-    mapping["objective"] |= {"perceptual": 1.0}
-    run = from_mapping(TokenizerRun, mapping)
+def test_shard_frozen_divides_the_frozen_networks():
+    run = train_config.get_config()
+    objective = dataclasses.replace(run.objective, perceptual=1.0)
+    run = dataclasses.replace(run, objective=objective)
     sizes = []
     for shard in (False, True):
         mesh = MeshConfig(data=1, fsdp=-1, shard_frozen=shard)
         changed = dataclasses.replace(run, mesh=mesh)
         program = programs.training(changed, sharding.abstract_mesh(mesh, 8))
-        sizes.append(programs.device_bytes(program.parts["frozen networks"]))
+        sizes.append(program.memory["frozen networks"])
     assert sizes[1] < sizes[0] / 7
 
 
-def test_sampling_is_planned():
-    run = dataclasses.replace(GENERATOR, batch_size=2)
-    made = plan.make(run, CPU, "sample")
+def test_traced_and_compiled_flops_of_sampling_agree():
+    made = plan.make(dataclasses.replace(GENERATOR, batch_size=2), CPU, "sample")
     assert made.compiled_flops == pytest.approx(made.traced_flops, rel=0.05)
-    assert made.steps == 1
 
 
 @pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "h100:0"])
-def test_unknown_topologies_are_refused(name):
+def test_unknown_topologies_are_rejected(name):
     with pytest.raises(UserError, match="--topology: expected"):
         chips.topology(name)
 
 
-def test_command_says_what_fits(capsys):
+def test_command_prints_what_fits(capsys):
     assert cli.main(["plan", CONFIG, "--topology=h100:2"]) == 0
     out = capsys.readouterr().out
     assert "estimated from shapes" in out and "to spare" in out and "days" in out
 
 
-def test_command_says_what_does_not_fit_and_what_does(capsys, monkeypatch):
-    small = dataclasses.replace(chips.CHIPS["h100"], memory=2e9)
-    monkeypatch.setitem(chips.CHIPS, "h100", small)
-    config = pathlib.Path(__file__).parent.parent / "configs" / "generator.py"
-    assert (
-        cli.main(["plan", f"--config={config}:tiny", "--config.remat=none", "--topology=h100:8"])
-        == 1
+def test_a_run_that_does_not_fit_stops_with_settings_that_do(capsys, monkeypatch):
+    run = dataclasses.replace(GENERATOR, remat="none", batch_size=64)
+    topology = chips.topology("h100:2")
+    all_kept, recomputed = (
+        sum(plan.estimated_memory(dataclasses.replace(run, remat=remat), topology).values())
+        for remat in ("none", "dots")
     )
-    captured = capsys.readouterr()
-    assert "does NOT fit" in captured.out
-    assert "--config.remat=dots --config.mesh.data=-1 --config.mesh.fsdp=1: " in captured.out
-    assert captured.err.count("\n") == 1
+    memory = (all_kept + recomputed / (1 - plan.SPARE)) / 2
+    small = dataclasses.replace(topology.chip, memory=memory)
+    monkeypatch.setitem(chips.CHIPS, "h100", small)
+    with pytest.raises(RunStopped, match="h100:2: the memory of a device does not suffice"):
+        plan.plan(run, "h100:2")
+    out = capsys.readouterr().out
+    assert "does NOT fit" in out
+    assert "--config.remat=dots --config.mesh.data=-1 --config.mesh.fsdp=1: " in out
 
 
-def test_a_batch_in_parts_is_offered_where_none_fits_that_takes_it_whole():
+def test_batches_are_divided_into_parts_only_if_they_do_not_fit_whole():
     model = dataclasses.replace(GENERATOR.model, codes=1024)
     run = dataclasses.replace(GENERATOR, model=model, dtype="bfloat16", batch_size=64)
     whole, halved = (
-        plan.make(dataclasses.replace(run, remat="full", accumulate=parts), CPU_ESTIMATED).bytes
+        sum(plan.estimated_memory(dataclasses.replace(run, accumulate=parts), ESTIMATED).values())
         for parts in (1, 2)
     )
     memory = (whole + halved) / 2 / (1 - plan.SPARE)
-    chip = dataclasses.replace(CPU_ESTIMATED.chip, memory=memory)
-    found = list(plan.alternatives(run, dataclasses.replace(CPU_ESTIMATED, chip=chip)))
-    assert found and all(setting.accumulate == 2 for setting in found)
+    chip = dataclasses.replace(ESTIMATED.chip, memory=memory)
+    found = plan.alternatives(run, dataclasses.replace(ESTIMATED, chip=chip))
+    assert found and all(way.accumulate == 2 for way, _ in found)
 
 
-def test_command_refuses_a_batch_that_the_devices_cannot_share(capsys):
-    assert cli.main(["plan", CONFIG, "--topology=h100:3"]) == 2
-    assert "config.batch_size: expected a multiple of 3" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--topology=h100:3"], "config.batch_size: expected a multiple of 3"),
+        (["--topology=h100:2", "--job=sample"], "--job: sample needs a generator's config"),
+    ],
+)
+def test_command_rejects_runs_that_cannot_be_planned(flags, message, capsys):
+    assert cli.main(["plan", CONFIG, *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 @needs_libtpu

@@ -1,1 +1,1 @@
-"""What a run needs on hardware that is not there: memory, FLOPs, bytes, and a bound on the time."""
+"""Planning: the memory, FLOPs, bytes and time of a run on devices that need not exist."""

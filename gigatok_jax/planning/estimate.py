@@ -1,125 +1,95 @@
-"""A program's temporaries, estimated from its trace where it cannot be compiled."""
+"""Memory of a program's temporaries, estimated from its trace where no compiler is at hand.
 
-from collections.abc import Callable
+The trace's operations are taken in the order in which they stand. Elementwise operations that read
+one array are assumed to be fused into whatever reads their result, so they take no memory. Every
+other operation stores its results, from its own turn until the last operation that reads them. The
+estimate is the largest sum of all arrays that are stored at the same time; an operation with a
+program inside (a loop's body, a recomputed block) adds that program's own peak to its turn.
+
+An array counts by how much larger it is for twice the batch. That leaves out what does not grow
+with the batch, such as gradients, which are easier to add up than to find in the trace.
+"""
+
 import dataclasses
+import itertools
 import math
 from typing import Any
 
-import jax
+from gigatok_jax.planning.flops import inner_jaxprs
 
-# What a compiler computes within the operation that reads it, so that it takes no memory.
 FUSED = {
-    *("abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type"),
-    *("copy", "cos", "div", "eq", "erf", "exp", "expand_dims", "floor", "ge", "gt", "integer_pow"),
-    *("is_finite", "le", "log", "logistic", "lt", "max", "min", "mul", "ne", "neg", "not", "or"),
-    *("pow", "reshape", "rev", "rsqrt", "select_n", "shift_right_logical", "sign", "sin", "slice"),
-    *("sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor", "iota"),
-    *("name", "sharding_constraint", "random_bits", "random_unwrap", "random_wrap", "split"),
-}
+    "abs", "add", "add_any", "and", "broadcast_in_dim", "ceil", "clamp", "convert_element_type",
+    "copy", "cos", "div", "eq", "erf", "exp", "expand_dims", "floor", "ge", "gt", "integer_pow",
+    "iota", "is_finite", "le", "log", "logistic", "lt", "max", "min", "mul", "name", "ne",
+    "neg", "not", "or", "pow", "random_bits", "random_unwrap", "random_wrap", "reshape", "rev",
+    "rsqrt", "select_n", "sharding_constraint", "shift_right_logical", "sign", "sin", "slice",
+    "split", "sqrt", "square", "squeeze", "stop_gradient", "sub", "tanh", "transpose", "xor",
+}  # fmt: skip
 CALLS = {"jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call"}
 
 
 @dataclasses.dataclass
-class _Event:
-    """One operation: arrays that it reads, arrays that it writes, and what it needs meanwhile."""
-
-    reads: set[int]
-    writes: list[tuple[int, int]]
-    within: list["_Event"]
+class _Operation:
+    reads: set[int]  # numbers of stored arrays
+    writes: dict[int, int]  # number of a stored array to its bytes
+    inside: int  # peak of the program inside, in bytes
 
 
-def temporaries(trace: Callable[[int], Any], batch: int) -> int:
-    """Bytes, at the worst moment, of what a program computes from a batch and has yet to use.
-
-    What does not grow with the batch, such as gradients, is left out.
+def peak(jaxpr: Any, doubled: Any) -> int:
+    """Most bytes of temporaries at once.
 
     Args:
-      trace: batch size to the program's jaxpr; its structure must not depend on the size.
-      batch: of one device.
+      jaxpr: of the program for one device's batch.
+      doubled: the same program for twice the batch.
     """
-    small, large = (_events(trace(size)) for size in (batch, 2 * batch))
-    return _peak(small, large)
+    operations, results = _operations(jaxpr, doubled)
+    sizes = {array: size for operation in operations for array, size in operation.writes.items()}
+    # Backwards, an array is alive from the last operation that reads it to the one that writes it.
+    alive, most = results, 0
+    for operation in reversed(operations):
+        if alive.isdisjoint(operation.writes):
+            continue  # nothing depends on it
+        alive = (alive - operation.writes.keys()) | operation.reads
+        within = max(operation.inside, sum(operation.writes.values()))
+        most = max(most, sum(sizes[array] for array in alive) + within)
+    return most
 
 
-def _peak(small: list[_Event], large: list[_Event]) -> int:
-    """Most bytes alive at once, counting for each array by how much it is larger in `large`."""
-    last = {}
-    for time, event in enumerate(small):
-        last |= dict.fromkeys(event.reads, time)
-        last |= {array: last.get(array, time) for array, _ in event.writes}
-    ends: dict[int, list[int]] = {}
-    for array, time in last.items():
-        ends.setdefault(time, []).append(array)
-    alive, sizes, peak = 0, {}, 0
-    for time, (event, twice) in enumerate(zip(small, large, strict=True)):
-        within = _peak(event.within, twice.within) if event.within else 0
-        written = 0
-        for (array, size), (_, double) in zip(event.writes, twice.writes, strict=True):
-            sizes[array] = max(double - size, 0)
-            written += sizes[array]
-        peak = max(peak, alive + max(within, written))
-        alive += written
-        alive -= sum(sizes.get(array, 0) for array in ends.get(time, ()))
-    return peak
+def _operations(jaxpr: Any, doubled: Any) -> tuple[list[_Operation], set[int]]:
+    """The operations that store something, and the arrays that the results are computed from."""
+    operations: list[_Operation] = []
+    stored: dict[int, int | None] = {}  # id of a variable to the array that it is computed from
+    numbers = itertools.count()
+
+    def sources(variables):
+        return {stored.get(id(variable)) for variable in variables} - {None}
+
+    def bind(variables, others):
+        stored.update({id(v): stored.get(id(o)) for v, o in zip(variables, others, strict=True)})
+
+    def visit(jaxpr, doubled):
+        for equation, twice in zip(jaxpr.eqns, doubled.eqns, strict=True):
+            bodies = list(zip(inner_jaxprs(equation), inner_jaxprs(twice), strict=True))
+            reads = sources(equation.invars)
+            if equation.primitive.name in CALLS:
+                called = bodies[0][0]
+                bind(called.invars, equation.invars)
+                visit(*bodies[0])
+                bind(equation.outvars, called.outvars)
+            elif equation.primitive.name in FUSED and len(reads) <= 1:
+                array = next(iter(reads), None)
+                stored.update(dict.fromkeys(map(id, equation.outvars), array))
+            else:
+                writes = {}
+                for variable, larger in zip(equation.outvars, twice.outvars, strict=True):
+                    stored[id(variable)] = array = next(numbers)
+                    writes[array] = max(_bytes(larger.aval) - _bytes(variable.aval), 0)
+                inside = peak(*bodies[0]) if bodies else 0
+                operations.append(_Operation(reads, writes, inside))
+
+    visit(jaxpr, doubled)
+    return operations, sources(jaxpr.outvars)
 
 
-def _events(jaxpr: Any) -> list[_Event]:
-    events: list[_Event] = []
-    environment: dict[int, frozenset[int]] = {}
-    counter = iter(range(1, 10**9))
-    _walk(jaxpr, environment, events, counter)
-    kept = {id for variable in jaxpr.outvars for id in _sources(environment, variable)}
-    events.append(_Event(set(kept), [], []))
-    return _live(events)
-
-
-def _sources(environment, variable) -> frozenset[int]:
-    """Arrays in memory that a variable is computed from; none for literals and inputs."""
-    return environment.get(id(variable), frozenset())
-
-
-def _walk(jaxpr, environment, events, counter) -> None:
-    for equation in jaxpr.eqns:
-        name = equation.primitive.name
-        inner = [
-            getattr(value, "jaxpr", value)
-            for value in jax.tree.leaves(list(equation.params.values()), is_leaf=_is_jaxpr)
-            if _is_jaxpr(value)
-        ]
-        reads = [_sources(environment, variable) for variable in equation.invars]
-        if name in CALLS and len(inner[0].invars) == len(reads):
-            body = inner[0]
-            environment |= dict(zip(map(id, body.invars), reads, strict=True))
-            _walk(body, environment, events, counter)
-            for outside, inside in zip(equation.outvars, body.outvars, strict=True):
-                environment[id(outside)] = _sources(environment, inside)
-            continue
-        large = frozenset().union(*reads)
-        if name in FUSED and len(large) <= 1:
-            environment |= {id(variable): large for variable in equation.outvars}
-            continue
-        writes = []
-        for variable in equation.outvars:
-            number = next(counter)
-            environment[id(variable)] = frozenset([number])
-            writes.append((number, _bytes(variable.aval)))
-        within = [event for body in inner[:1] for event in _events(body)]
-        events.append(_Event(set(large), writes, within))
-
-
-def _live(events: list[_Event]) -> list[_Event]:
-    """The events that the last one's arrays depend on."""
-    needed, kept = set(events[-1].reads), [events[-1]]
-    for event in reversed(events[:-1]):
-        if any(array in needed for array, _ in event.writes):
-            needed |= event.reads
-            kept.append(event)
-    return kept[::-1]
-
-
-def _is_jaxpr(value) -> bool:
-    return hasattr(value, "eqns") or hasattr(value, "jaxpr")
-
-
-def _bytes(aval) -> int:
+def _bytes(aval: Any) -> int:
     return math.prod(aval.shape) * getattr(aval.dtype, "itemsize", 8)

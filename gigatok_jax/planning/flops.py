@@ -1,130 +1,97 @@
-"""FLOPs of products and convolutions, counted in a traced program.
+"""FLOPs of a traced program: dead code is removed, then products and convolutions are counted.
 
-All else (norms, activations, the optimizer) is left out: on the chips of interest it is bound by
-memory, and a few percent of the count.
+A scan's body counts as often as it runs, so that what a remat policy recomputes counts too. All
+else (norms, activations, the optimizer) is left out: it is bound by memory on accelerators, and a
+few percent of the FLOPs.
 """
 
+from collections.abc import Iterator
 import math
 from typing import Any
 
+from jax.interpreters import partial_eval
 import numpy as np
 
 
 def count(jaxpr: Any) -> float:
-    """FLOPs of a traced program, on all devices together.
-
-    Bodies of scans count as often as they run, so that what a remat policy computes again counts
-    too; of a conditional the costliest branch counts, and nothing that no result depends on.
+    """FLOPs of a jaxpr, over all devices together; of a conditional, the costliest branch counts.
 
     Raises:
-      ValueError: a while loop's number of turns is not known before it runs.
+      NotImplementedError: the number of turns of a while loop is only known once it runs.
     """
-    return _count(jaxpr, [True] * len(jaxpr.outvars))[0]
+    jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
+    needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+    return _count(needed)
 
 
-def _count(jaxpr: Any, used: list[bool]) -> tuple[float, list[bool]]:
-    """FLOPs of the outputs that are used, and which inputs they take."""
-    needed = {id(variable) for variable, use in zip(jaxpr.outvars, used, strict=True) if use}
+def inner_jaxprs(equation: Any) -> Iterator[Any]:
+    """The jaxprs among an equation's parameters: bodies of loops, branches, called functions."""
+    for value in equation.params.values():
+        for item in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(item, "eqns"):
+                yield getattr(item, "jaxpr", item)
+
+
+def _count(jaxpr: Any) -> float:
     total = 0.0
-    for equation in reversed(jaxpr.eqns):
-        outputs = [id(variable) in needed for variable in equation.outvars]
-        if not any(outputs):
-            continue
-        flops, inputs = _equation(equation, outputs)
-        total += flops
-        needed |= {id(v) for v, use in zip(equation.invars, inputs, strict=True) if use}
-    return total, [id(variable) in needed for variable in jaxpr.invars]
+    for equation in jaxpr.eqns:
+        name = equation.primitive.name
+        inner = [_count(body) for body in inner_jaxprs(equation)]
+        if name == "dot_general":
+            total += _product(equation)
+        elif name == "conv_general_dilated":
+            total += _convolution(equation)
+        elif name == "scan":
+            total += equation.params["length"] * sum(inner)
+        elif name == "cond":
+            total += max(inner)
+        elif name == "while" and sum(inner):
+            raise NotImplementedError("a while loop with products in it has no known length")
+        else:
+            total += sum(inner)
+    return total
 
 
-def _equation(equation, used: list[bool]) -> tuple[float, list[bool]]:
-    name, params = equation.primitive.name, equation.params
-    everything = [True] * len(equation.invars)
-    if name == "dot_general":
-        return _dot(equation), everything
-    if name == "conv_general_dilated":
-        return _convolution(equation), everything
-    if name == "scan":
-        return _scan(equation, used)
-    if name == "cond":
-        counts = [_count(branch.jaxpr, used) for branch in params["branches"]]
-        taken = [any(uses) for uses in zip(*(uses for _, uses in counts), strict=True)]
-        return max(flops for flops, _ in counts), [True, *taken]
-    inner = [
-        getattr(value, "jaxpr", value)
-        for value in params.values()
-        if hasattr(value, "eqns") or hasattr(value, "jaxpr")
-    ]
-    if len(inner) == 1 and len(inner[0].outvars) == len(used):
-        flops, inputs = _count(inner[0], used)
-        return flops, inputs if len(inputs) == len(everything) else everything
-    total = sum(_count(jaxpr, [True] * len(jaxpr.outvars))[0] for jaxpr in inner)
-    if name == "while" and total:
-        raise ValueError("a while loop with products in it has no known number of turns")
-    return total, everything
-
-
-def _scan(equation, used: list[bool]) -> tuple[float, list[bool]]:
-    body, length = equation.params["jaxpr"].jaxpr, equation.params["length"]
-    # Constants, what is carried, what is scanned; only the last gains an axis.
-    scanned = sum(
-        v.aval.ndim != w.aval.ndim for v, w in zip(equation.invars, body.invars, strict=True)
-    )
-    carried = sum(
-        v.aval.ndim == w.aval.ndim for v, w in zip(equation.outvars, body.outvars, strict=True)
-    )
-    constants = len(body.invars) - scanned - carried
-    while True:
-        flops, inputs = _count(body, used)
-        # What one turn takes from the turn before it is used there.
-        carry = inputs[constants : constants + carried]
-        wider = [a or b for a, b in zip(used[:carried], carry, strict=True)] + used[carried:]
-        if wider == used:
-            return length * flops, inputs
-        used = wider
-
-
-def _dot(equation) -> float:
-    left = equation.invars[0].aval.shape
+def _product(equation: Any) -> float:
+    left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     (contracted, _), _ = equation.params["dimension_numbers"]
-    return 2 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[i] for i in contracted)
+    return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
 
 
-def _convolution(equation) -> float:
+def _convolution(equation: Any) -> float:
     x, kernel = (variable.aval.shape for variable in equation.invars)
-    out = equation.outvars[0].aval.shape
-    params = equation.params
+    out, params = equation.outvars[0].aval.shape, equation.params
+    # Of each array: the batch's axis (a kernel's output features), the features', the spatial ones.
     inputs, kernels, outputs = params["dimension_numbers"]
-    hits = [
-        window_hits(x[i], kernel[k], out[o], stride, low, lhs, rhs)
-        for i, k, o, stride, (low, _), lhs, rhs in zip(
-            inputs[2:],
-            kernels[2:],
-            outputs[2:],
-            params["window_strides"],
-            params["padding"],
-            params["lhs_dilation"],
-            params["rhs_dilation"],
-            strict=True,
-        )
-    ]
+    hits = map(
+        window_hits,
+        (x[axis] for axis in inputs[2:]),
+        (kernel[axis] for axis in kernels[2:]),
+        (out[axis] for axis in outputs[2:]),
+        params["window_strides"],
+        (low for low, _ in params["padding"]),
+        params["lhs_dilation"],
+        params["rhs_dilation"],
+    )
+    # A kernel's input axis has one group's features only.
     batch = x[inputs[0]] / params["batch_group_count"]
-    # The kernel's input axis is a group's share of the channels already.
     return 2 * batch * out[outputs[1]] * kernel[kernels[1]] * math.prod(hits)
 
 
 def window_hits(
-    length: int, size: int, outputs: int, stride: int = 1, low: int = 0, lhs: int = 1, rhs: int = 1
+    length: int, size: int, outputs: int, stride: int, low: int, dilation: int, spread: int
 ) -> int:
-    """Pairs of an output and a tap of the window, along one axis, that meet an input.
+    """Pairs of an output and a tap of its window, along one axis, that meet an input.
 
-    Those that meet padding, or the zeros of a dilated input, cost nothing.
+    Pairs that meet padding, or the zeros of a dilated input, cost nothing.
 
     Args:
       length, size, outputs: extents of the input, the window and the output.
       stride: of the window.
       low: padding before the input.
-      lhs, rhs: dilation of the input and of the window.
+      dilation: of the input: its elements are this far apart, with zeros between them.
+      spread: the same of the window's taps.
     """
-    place = np.arange(outputs)[:, None] * stride + np.arange(size) * rhs - low
-    inside = (place >= 0) & (place <= (length - 1) * lhs) & (place % lhs == 0)
+    place = np.arange(outputs)[:, None] * stride + np.arange(size) * spread - low
+    inside = (place >= 0) & (place <= (length - 1) * dilation) & (place % dilation == 0)
     return int(np.count_nonzero(inside))

@@ -1,6 +1,14 @@
-"""FLOPs and bytes of a compiled program, with loops counted as often as they turn.
+"""FLOPs and bytes of a compiled program, read from its text (`compiled.as_text()`).
 
-XLA's own `cost_analysis` counts the body of a loop once, and layers are loops here.
+The text lists computations (the entry, bodies of loops, fusions) with one instruction per line.
+The cost of a computation is the sum over its instructions: FLOPs of products and convolutions,
+bytes read from and written to main memory, and the cost of the computations that they call. The
+body of a loop counts as often as it runs. XLA's own `cost_analysis` counts it once, although the
+models here are loops over layers.
+
+Inside a fusion nothing touches main memory, so its bytes are those of its operands and its result.
+Where it takes a slice of an operand (one layer of stacked weights), or writes a slice into its
+result, only the slice is moved.
 """
 
 from collections.abc import Iterator
@@ -8,288 +16,224 @@ import dataclasses
 import functools
 import math
 import re
+from typing import NamedTuple
+
+import numpy as np
 
 from gigatok_jax.planning.flops import window_hits
 
-ITEM_BYTES = {"pred": 1, "bf16": 2, "f16": 2, "c64": 8, "c128": 16, "token": 0}
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+HEADER = re.compile(r"(?P<entry>ENTRY )?(?P<name>%[\w.\-]+) \(.*\{$")
+INSTRUCTION = re.compile(
+    r"  (?P<root>ROOT )?(?P<name>%[\w.\-]+) = (?P<type>.*?) (?P<opcode>[\w\-]+)"
+    r"\((?P<arguments>.*?)\)(?P<attributes>, [\w\-]+=.*)?$"
+)
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")  # such as bf16[8,128]{1,0:T(8,128)S(1)}
 NAME = re.compile(r"%[\w.\-]+")
-HEADER = re.compile(r"(ENTRY )?(%[\w.\-]+) \(.*\{$")
 
-# What has no cost of its own, or whose cost is that of the computation it calls.
+# Instructions that move nothing themselves; what some of them call does.
 FREE = {
-    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional"),
-    *("call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier"),
-}
-ALLOCATION = 'custom_call_target="AllocateBuffer"'
-
-
-@dataclasses.dataclass(frozen=True)
-class Array:
-    """An array in a program: its extents, its bytes, and whether they are in main memory."""
-
-    shape: tuple[int, ...]
-    bytes: int
-    main: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-    """One line of a computation.
-
-    Attributes:
-      name, opcode, operands: as in the text; operands are names.
-      arrays: of its result, more than one where that is a tuple.
-      text: attributes, and operands as they are written.
-      root: whether the computation's result is this one's.
-    """
-
-    name: str
-    opcode: str
-    operands: tuple[str, ...]
-    arrays: tuple[Array, ...]
-    text: str
-    root: bool
-
-    @property
-    def size(self) -> int:
-        """Bytes of the result, wherever it lies."""
-        return sum(array.bytes for array in self.arrays)
-
-    @property
-    def bytes(self) -> int:
-        """Of the result, in main memory."""
-        return sum(array.bytes for array in self.arrays if array.main)
-
-    def attribute(self, name: str) -> str:
-        """Value of `name=` up to the next comma or blank; empty without it."""
-        found = re.search(rf"[ ,{{]{name}=([^,\s]+)", self.text)
-        return found[1] if found else ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Cost:
-    """FLOPs of products and convolutions, and bytes to and from main memory, on one device."""
-
-    flops: float = 0.0
-    bytes: float = 0.0
-
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
-
-    def __rmul__(self, times: float) -> "Cost":
-        return Cost(times * self.flops, times * self.bytes)
-
-
-class Program:
-    """A compiled program's computations, parsed from `compiled.as_text()`."""
-
-    def __init__(self, text: str):
-        self._computations: dict[str, dict[str, Instruction]] = {}
-        self._entry = ""
-        current: dict[str, Instruction] = {}
-        for line in text.splitlines():
-            header = HEADER.match(line)
-            if header:
-                current = self._computations[header[2]] = {}
-                self._entry = header[2] if header[1] else self._entry
-            elif line.startswith("  ") and " = " in line:
-                instruction = _parse(line)
-                current[instruction.name] = instruction
-
-    def cost(self) -> Cost:
-        """Of one run of the program.
-
-        Raises:
-          ValueError: a loop's number of turns is not in the text.
-        """
-        return self._cost(self._entry, fused=False)
-
-    @functools.cache  # noqa: B019 - a program lives as long as its plan
-    def _cost(self, name: str, *, fused: bool) -> Cost:
-        total = Cost()
-        for instruction in self._computations[name].values():
-            total += self._instruction(name, instruction, fused)
-        return total
-
-    def _instruction(self, where: str, instruction: Instruction, fused: bool) -> Cost:
-        opcode = instruction.opcode
-        total = Cost(bytes=0.0 if fused else self._bytes(where, instruction))
-        if opcode == "while":
-            body, condition = (instruction.attribute(x) for x in ("body", "condition"))
-            turn = self._cost(body, fused=fused) + self._cost(condition, fused=fused)
-            total += self._turns(instruction) * turn
-        elif opcode == "conditional":
-            costs = [self._cost(name, fused=fused) for name in _branches(instruction)]
-            total += max(costs, key=lambda cost: cost.flops)
-        elif opcode == "fusion":
-            total += self._cost(instruction.attribute("calls"), fused=True)
-        elif opcode in ("call", "async-start"):
-            called = instruction.attribute("to_apply") or instruction.attribute("calls")
-            total += self._cost(called, fused=fused)
-        elif opcode == "dot":
-            total += Cost(self._dot(where, instruction))
-        elif opcode == "convolution":
-            total += Cost(self._convolution(where, instruction))
-        return total
-
-    def _turns(self, loop: Instruction) -> int:
-        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.text)
-        if known:
-            return int(known[1])
-        # A counter from 0, compared with a constant.
-        condition = self._computations[loop.attribute("condition")]
-        root = next(i for i in condition.values() if i.root)
-        limits = [
-            re.match(r"\((\d+)\)", condition[operand].text)
-            for operand in root.operands
-            if condition[operand].opcode == "constant"
-        ]
-        if root.opcode != "compare" or "direction=LT" not in root.text or not any(limits):
-            raise ValueError(f"loop {loop.name} has no known number of turns")
-        return int(limits[0][1])
-
-    def _shape(self, where: str, instruction: Instruction, operand: int) -> tuple[int, ...]:
-        return self._computations[where][instruction.operands[operand]].arrays[0].shape
-
-    def _dot(self, where: str, instruction: Instruction) -> float:
-        left = self._shape(where, instruction, 0)
-        axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.text)[1]
-        contracted = [left[int(axis)] for axis in axes.split(",") if axis]
-        return 2 * math.prod(instruction.arrays[0].shape) * math.prod(contracted)
-
-    def _convolution(self, where: str, instruction: Instruction) -> float:
-        x, kernel = (self._shape(where, instruction, i) for i in (0, 1))
-        out = instruction.arrays[0].shape
-        labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.text)
-        inputs, kernels, outputs = labels[1], labels[2], labels[3]
-        window = dict(re.findall(r"(\w+)=([\dx_\-]+)", _window(instruction.text)))
-        hits = 1
-        for axis in (label for label in kernels if label.isdigit()):
-            i = int(axis)
-
-            def setting(name, default, i=i):
-                return window[name].split("x")[i] if name in window else default
-
-            hits *= window_hits(
-                x[inputs.index(axis)],
-                kernel[kernels.index(axis)],
-                out[outputs.index(axis)],
-                int(setting("stride", 1)),
-                int(setting("pad", "0_0").split("_")[0]),
-                int(setting("lhs_dilate", 1)),
-                int(setting("rhs_dilate", 1)),
-            )
-        batch = x[inputs.index("b")] // int(instruction.attribute("batch_group_count") or 1)
-        return 2 * batch * out[outputs.index("f")] * kernel[kernels.index("i")] * hits
-
-    def _bytes(self, where: str, instruction: Instruction) -> float:
-        """Read and written by an instruction that stands by itself, or by a fusion."""
-        computation, opcode = self._computations[where], instruction.opcode
-        if opcode in FREE or opcode.endswith("-start") or ALLOCATION in instruction.text:
-            return 0.0
-        if opcode.endswith("-done"):  # a transfer that began before: one side is counted
-            return max(array.bytes for array in instruction.arrays)
-        operands = [computation[name] for name in instruction.operands if name in computation]
-        if opcode == "dynamic-slice":
-            return 2 * instruction.bytes
-        if opcode == "dynamic-update-slice":
-            return 2 * operands[1].bytes
-        if opcode == "fusion":
-            return self._fusion_bytes(instruction, operands)
-        return instruction.bytes + sum(operand.bytes for operand in operands)
-
-    def _fusion_bytes(self, fusion: Instruction, operands: list[Instruction]) -> float:
-        """Of a large array that a fusion takes a slice of, or writes one to, the slice counts."""
-        body, total = fusion.attribute("calls"), 0.0
-        for operand, parameter in zip(operands, self._parameters(body), strict=True):
-            uses = list(self._uses(body, parameter))
-            if uses and all(place == 0 and use.opcode in SLICES for use, place in uses):
-                read = sum(use.size for use, _ in uses if use.opcode == "dynamic-slice")
-                total += min(read, operand.bytes)
-            else:
-                total += operand.bytes
-        updates = list(self._updates(body))
-        return total + (min(sum(updates), fusion.bytes) if updates else fusion.bytes)
-
-    def _parameters(self, where: str) -> list[str]:
-        """Names of a computation's parameters, in order."""
-        numbers = {
-            instruction.name: int(instruction.text[1 : instruction.text.index(")")])
-            for instruction in self._computations[where].values()
-            if instruction.opcode == "parameter"
-        }
-        return sorted(numbers, key=numbers.get)
-
-    def _uses(self, where: str, name: str) -> Iterator[tuple[Instruction, int]]:
-        """What takes a value of a fusion's computation, and as which operand.
-
-        Instructions of fusions within it are among them.
-        """
-        for user in self._computations[where].values():
-            for place, operand in enumerate(user.operands):
-                if operand != name:
-                    continue
-                if user.opcode == "bitcast":
-                    yield from self._uses(where, user.name)
-                elif user.opcode == "fusion":
-                    inner = user.attribute("calls")
-                    yield from self._uses(inner, self._parameters(inner)[place])
-                else:
-                    yield user, place
-
-    def _updates(self, where: str) -> Iterator[int]:
-        """Bytes of each slice that a fusion's computation writes into a larger array."""
-        computation = self._computations[where]
-        for instruction in computation.values():
-            if instruction.opcode == "dynamic-update-slice":
-                yield computation[instruction.operands[1]].size
-            elif instruction.opcode == "fusion":
-                yield from self._updates(instruction.attribute("calls"))
-
-
+    "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
+    "call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier",
+}  # fmt: skip
+NO_BITS_IN_NAME = {"pred": 8, "token": 0}
 SLICES = ("dynamic-slice", "dynamic-update-slice")
 
 
-def _parse(line: str) -> Instruction:
-    head, _, rest = line.strip().partition(" = ")
-    end = _closing(rest) + 1 if rest.startswith("(") else rest.index(" ")
-    kind, rest = rest[:end], rest[end:].lstrip()
-    opcode, text = rest[: rest.index("(")], rest[rest.index("(") :]
-    return Instruction(
-        name=head.removeprefix("ROOT "),
-        opcode=opcode,
-        operands=tuple(NAME.findall(text[: _closing(text) + 1])),
-        arrays=tuple(_array(*found) for found in ARRAY.findall(kind)),
-        text=text,
-        root=head.startswith("ROOT "),
-    )
+class Cost(NamedTuple):
+    """What one device does: products and convolutions, and traffic with its main memory."""
+
+    flops: float
+    bytes: float
 
 
-def _closing(text: str) -> int:
-    """Where the parenthesis that `text` begins with is closed."""
-    depth = 0
-    for match in re.finditer(r"[()]", text):
-        depth += 1 if match[0] == "(" else -1
-        if depth == 0:
-            return match.start()
-    raise ValueError(f"unbalanced: {text[:80]}")
+class Array(NamedTuple):
+    shape: tuple[int, ...]
+    size: int  # bytes
+    in_main_memory: bool  # False: in one of the chip's small, fast memories
+
+
+@dataclasses.dataclass(eq=False)
+class Instruction:
+    opcode: str
+    arguments: str  # as written: operands, the number of a parameter or the value of a constant
+    attributes: str
+    arrays: list[Array]  # the result; a tuple has several
+    operands: list["Instruction"]
+    users: list[tuple["Instruction", int]]  # each with the place that this is its operand at
+
+    @property
+    def size(self) -> int:
+        """Bytes of the result, wherever it is stored."""
+        return sum(array.size for array in self.arrays)
+
+    @property
+    def moved(self) -> int:
+        """Bytes of the result that pass through main memory."""
+        return sum(array.size for array in self.arrays if array.in_main_memory)
+
+    def attribute(self, name: str, pattern: str = r"([^,\s]+)") -> str:
+        """What `pattern` captures after `name=`, by default all up to a comma; "" if absent."""
+        found = re.search(rf"\b{name}={pattern}", self.attributes)
+        return found[1] if found else ""
+
+    @property
+    def called(self) -> str:
+        """Name of the computation that a fusion or a call runs."""
+        return self.attribute("calls") or self.attribute("to_apply")
+
+
+class Computation:
+    def __init__(self):
+        self.instructions: dict[str, Instruction] = {}
+        self.parameters: dict[int, Instruction] = {}
+        self.root: Instruction | None = None
+
+    def add(self, line: re.Match) -> None:
+        """Adds the instruction of a line that matches `INSTRUCTION`."""
+        arguments, attributes = line["arguments"], line["attributes"] or ""
+        arrays = [_array(*found) for found in ARRAY.findall(line["type"])]
+        names = [name for name in NAME.findall(arguments) if name in self.instructions]
+        operands = [self.instructions[name] for name in names]
+        new = Instruction(line["opcode"], arguments, attributes, arrays, operands, users=[])
+        for place, operand in enumerate(operands):
+            operand.users.append((new, place))
+        self.instructions[line["name"]] = new
+        if new.opcode == "parameter":
+            self.parameters[int(arguments)] = new
+        if line["root"]:
+            self.root = new
+
+
+class Program:
+    """A compiled program, parsed from its text."""
+
+    def __init__(self, text: str):
+        self._computations: dict[str, Computation] = {}
+        for line in text.splitlines():
+            if header := HEADER.match(line):
+                current = self._computations[header["name"]] = Computation()
+                if header["entry"]:
+                    self._entry = header["name"]
+            elif instruction := INSTRUCTION.match(line):
+                current.add(instruction)
+
+    def cost(self) -> Cost:
+        """The cost of running the program once.
+
+        Raises:
+          NotImplementedError: the number of turns of a loop is not in the text.
+        """
+        return Cost(*self._computation(self._entry).tolist())
+
+    @functools.cache  # noqa: B019 - a program lives as long as its plan
+    def _computation(self, name: str) -> np.ndarray:
+        """FLOPs and bytes of a computation, as an array `[2]`."""
+        instructions = self._computations[name].instructions.values()
+        return sum((self._instruction(i) for i in instructions), start=np.zeros(2))
+
+    def _instruction(self, instruction: Instruction) -> np.ndarray:
+        own = np.array([_flops(instruction), self._bytes(instruction)])
+        match instruction.opcode:
+            case "while":
+                names = [instruction.attribute(name) for name in ("body", "condition")]
+                return own + self._turns(instruction) * sum(map(self._computation, names))
+            case "conditional":
+                listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
+                names = NAME.findall(listed) or [
+                    instruction.attribute(f"{value}_computation") for value in ("true", "false")
+                ]
+                return own + max(map(self._computation, names), key=lambda cost: cost[0])
+            case "fusion":
+                return own + self._computation(instruction.called) * (1, 0)
+            case "call" | "async-start":
+                return own + self._computation(instruction.called)
+        return own
+
+    def _turns(self, loop: Instruction) -> int:
+        known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return int(known[1])
+        # The TPU compiler does not say: loops of `lax.scan` count from 0 up to a constant.
+        root = self._computations[loop.attribute("condition")].root
+        limits = [x.arguments for x in root.operands if x.opcode == "constant"]
+        if "direction=LT" not in root.attributes or not limits or not limits[0].isdigit():
+            raise NotImplementedError("a compiled loop has no known number of turns")
+        return int(limits[0])
+
+    def _bytes(self, instruction: Instruction) -> float:
+        """Bytes that an instruction outside of fusions reads and writes itself."""
+        opcode, operands = instruction.opcode, instruction.operands
+        allocation = 'custom_call_target="AllocateBuffer"' in instruction.attributes
+        if opcode in FREE or opcode.endswith("-start") or allocation:
+            return 0
+        if opcode.endswith("-done"):  # of an asynchronous copy, one side of which counts
+            return max(array.size for array in instruction.arrays)
+        if opcode == "dynamic-slice":
+            return 2 * instruction.moved
+        if opcode == "dynamic-update-slice":
+            return 2 * operands[1].moved
+        if opcode != "fusion":
+            return instruction.moved + sum(operand.moved for operand in operands)
+        body, total = self._computations[instruction.called], 0
+        for place, operand in enumerate(operands):
+            uses = list(self._uses(body.parameters[place]))
+            read = operand.moved
+            if uses and all(at == 0 and user.opcode in SLICES for user, at in uses):
+                sliced = sum(user.size for user, _ in uses if user.opcode == "dynamic-slice")
+                read = min(read, sliced)
+            total += read
+        written = sum(self._updates(body))
+        return total + (min(written, instruction.moved) if written else instruction.moved)
+
+    def _uses(self, value: Instruction) -> Iterator[tuple[Instruction, int]]:
+        """What reads a value inside a fusion, and at which place; nested fusions are entered."""
+        for user, place in value.users:
+            if user.opcode == "bitcast":
+                yield from self._uses(user)
+            elif user.opcode == "fusion":
+                yield from self._uses(self._computations[user.called].parameters[place])
+            else:
+                yield user, place
+
+    def _updates(self, body: Computation) -> Iterator[int]:
+        """Bytes of each slice that a fusion writes into a larger array."""
+        for instruction in body.instructions.values():
+            if instruction.opcode == "dynamic-update-slice":
+                yield instruction.operands[1].size
+            elif instruction.opcode == "fusion":
+                yield from self._updates(self._computations[instruction.called])
 
 
 def _array(kind: str, shape: str, layout: str) -> Array:
     extents = tuple(int(extent) for extent in shape.split(",") if extent)
-    bits = re.search(r"\d+", kind)
-    item = ITEM_BYTES[kind] if kind in ITEM_BYTES else math.ceil(int(bits[0]) / 8)
-    return Array(extents, item * math.prod(extents), main="S(" not in layout)
+    bits = NO_BITS_IN_NAME[kind] if kind in NO_BITS_IN_NAME else int(re.search(r"\d+", kind)[0])
+    return Array(extents, math.ceil(bits / 8) * math.prod(extents), "S(" not in layout)
 
 
-def _window(text: str) -> str:
-    found = re.search(r"window=\{([^}]*)\}", text)
-    return found[1] if found else ""
+def _flops(instruction: Instruction) -> float:
+    if instruction.opcode not in ("dot", "convolution"):
+        return 0
+    x, kernel = (operand.arrays[0].shape for operand in instruction.operands)
+    out = instruction.arrays[0].shape
+    if instruction.opcode == "dot":
+        axes = instruction.attribute("lhs_contracting_dims", r"\{([\d,]*)\}").split(",")
+        return 2 * math.prod(out) * math.prod(x[int(axis)] for axis in axes if axis)
+    # Such as b01f_01io->b01f: batch and features, a kernel's in and out, spatial axes by number.
+    inputs, kernels, outputs = re.split("_|->", instruction.attribute("dim_labels"))
+    window = instruction.attribute("window", r"\{([^}]*)\}")
+    rank = len(kernels) - 2
 
+    def setting(name, default):
+        found = re.search(rf"\b{name}=([\dx_\-]+)", window)
+        # A padding stands there as 1_2, for before and after.
+        return [int(v.split("_")[0]) for v in found[1].split("x")] if found else [default] * rank
 
-def _branches(instruction: Instruction) -> list[str]:
-    listed = re.search(r"branch_computations=\{([^}]*)\}", instruction.text)
-    if listed:
-        return NAME.findall(listed[1])
-    return [instruction.attribute(f"{name}_computation") for name in ("true", "false")]
+    settings = (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+    extents = [
+        [shape[labels.index(str(axis))] for axis in range(rank)]
+        for shape, labels in ((x, inputs), (kernel, kernels), (out, outputs))
+    ]
+    hits = map(window_hits, *extents, *(setting(*each) for each in settings))
+    batch = x[inputs.index("b")] // int(instruction.attribute("batch_group_count") or 1)
+    features = kernel[kernels.index("i")] * out[outputs.index("f")]
+    return 2 * batch * features * math.prod(hits)

@@ -1,216 +1,242 @@
-"""A run's plan: what its program takes on each device, and how long it may take at best."""
+"""`gigatok plan`: what a run needs of each device, how long a step takes at best, and what fits."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
+import functools
+import os
 import re
 import time
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gigatok_jax import sharding
+from gigatok_jax.errors import RunStopped, UserError, first_line
 from gigatok_jax.models import layers
-from gigatok_jax.planning import estimate, flops, hlo, programs
+from gigatok_jax.planning import chips, estimate, flops, hlo, programs
 from gigatok_jax.planning.chips import Topology
 from gigatok_jax.sharding import MeshConfig
-from gigatok_jax.training.run import RunConfig
+from gigatok_jax.training.task import RunConfig
 
+# No device is used: the TPU compiler must neither look for any nor lock those that exist.
+ENVIRONMENT = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
-SPARE = 0.1  # share of the memory that a setting called fitting leaves free
+SPARE = 0.1  # share of the memory that suggested settings leave free
+TEMPORARIES = {"train": "activations and gradients", "sample": "temporaries"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one program takes; bytes and compiled FLOPs are those of one device.
-
-    Attributes:
-      topology: where it runs.
-      parts: bytes of what lies in memory between two calls, by name.
-      temporaries: bytes of activations and gradients; None where the compiler gave up.
-      code: bytes of the compiled program.
-      refusal: what the compiler said, where the program does not fit.
-      model_flops: of all devices together, traced without remat.
-      traced_flops: with what remat computes again.
-      compiled_flops, bytes_moved: by the compiled program; None where it was not compiled.
-      compile_seconds: likewise.
-      steps: of the whole run; 1 for sampling.
-    """
+    """What one program needs; bytes and compiled FLOPs are those of one device."""
 
     topology: Topology
-    parts: Mapping[str, int]
-    temporaries: int | None
-    code: int
-    refusal: str
-    model_flops: float
-    traced_flops: float
-    compiled_flops: float | None
-    bytes_moved: float | None
-    compile_seconds: float | None
-    steps: int
+    memory: Mapping[str, int]  # bytes, by what they hold
+    model_flops: float  # of all devices, traced without remat
+    traced_flops: float  # of all devices, with what remat recomputes
+    bytes_moved: float  # to and from main memory; uncompiled, those of the state alone
+    compiled_flops: float | None = None  # None: not compiled
+    compile_seconds: float | None = None
+    rejection: str = ""  # what the compiler says if the program does not fit
 
     @property
     def bytes(self) -> int:
         """All that a device holds at the worst moment."""
-        return sum(self.parts.values()) + (self.temporaries or 0) + self.code
-
-    @property
-    def spare(self) -> float:
-        """Share of a device's memory that stays free; negative where it does not suffice."""
-        return 1 - self.bytes / self.topology.chip.memory
+        return sum(self.memory.values())
 
     @property
     def fits(self) -> bool:
-        return not self.refusal and self.spare >= 0
-
-    @property
-    def device_flops(self) -> float:
-        """Executed by a device in a step."""
-        return self.compiled_flops or self.traced_flops / self.topology.count
-
-    @property
-    def bound_seconds(self) -> float:
-        """No step is shorter: all products at peak, or all bytes at full bandwidth."""
-        chip = self.topology.chip
-        # Uncompiled, it is only certain that the state is read and written.
-        moved = self.bytes_moved or 2 * sum(self.parts.values())
-        return max(self.device_flops / chip.flops, moved / chip.bandwidth)
+        return not self.rejection and self.bytes <= self.topology.chip.memory
 
     def step_seconds(self, utilisation: float) -> float:
-        """Of a step whose products run at the given share of the peak, and within the bound."""
-        rate = self.topology.chip.flops * utilisation
-        return max(self.bound_seconds, self.device_flops / rate)
+        """Time of products at this share of peak FLOPs, or of bytes at full bandwidth if longer."""
+        chip = self.topology.chip
+        device_flops = self.compiled_flops or self.traced_flops / self.topology.count
+        return max(device_flops / (utilisation * chip.flops), self.bytes_moved / chip.bandwidth)
+
+
+def plan(
+    run: RunConfig, topology: str, job: str = "train", utilisation: float = 0.4, effort: float = -1
+) -> None:
+    """Prints what a run needs on devices that need not exist and, if it does not fit, what does.
+
+    Args:
+      run: of a tokenizer or a generator; its `dtype` "auto" means bfloat16.
+      topology: the devices, such as "v5p:4x4x2" or "h100:8".
+      job: "train", or "sample" for a generator.
+      utilisation: share of the peak FLOPs that a step is assumed to reach.
+      effort: of the compiler, from -1 (the quickest) to 1; runs themselves compile with 0. JAX 0.11
+        and newer offer no choice and take 0.
+
+    Raises:
+      UserError: the run does not suit the devices, or something that it names is missing.
+      RunStopped: the memory of a device does not suffice.
+    """
+    if job == "sample" and run.task != "generator":
+        raise UserError(f"--job: sample needs a generator's config, got a {run.task}'s")
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)
+    if run.dtype == "auto":
+        run = dataclasses.replace(run, dtype="bfloat16")
+    devices = chips.topology(topology)
+    try:
+        made = make(run, devices, job, effort)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
+    print(describe(made, utilisation, run.total_steps if job == "train" else 1))
+    if made.fits:
+        return
+    if job == "train":
+        print(f"settings that fit by estimate, with {SPARE:.0%} to spare:")
+        found = alternatives(run, devices)
+        for way, size in found:
+            parts = f" --config.accumulate={way.accumulate}" if way.accumulate > 1 else ""
+            print(
+                f"  --config.remat={way.remat} --config.mesh.data=-1 "
+                f"--config.mesh.fsdp={way.mesh.fsdp}{parts}: {_size(size)}"
+            )
+        if not found:
+            print("  none: use more devices or a smaller batch_size")
+    raise RunStopped(f"{topology}: the memory of a device does not suffice")
 
 
 def make(run: RunConfig, topology: Topology, job: str = "train", effort: float = -1.0) -> Plan:
-    """Compiles a run's program for a topology, or estimates it where there is no compiler.
+    """Compiles a run's program for a topology, or estimates it if there is no compiler.
 
-    Args:
-      run: a tokenizer's or generator's; its `dtype` must not be "auto".
-      topology: the devices.
-      job: "train", or "sample" for a generator.
-      effort: of the compiler, from -1, the quickest, to 1; a run's own is 0. JAX 0.11 and newer
-        have no choice: there it is 0.
-
-    Raises:
-      ValueError: the run's mesh or batch does not go with the devices.
-      UserError: a network that the run names is not there.
+    Raises ValueError if the run's mesh or batch does not suit the devices.
     """
     mesh = topology.mesh(run.mesh)
     sharding.check_batch(run.batch_size, run.accumulate, mesh)
-    build = programs.BUILDERS[job]
-    program = build(run, mesh)
-    plain = build(dataclasses.replace(run, remat="none"), mesh)
-    fields = {
-        "topology": topology,
-        "parts": {name: programs.device_bytes(part) for name, part in program.parts.items()},
-        "model_flops": flops.count(plain.trace()),
-        "traced_flops": flops.count(program.trace()),
-        "steps": run.total_steps if job == "train" else 1,
-    }
+    program = programs.build(run, mesh, job)
+    traced = program.trace()
+    without_remat = programs.build(dataclasses.replace(run, remat="none"), mesh, job).trace()
+    state = program.memory
+    made = Plan(
+        topology,
+        state,
+        model_flops=flops.count(without_remat.jaxpr),
+        traced_flops=flops.count(traced.jaxpr),
+        bytes_moved=2 * sum(state.values()),  # more is not certain: it is read and written once
+    )
     if topology.devices is None:
-        fields["temporaries"] = _temporaries(run, topology, build)
-        return Plan(**fields, **_NOT_COMPILED)
-    lowered = program.lower()
+        return dataclasses.replace(made, memory=estimated_memory(run, topology, job))
+    lowered = traced.lower()
     start = time.monotonic()
     try:
-        options = {"exec_time_optimization_effort": effort} if HAS_EFFORT else {}
-        compiled = lowered.compile(options)
+        compiled = lowered.compile({"exec_time_optimization_effort": effort} if HAS_EFFORT else {})
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        refused = _NOT_COMPILED | {"refusal": _refusal(str(error))}
-        return Plan(**fields, **refused, temporaries=None)
+        found = re.search(r"Ran out of memory.*|.*exceeds.*", str(error))
+        return dataclasses.replace(made, rejection=found[0].strip() if found else first_line(error))
     seconds = time.monotonic() - start
-    memory = compiled.memory_analysis()
+    needs = compiled.memory_analysis()
+    # Results that do not take over an argument's memory need their own.
+    results = needs.output_size_in_bytes - needs.alias_size_in_bytes
+    temporaries = {TEMPORARIES[job]: needs.temp_size_in_bytes + results}
+    code = {"compiled program": needs.generated_code_size_in_bytes}
     cost = hlo.Program(compiled.as_text()).cost()
-    kept_twice = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    return Plan(
-        **fields,
-        temporaries=memory.temp_size_in_bytes + kept_twice,
-        code=memory.generated_code_size_in_bytes,
-        refusal="",
-        compiled_flops=cost.flops,
+    return dataclasses.replace(
+        made,
+        memory=state | temporaries | code,
         bytes_moved=cost.bytes,
+        compiled_flops=cost.flops,
         compile_seconds=seconds,
     )
 
 
-_NOT_COMPILED = {
-    "code": 0,
-    "refusal": "",
-    "compiled_flops": None,
-    "bytes_moved": None,
-    "compile_seconds": None,
-}
-
-
-def _refusal(message: str) -> str:
-    """The compiler's sentence about memory."""
-    found = re.search(r"Ran out of memory[^\n]*|[^\n]*exceeds[^\n]*", message)
-    return found[0].strip() if found else message.splitlines()[0]
-
-
-def _temporaries(run: RunConfig, topology: Topology, build: Any) -> int:
-    """Estimated bytes of a device's activations, and of what does not grow with the batch."""
-    single = dataclasses.replace(run, mesh=MeshConfig())
-    mesh = sharding.abstract_mesh(MeshConfig(), 1)
-
-    def trace(batch):
-        return build(dataclasses.replace(single, batch_size=batch), mesh).trace()
-
-    whole = topology.mesh(run.mesh)
-    batch = run.batch_size // sharding.batch_shards(whole)
-    return estimate.temporaries(trace, batch) + _fixed(run, build(run, whole))
-
-
-def _fixed(run: RunConfig, program: programs.Program) -> int:
-    """Bytes of the gradients and, where they are kept for the backward pass, gathered weights."""
+def estimated_memory(run: RunConfig, topology: Topology, job: str = "train") -> dict[str, int]:
+    """Bytes of a device by what they hold, without a compiler."""
+    mesh = topology.mesh(run.mesh)
+    program = programs.build(run, mesh, job)
     parameters = program.parts["parameters"]
-    gathered = 0
-    if run.remat == "none" and run.mesh.fsdp != 1:
-        item = jnp.dtype(run.dtype).itemsize
-        gathered = item * sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    return programs.device_bytes(parameters) + gathered
+    share = run.batch_size // sharding.batch_shards(mesh)
+    # Gradients are as large as the parameters; the estimate by batch size leaves them out.
+    temporaries = programs.device_bytes(parameters) + _activations(
+        dataclasses.replace(run, mesh=MeshConfig(), steps=run.total_steps, batch_size=share), job
+    )
+    if run.remat == "none" and run.mesh.fsdp != 1:  # the backward pass keeps gathered weights
+        elements = sum(leaf.size for leaf in jax.tree.leaves(parameters))
+        temporaries += elements * jnp.dtype(run.dtype).itemsize
+    return program.memory | {TEMPORARIES[job]: temporaries}
 
 
-@dataclasses.dataclass(frozen=True)
-class Setting:
-    """Another way to lay out a run, with an estimate of a device's bytes."""
-
-    fsdp: int
-    remat: str
-    accumulate: int
-    bytes: int
+@functools.cache  # `alternatives` asks for the same with each division of the state
+def _activations(run: RunConfig, job: str) -> int:
+    mesh = sharding.abstract_mesh(run.mesh, 1)
+    doubled = dataclasses.replace(run, batch_size=2 * run.batch_size)
+    return estimate.peak(*(programs.build(x, mesh, job).trace().jaxpr for x in (run, doubled)))
 
 
-def alternatives(run: RunConfig, topology: Topology) -> Iterator[Setting]:
-    """Settings that by estimate fit, those that compute the least again first.
+def alternatives(run: RunConfig, topology: Topology) -> list[tuple[RunConfig, int]]:
+    """Ways to run that fit by estimate, each with a device's bytes; the least recomputation first.
 
-    A batch in parts is tried where none fits that takes it whole.
+    The batch is only divided into parts if no way fits that takes it whole.
     """
-    parts = [n for n in (1, 2, 4, 8, 16) if run.batch_size % (n * topology.count) == 0]
-    for accumulate in parts:
-        found = list(_fitting(dataclasses.replace(run, accumulate=accumulate), topology))
-        yield from found
-        if found:
-            return
-
-
-def _fitting(run: RunConfig, topology: Topology) -> Iterator[Setting]:
-    estimated = dataclasses.replace(topology, devices=None)
+    topology = dataclasses.replace(topology, devices=None)
+    limit = (1 - SPARE) * topology.chip.memory
     sizes = [n for n in (1, 4, 8, 16, 32, 64, 128, 256) if n < topology.count] + [topology.count]
-    for remat in layers.REMAT_POLICIES:
-        activations = None
+
+    def ways(accumulate: int, remat: str) -> Iterator[tuple[RunConfig, int]]:
         for fsdp in (n for n in sizes if topology.count % n == 0):
             mesh = dataclasses.replace(run.mesh, data=-1, fsdp=fsdp, tensor=1)
-            changed = dataclasses.replace(run, remat=remat, mesh=mesh)
-            program = programs.training(changed, estimated.mesh(mesh))
-            fixed = _fixed(changed, program)
-            if activations is None:
-                activations = _temporaries(changed, estimated, programs.training) - fixed
-            kept = sum(map(programs.device_bytes, program.parts.values()))
-            needed = kept + fixed + activations
-            if needed <= (1 - SPARE) * topology.chip.memory:
-                yield Setting(fsdp, remat, run.accumulate, needed)
-                break
+            way = dataclasses.replace(run, accumulate=accumulate, remat=remat, mesh=mesh)
+            yield way, sum(estimated_memory(way, topology).values())
+
+    for accumulate in (1, 2, 4, 8, 16):
+        if run.batch_size % (accumulate * topology.count) == 0:
+            fitting = [
+                next((way for way in ways(accumulate, remat) if way[1] <= limit), None)
+                for remat in layers.REMAT_POLICIES
+            ]
+            if any(fitting):
+                return [way for way in fitting if way]
+    return []
+
+
+def describe(made: Plan, utilisation: float, steps: int) -> str:
+    """A plan as text; `steps` are those of the whole run."""
+    chip, count = made.topology.chip, made.topology.count
+    how, total = "estimated from shapes", "total"
+    if made.compile_seconds is not None:
+        how = f"compiled in {made.compile_seconds:.0f} s"
+    elif made.rejection:
+        how, total = "rejected by the compiler", "total without temporaries"
+    fits = f"fits, {1 - made.bytes / chip.memory:.0%} to spare" if made.fits else "does NOT fit"
+    lines = [
+        f"{made.topology.name}: {count} devices, {how}",
+        "memory of a device:",
+        *(f"  {name:<26} {_size(size):>12}" for name, size in made.memory.items()),
+        f"  {total:<26} {_size(made.bytes):>12} of {_size(chip.memory)}: {fits}",
+        *([f"  {made.rejection}"] if made.rejection else []),
+        "FLOPs of a step on all devices (products and convolutions):",
+        f"  {'model, traced':<26} {made.model_flops / 1e12:9.1f} T",
+        f"  {'model and remat, traced':<26} {made.traced_flops / 1e12:9.1f} T",
+    ]
+    if made.compiled_flops is not None:
+        compiled = made.compiled_flops * count
+        more = compiled / made.traced_flops - 1
+        lines.append(f"  {'compiled':<26} {compiled / 1e12:9.1f} T ({more:+.1%})")
+        lines.append(f"bytes moved by a device: {_size(made.bytes_moved)}")
+    bound, seconds = made.step_seconds(1.0), made.step_seconds(utilisation)
+    lines.append(
+        f"a step takes at least {bound * 1e3:.1f} ms, "
+        f"{seconds * 1e3:.1f} ms at {utilisation:.0%} of the peak FLOPs"
+    )
+    if steps > 1:
+        lines.append(f"{steps} steps: {seconds * steps / 86_400:.1f} days at {utilisation:.0%}")
+    return "\n".join(lines)
+
+
+def _size(count: float) -> str:
+    """Bytes in decimal units, as in data sheets."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.2f} {unit}"
+    return f"{count / 1e3:.2f} kB"
