@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import importlib.util
-import pathlib
+import functools
 import time
 from typing import Any
 
@@ -11,23 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gigatok_jax import config as configs
 from gigatok_jax import frozen, recipes, sampling, sharding
-from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import inception, quantizer
+from gigatok_jax.models import generator, inception, layers, quantizer, tokenizer
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer
 from gigatok_jax.pictures import to_float
 from gigatok_jax.planning import flops, programs
 from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import loop
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.run import RunConfig
-from gigatok_jax.training.tokenizer_run import TokenizerRun
-from gigatok_jax.weights import convert
+from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.task import RunConfig
 
 remat = ""  # of training steps; "": the config's
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 
 
 @dataclasses.dataclass
@@ -102,13 +99,6 @@ def fill(shapes: Any, seed: int = 0) -> Any:
     return jax.tree.map_with_path(draw, shapes)
 
 
-def _config(name: str, argument: str) -> Any:
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument).to_dict()
-
-
 def tree_bytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
@@ -141,7 +131,7 @@ def _images(batch: int, size: int) -> np.ndarray:
 
 def _tokenizer(name: str, batch: int):
     config = recipes.tokenizer_model(name)
-    params = jax.device_put(fill(convert.tokenizer_shapes(config)))
+    params = jax.device_put(fill(tokenizer.param_shapes(config)))
     return config, params, Tokenizer(config, dtype=compute_dtype("auto"))
 
 
@@ -201,7 +191,7 @@ def _tolerance() -> float:
 
 def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case:
     """Before or after `disc_start`, with the losses, the teacher and the LPIPS of the config."""
-    run = from_mapping(TokenizerRun, _config("tokenizer", model) | _fields(batch))
+    run = dataclasses.replace(configs.load(f"tokenizer:{model}"), **_fields(batch))
     step = _Step(run)
     images = _images(batch, run.model.image_size)
     case = step.case({"image": images}, run.total_steps - 1 if adversarial else 0)
@@ -224,7 +214,7 @@ def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case
 
 
 def generator_step(model: str, batch: int) -> Case:
-    run = from_mapping(GeneratorRun, _config("generator", model) | _fields(batch))
+    run = dataclasses.replace(configs.load(f"generator:{model}"), **_fields(batch))
     step = _Step(run)
     rng = np.random.default_rng(1)
     codes = rng.integers(0, run.model.codebook_size, (batch, run.model.codes), np.int32)
@@ -233,7 +223,8 @@ def generator_step(model: str, batch: int) -> Case:
     config = dataclasses.asdict(run.model) | {"class_dropout": run.class_dropout}
 
     def expected():  # without dropout
-        return jax.jit(step.functions.validation_loss)(step.state.params, arrays, None).mean()
+        loss = functools.partial(validation_loss, run.model, dtype=step.task.dtype)
+        return jax.jit(loss)(step.state.params, codes, arrays["label"]).mean()
 
     case.rival = Rival("generator_step", step.trees, arrays, config, expected, _near)
     return case
@@ -241,7 +232,11 @@ def generator_step(model: str, batch: int) -> Case:
 
 def _fields(batch: int) -> dict[str, Any]:
     """What a benchmark decides in place of a config."""
-    fields = {"batch_size": batch, "mesh": {}, "dtype": jnp.dtype(compute_dtype("auto")).name}
+    fields = {
+        "batch_size": batch,
+        "mesh": MeshConfig(),
+        "dtype": jnp.dtype(compute_dtype("auto")).name,
+    }
     return fields | ({"remat": remat} if remat else {})
 
 
@@ -254,9 +249,9 @@ class _Step:
 
     def __init__(self, run: RunConfig):
         self.mesh = sharding.make_mesh(run.mesh)
-        self.functions, frozen = programs.task(run)
+        self.task, frozen = programs.task(run)
         self.frozen = jax.tree.map(np.asarray, fill(frozen))
-        abstract = loop.abstract_state(self.functions, self.mesh)
+        abstract = loop.abstract_state(self.task, self.mesh)
         self.trees = {"params": fill(abstract.params)}
         state = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), abstract)
         state = state.replace(params=self.trees["params"])
@@ -273,8 +268,8 @@ class _Step:
         batch = sharding.put_batch(self.mesh, {"label": np.zeros(size, np.int32)} | arrays)
         shardings = sharding.frozen_shardings(self.frozen, self.mesh, shard=False)
         frozen = sharding.put(self.frozen, shardings)
-        step = loop.jit_step(self.functions, self.state, self.mesh)
-        phase = self.functions.phase(number)
+        step = loop.jit_step(self.task, self.state, self.mesh)
+        phase = self.task.phase(number)
         compiled, costs = _compile(step, self.state, batch, frozen, phase=phase)
         moved = 2 * tree_bytes(self.state) + tree_bytes(frozen)
 
@@ -288,7 +283,7 @@ class _Step:
 def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
     """All codes of a batch; the limit reads weights and cache once for each of them."""
     config = recipes.generator_model(model)
-    params, dtype = fill(convert.generator_shapes(config)), compute_dtype("auto")
+    params, dtype = fill(generator.param_shapes(config)), compute_dtype("auto")
     placed = jax.device_put(params)
     classes = np.random.default_rng(1).integers(0, config.classes, batch, np.int32)
     keys = jax.random.split(jax.random.key(0), batch)
@@ -349,7 +344,8 @@ def features(model: str, batch: int) -> Case:
     """The metrics' Inception pass, in full float32."""
     if model != "inception":
         raise UserError(f"features:{model}: expected features:inception")
-    variables = fill(convert.shapes(inception.Inception(), (1, 299, 299, 3)))
+    shapes = layers.param_shapes(inception.Inception(), (1, 299, 299, 3))
+    variables = {"params": fill(shapes)}
     images = _images(batch, 256)
 
     def run(variables, images):

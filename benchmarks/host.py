@@ -22,8 +22,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import loop
 from gigatok_jax.training.checkpoints import Checkpoints
-from gigatok_jax.training.generator import GeneratorTraining
-from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 
 SIZE = 256
 START_TIMEOUT = 1_800  # seconds
@@ -108,7 +107,7 @@ def _photos() -> list[bytes]:
 
 
 def _state(model: str):
-    training = GeneratorTraining(recipes.generator_model(model), OptimizerConfig(), 10)
+    training = GeneratorTask(GeneratorRun(model=recipes.generator_model(model)))
     abstract = loop.abstract_state(training, sharding.make_mesh(MeshConfig()))
     return abstract, loop.fresh_state(training, abstract, 0)
 

@@ -4,28 +4,24 @@
 cores.
 """
 
-import dataclasses
-
-from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator_run import OPTIMIZER, GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.training.linear_probe import LinearProbeRun
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.tokenizer import ObjectiveConfig
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.task import LoopConfig
+from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 
 def get_config(argument="tokenizer"):
     runs = {"tokenizer": tokenizer, "probe": probe}
     if argument not in runs:
         raise UserError(f"{argument!r}: no such run; known: {', '.join(runs)}")
-    return to_config_dict(runs[argument]())
+    return runs[argument]()
 
 
 def tokenizer() -> TokenizerRun:
@@ -102,7 +98,14 @@ def generator() -> GeneratorRun:
             adaln="block",  # tells the classes apart within minutes
             dropout=0.0,
         ),
-        optimizer=dataclasses.replace(OPTIMIZER, rate=2e-3, warmup_steps=50),
+        optimizer=OptimizerConfig(
+            rate=2e-3,
+            schedule="warmup_stable_decay",
+            warmup_steps=50,
+            weight_decay=0.05,
+            decayed="matrices",
+            clip=1.0,
+        ),
         loop=LoopConfig(log_every=100, evaluate_every=300, checkpoint_every=300),
         sampling=SamplingConfig(guidance=3.0, temperature=0.8),
         steps=900,

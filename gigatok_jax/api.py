@@ -1,4 +1,9 @@
-"""Tokenizers and generators in Python: load one, and call jitted functions on arrays."""
+"""Tokenizers and generators in Python: load one, and call jitted functions on arrays.
+
+tokenizer = load_tokenizer("runs/b_l")
+codes = tokenizer.encode(images)
+images = tokenizer.decode(codes)
+"""
 
 from collections.abc import Mapping
 import functools
@@ -14,7 +19,7 @@ import numpy as np
 
 from gigatok_jax import bundles, recipes, sampling
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import quantizer
+from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -22,23 +27,30 @@ from gigatok_jax.pictures import to_float
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
+Path = str | pathlib.Path
 
-class _Pretrained:
-    """A module with its weights, on all local devices, which share each batch that they divide.
 
-    Functions compile at their first call with a batch size.
+class Pretrained:
+    """A network with its weights, on all local devices, which share each batch that they divide.
+
+    Methods compile at their first call with a batch size.
+
+    Attributes:
+      config: the architecture.
+      module: the Linen module; `module.apply(variables, ..., method=...)` for pure functions.
+      variables: `{"params": ...}`.
     """
 
     def __init__(self, module: nn.Module, params: Any):
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._whole, self._shared = (NamedSharding(mesh, P(axis)) for axis in (None, "data"))
-        self.module = module
-        self.variables = {"params": jax.device_put(params, NamedSharding(mesh, P()))}
+        self._whole, self._shared = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self.config, self.module = module.config, module
+        self.variables = {"params": jax.device_put(params, self._whole)}
         self._compiled = {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """See `bundles.fingerprint`."""
+        """Sixteen hex digits that tell these parameters from any others."""
         return bundles.fingerprint(self.variables["params"])
 
     def _place(self, batch) -> jax.Array:
@@ -52,33 +64,31 @@ class _Pretrained:
             self._compiled[key] = jax.jit(apply)
         return self._compiled[key](self.variables, *map(self._place, batches))
 
+    def _codes(self, codes, length: int) -> jax.Array:
+        if codes.ndim != 2 or codes.shape[1] != length:
+            raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
+        return jnp.asarray(codes, jnp.int32)
 
-class PretrainedTokenizer(_Pretrained):
-    """A tokenizer with its weights, on all local devices, which share each batch they divide.
+    def _check_layer(self, layer: int, depth: int) -> None:
+        if not 1 <= layer <= depth:
+            raise ValueError(f"layer: expected 1..{depth}, got {layer}")
 
-    Functions compile at their first call with a batch size.
+
+class PretrainedTokenizer(Pretrained):
+    """A tokenizer with its weights: images to codes and back; see `Pretrained`.
+
+    Methods raise ValueError for arrays of the wrong shape.
 
     Attributes:
-      config: the architecture.
-      module: the Linen module; `module.apply(variables, ..., method=...)` for pure functions.
-      variables: `{"params": ...}`.
       history: the last 65,536 codes assigned in training, -1 where there was none.
     """
 
     def __init__(self, config: TokenizerConfig, weights: Mapping[str, Any], dtype: str = "auto"):
         super().__init__(Tokenizer(config, dtype=compute_dtype(dtype)), weights["params"])
-        self.config = config
         self.history = weights["history"]
 
     def encode(self, images) -> jax.Array:
-        """Codes of images.
-
-        Args:
-          images: `[B, H, W, 3]`, float in [-1, 1] or uint8.
-
-        Returns:
-          int32 `[B, N]`.
-        """
+        """Codes, int32 `[B, N]`, of images `[B, H, W, 3]`, float in [-1, 1] or uint8."""
         return self._run(Tokenizer.encode, self._images(images))
 
     def latents(self, images) -> jax.Array:
@@ -87,19 +97,19 @@ class PretrainedTokenizer(_Pretrained):
 
     def decode(self, codes) -> jax.Array:
         """Images float32 `[B, H, W, 3]` in about [-1, 1], not clipped, of codes `[B, N]`."""
-        return self._run(Tokenizer.decode, self._codes(codes))
+        return self._run(Tokenizer.decode, self._codes(codes, self.config.latents))
 
     def decoder_features(self, codes, layer: int) -> jax.Array:
         """Output of the decoder transformer's layer 1, 2, ..., float32 `[B, grid*grid, W]`."""
-        if not 1 <= layer <= self.config.decoder.depth:
-            raise ValueError(f"layer must be in 1..{self.config.decoder.depth}, got {layer}")
-        return self._run(Tokenizer.decoder_features, self._codes(codes), layer=layer)
+        self._check_layer(layer, self.config.decoder.depth)
+        codes = self._codes(codes, self.config.latents)
+        return self._run(Tokenizer.decoder_features, codes, layer=layer)
 
     def semantic_features(self, codes) -> jax.Array:
         """What the semantic loss compares with the teacher, float32 `[B, grid*grid, C]`."""
         if not self.config.semantic_dim:
             raise ValueError("this tokenizer has no projector: it was trained without a teacher")
-        return self._run(Tokenizer.semantic_features, self._codes(codes))
+        return self._run(Tokenizer.semantic_features, self._codes(codes, self.config.latents))
 
     def codebook_usage(self) -> float:
         """Share of the codes among training's last 65,536 assignments, in [0, 1]."""
@@ -108,25 +118,18 @@ class PretrainedTokenizer(_Pretrained):
     def _images(self, images):
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
-            raise ValueError(f"images must be [B, {size}, {size}, 3], got {list(images.shape)}")
+            raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
         images = self._place(images)
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
-    def _codes(self, codes):
-        if codes.ndim != 2 or codes.shape[1] != self.config.latents:
-            raise ValueError(f"codes must be [B, {self.config.latents}], got {list(codes.shape)}")
-        return jnp.asarray(codes, jnp.int32)
 
+class PretrainedGenerator(Pretrained):
+    """A generator with its weights: classes to codes; see `Pretrained`.
 
-class PretrainedGenerator(_Pretrained):
-    """A generator with its weights, on all local devices, which share each batch they divide.
-
-    Functions compile at their first call with a batch size.
+    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers in
+    [0, `config.null_class`]; the null class stands for any. ValueError is raised for others.
 
     Attributes:
-      config: the architecture.
-      module: the Linen module; `module.apply(variables, ..., method=...)` for pure functions.
-      variables: `{"params": ...}`.
       made_by: what made the weights; "tokenizer" is its tokenizer's fingerprint, where known.
     """
 
@@ -138,125 +141,113 @@ class PretrainedGenerator(_Pretrained):
         made_by: Mapping[str, Any] | None = None,
     ):
         super().__init__(Generator(config, dtype=compute_dtype(dtype)), weights["params"])
-        self.config, self.made_by = config, dict(made_by or {})
+        self.made_by = dict(made_by or {})
 
     def logits(self, codes, classes=None) -> jax.Array:
-        """Logits of each code, given the class and the codes before it.
+        """Logits of each code given the class and the codes before it, float32 `[B, N, K]`.
 
-        Args:
-          codes: `[B, N]` integers in [0, K).
-          classes: `[B]` integers; None: the null class.
-
-        Returns:
-          float32 `[B, N, K]`.
+        `classes` defaults to the null class.
         """
         return self._run(Generator.__call__, *self._inputs(codes, classes)).astype(jnp.float32)
 
     def features(self, codes, classes=None, *, layer: int) -> jax.Array:
         """Output of layer 1, 2, ..., float32 `[B, N, W]`: of the class and all codes but the last.
 
-        `codes` and `classes` are as for `logits`.
+        `classes` defaults to the null class.
         """
-        if not 1 <= layer <= self.config.depth:
-            raise ValueError(f"layer must be in 1..{self.config.depth}, got {layer}")
+        self._check_layer(layer, self.config.depth)
         return self._run(Generator.features, *self._inputs(codes, classes), layer=layer)
 
-    def sample(
-        self,
-        classes,
-        key: jax.Array,
-        guidance: float = 1.0,
-        schedule: str = "constant",
-        schedule_start: float = 0.18,
-        schedule_end: float = 1.0,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-    ) -> jax.Array:
-        """Draws codes of images of the given classes.
+    def sample(self, classes, key: jax.Array, **settings) -> jax.Array:
+        """Samples codes of images of the given classes.
 
         Args:
-          classes: `[B]` integers; `config.null_class` for any.
-          key: a random key, from which each image gets its own; or `[B]` keys, one an image, which
-            give an image the same codes in any batch.
-          guidance, schedule, schedule_start, schedule_end, temperature, top_k, top_p: see
-            `sampling.SamplingConfig`.
+          classes: `[B]` integers.
+          key: a random key, from which each image gets its own; or `[B]` keys, one for each image,
+            which give an image the same codes in any batch.
+          settings: fields of `sampling.SamplingConfig`, all optional:
+            guidance: scale of classifier-free guidance, at least 1; default 1, no guidance.
+            schedule: of guidance over an image's codes, "constant" (default), "step", "linear",
+              "reversed_linear", "triangular", "rectangular" or "cosine".
+            schedule_start, schedule_end: where guidance starts (default 0.18) and ends (1) in the
+              schedules "step" and "rectangular", as shares of an image.
+            temperature: divides the logits, default 1; 0 takes the arg-max.
+            top_k: sample from the k likeliest codes only; default 0, all.
+            top_p: sample from the likeliest codes whose probability exceeds p; default 1, all.
 
         Returns:
           int32 `[B, N]`.
 
         Raises:
-          ValueError: a value is outside its range.
+          ValueError: a setting is unknown or outside its range.
         """
-        settings = SamplingConfig(
-            guidance, schedule, schedule_start, schedule_end, temperature, top_k, top_p
-        )
+        settings = SamplingConfig(**settings)
         classes = self._classes(classes)
         if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
             key = jax.random.wrap_key_data(key)
         keys = key if key.ndim else jax.random.split(key, len(classes))
         if keys.shape != classes.shape:
-            raise ValueError(f"key must be one key, or {len(classes)}, got {list(keys.shape)}")
+            raise ValueError(f"key: expected one, or {len(classes)}, got {list(keys.shape)}")
         params, dtype = self.variables["params"], self.module.dtype
         batch = (self._place(classes), self._place(keys))
         return sampling.sample(self.config, params, *batch, settings, dtype)
 
-    def _inputs(self, codes, classes) -> tuple[np.ndarray, np.ndarray]:
+    def _inputs(self, codes, classes) -> tuple[jax.Array, np.ndarray]:
         """All codes but the last, and classes."""
-        config = self.config
-        if codes.ndim != 2 or codes.shape[1] != config.codes:
-            raise ValueError(f"codes must be [B, {config.codes}], got {list(codes.shape)}")
+        codes = self._codes(codes, self.config.codes)
         if classes is None:
-            classes = np.full(len(codes), config.null_class)
+            classes = np.full(len(codes), self.config.null_class)
         classes = self._classes(classes)
         if len(classes) != len(codes):
-            raise ValueError(f"classes must be as many as codes, {len(codes)}, got {len(classes)}")
-        return np.asarray(codes, np.int32)[:, :-1], classes
+            raise ValueError(
+                f"classes: expected {len(codes)}, as many as codes, got {len(classes)}"
+            )
+        return codes[:, :-1], classes
 
     def _classes(self, classes) -> np.ndarray:
         classes = np.asarray(classes)
         if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
-            raise ValueError(
-                f"classes must be integers [B], got {list(classes.shape)} {classes.dtype}"
-            )
+            found = f"{list(classes.shape)} {classes.dtype}"
+            raise ValueError(f"classes: expected integers [B], got {found}")
         bad = classes[(classes < 0) | (classes > self.config.null_class)]
         if bad.size:
-            raise ValueError(f"classes must be in 0..{self.config.null_class}, got {bad[0]}")
+            raise ValueError(f"classes: expected 0..{self.config.null_class}, got {bad[0]}")
         return classes.astype(np.int32)
 
 
-def load_tokenizer(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedTokenizer:
+def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
     """Loads a tokenizer's bundle, or that of a workdir.
 
     Args:
       directory: what training or `gigatok convert` wrote.
-      dtype: type of the computation, see `precision.compute_dtype`.
+      dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
+        and bfloat16 elsewhere.
 
     Raises:
-      UserError: there is no such bundle.
+      UserError: the directory holds no bundle, or one of another kind.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
 
 
-def load_generator(directory: str | pathlib.Path, dtype: str = "auto") -> PretrainedGenerator:
+def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
     """Loads a generator's bundle, or that of a workdir; see `load_tokenizer`."""
     bundle = bundles.load(directory, "generator", GeneratorConfig)
     return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
 
 
 def tokenizer_from_torch(
-    checkpoint: str | pathlib.Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
+    checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedTokenizer:
     """Loads a checkpoint of the reference.
 
     Args:
       checkpoint: a `.pt` or `.safetensors` file, or its tensors by name.
       name: the architecture, such as "b_l".
-      dtype: type of the computation, see `precision.compute_dtype`.
+      dtype: see `load_tokenizer`.
 
     Raises:
-      UserError: the file or the name cannot be used.
+      UserError: the file cannot be read, or the name is unknown.
       ValueError: the tensors are those of another architecture.
     """
     config = recipes.tokenizer_model(name)
@@ -265,7 +256,7 @@ def tokenizer_from_torch(
 
 
 def generator_from_torch(
-    checkpoint: str | pathlib.Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
+    checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedGenerator:
     """Loads a generator's checkpoint of the reference, such as "b" or "b,2d".
 
@@ -291,9 +282,9 @@ def parameter_count(name: str) -> int:
     """
     kind, _, rest = name.rpartition(":")
     if kind == "generator":
-        shapes = convert.generator_shapes(recipes.generator_model(rest))
+        shapes = generator.param_shapes(recipes.generator_model(rest))
     elif kind:
         raise UserError(f"{name!r}: no such model; known: generator:b, ..., b_l, ...")
     else:
-        shapes = convert.tokenizer_shapes(recipes.tokenizer_model(name))
+        shapes = tokenizer.param_shapes(recipes.tokenizer_model(name))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -13,6 +13,7 @@ dataclasses, and `--config.a.b=c` overrides single fields.
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
@@ -34,11 +35,15 @@ CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p
 
 
 @dataclass_transform(frozen_default=True)
-def configclass(cls: type[T]) -> type[T]:
-    """Makes a frozen dataclass whose constructor raises a one-line ValueError for a wrong value."""
-    # A default instance in a field is shared, which is safe because it is frozen.
+def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
+    """Makes a frozen dataclass whose constructor raises a one-line ValueError for a wrong value.
+
+    Default instances in fields are shared, which is safe because they are frozen.
+    """
+    if cls is None:
+        return functools.partial(configclass, kw_only=kw_only)
     settings = pydantic.ConfigDict(strict=True, extra="forbid")
-    cls = pydantic.dataclasses.dataclass(cls, frozen=True, config=settings)
+    cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=settings)
     initialize = cls.__init__
 
     def __init__(self, *args, **kwargs):

@@ -10,12 +10,13 @@ import numpy as np
 from PIL import Image
 
 from gigatok_jax import api, frozen, pictures
-from gigatok_jax.commands.reconstruct import reconstruct
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.evaluation import generation, probing
+from gigatok_jax.evaluation.reconstruction import reconstruct
 from gigatok_jax.files import read_json, replacing
 from gigatok_jax.models import vit
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.loop import train
+from gigatok_jax.training.tokenizer import TokenizerRun
 
 HELD_OUT = 96  # drawings to reconstruct
 PER_CLASS = 40  # samples
@@ -33,7 +34,7 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
       run: how to train the tokenizer.
       config: how to probe it.
     """
-    probing.train(run, workdir / "tokenizer")
+    train(run, workdir / "tokenizer")
     tokenizer = api.load_tokenizer(workdir / "tokenizer")
     size = tokenizer.config.image_size
     drawings = workdir / "drawings"

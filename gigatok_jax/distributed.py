@@ -1,11 +1,11 @@
-"""Many processes as one run: how they find each other, wait for each other, and end together.
+"""Several processes as one run: how they find each other, wait for each other, and end together.
 
-The one place that knows JAX's distributed runtime; in a single process, all here does nothing.
+The only module that knows JAX's distributed runtime. In a single process, everything here does
+nothing and returns at once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
-import dataclasses
 import importlib.util
 import os
 import pathlib
@@ -20,85 +20,67 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 from gigatok_jax import files
-from gigatok_jax.errors import RunStopped, UserError
+from gigatok_jax.errors import RunStopped, UserError, first_line
 
 TIMEOUT = 120  # seconds
-WORKING = 7 * 24 * 3600
-GRACE = 10  # seconds in which all processes that fail alike do
-CAUSES = "gigatok_causes/"
+WORKING = 7 * 24 * 3600  # seconds that a barrier waits for processes at work
+GRACE = 10  # seconds within which all processes have met the same error
+CAUSES = "gigatok_causes/"  # where failed processes leave their error, in the runtime's store
 
-_timeout = TIMEOUT  # of this run; `start` sets it
+_timeout = TIMEOUT  # set by `start`
 T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    """Which processes there are.
+def start(coordinator: str = "", count: int = 0, index: int = -1, timeout: int = TIMEOUT) -> None:
+    """Joins the other processes of this run; called before any other JAX function.
 
-    Attributes:
-      coordinator: address and port of process 0; "": found out from the environment.
-      count: how many; 0: found out.
-      index: which one this is; -1: found out.
-      timeout: seconds after which a process that is silent, or does not come where all others
-        wait, is given up, and the run with it.
-    """
-
-    coordinator: str = ""
-    count: int = 0
-    index: int = -1
-    timeout: int = TIMEOUT
-
-    def __post_init__(self):
-        given = (bool(self.coordinator), self.count > 0, self.index >= 0)
-        if any(given) and not all(given):
-            raise UserError(
-                "--coordinator, --processes and --process: expected all of them or none, got "
-                f"{self.coordinator!r}, {self.count} and {self.index}"
-            )
-        if all(given) and not (":" in self.coordinator and self.index < self.count):
-            raise UserError(
-                "--coordinator, --processes and --process: expected HOST:PORT, a number and a "
-                f"smaller one, got {self.coordinator!r}, {self.count} and {self.index}"
-            )
-        if self.timeout < 10:
-            raise UserError(f"--timeout: expected at least 10 seconds, got {self.timeout}")
-
-
-def start(processes: Processes) -> None:
-    """Joins the other processes, before anything else of JAX is called.
-
-    Without a coordinator they are found where the environment tells of several: TPU pods (Cloud
-    and GKE), SLURM's srun, Open MPI. Where it does not, this process is alone.
+    Args:
+      coordinator: HOST:PORT of process 0. "": processes are found where the environment describes
+        them: TPU pods (Cloud and GKE), SLURM's srun, Open MPI. Otherwise this process is alone.
+      count: number of processes, given together with `coordinator`.
+      index: index of this process, likewise.
+      timeout: seconds after which a process that is silent, or does not come to a barrier, is given
+        up, and the run with it.
 
     Raises:
+      UserError: the arguments contradict each other.
       RunStopped: the others do not come.
     """
     global _timeout
-    if not processes.coordinator and not _several(os.environ):
+    given = (bool(coordinator), count > 0, index >= 0)
+    if any(given) and not (all(given) and ":" in coordinator and index < count):
+        raise UserError(
+            "--coordinator, --processes and --process: expected all of them or none, as HOST:PORT, "
+            f"a number and a smaller one, got {coordinator!r}, {count} and {index}"
+        )
+    if timeout < 10:
+        raise UserError(f"--timeout: expected at least 10 seconds, got {timeout}")
+    if not coordinator and not _launched_with_others(os.environ):
         return
-    _timeout = processes.timeout
-    jax.config.update("jax_enable_preemption_service", False)  # until there is something to save
+    _timeout = timeout
+    # Until there is something to save, SIGTERM ends a process at once; see `stop_signals`.
+    jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
-            processes.coordinator or None,
-            processes.count or None,
-            processes.index if processes.coordinator else None,
-            # Those of a launcher's environment; given by hand, all of the machine.
-            cluster_detection_method="deactivate" if processes.coordinator else None,
-            initialization_timeout=processes.timeout,
-            heartbeat_timeout_seconds=processes.timeout,
-            shutdown_timeout_seconds=processes.timeout,
+            coordinator or None,
+            count or None,
+            index if coordinator else None,
+            # Given by hand, a process has all devices of its machine, whatever a launcher says.
+            cluster_detection_method="deactivate" if coordinator else None,
+            initialization_timeout=timeout,
+            heartbeat_timeout_seconds=timeout,
+            shutdown_timeout_seconds=timeout,
         )
     except ValueError as error:
-        if processes.coordinator:
+        if coordinator:
             raise UserError(f"--coordinator, --processes and --process: {error}") from error
-        # Otherwise a TPU machine on its own, of which no cluster knows.
+        # Otherwise a single TPU machine, which belongs to no cluster.
     except RuntimeError as error:
         raise RunStopped(f"the processes of this run did not come together: {error}") from error
 
 
-def _several(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX knows has started this process as one of several."""
+def _launched_with_others(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that JAX knows started this process as one of several."""
     devices = any(pathlib.Path(name).exists() for name in ("/dev/accel0", "/dev/vfio/0"))
     if devices and environment.get("JAX_PLATFORMS") != "cpu" and importlib.util.find_spec("libtpu"):
         return True  # A TPU: on Cloud only its metadata server knows of others, and JAX asks it.
@@ -119,19 +101,19 @@ def is_main() -> bool:
 
 
 def place() -> tuple[int, int]:
-    """Which process this is, and of how many."""
+    """Index of this process, and the number of processes."""
     return (jax.process_index(), jax.process_count()) if started() else (0, 1)
 
 
 def barrier(name: str, *, working: bool = False) -> None:
-    """Waits until all processes are here.
+    """Waits until every process has come here.
 
     Args:
-      name: what it follows, for messages.
-      working: the others may be at work for long; only a silent process is given up.
+      name: what the barrier follows, for messages.
+      working: the others may be at work for days; only a silent process is given up.
 
     Raises:
-      RunStopped: one does not come.
+      RunStopped: a process does not come.
     """
     if started():
         _wait(name, WORKING if working else _timeout)
@@ -145,10 +127,10 @@ def agree(value: int) -> int:
 
 
 def in_main(make: Callable[[], T]) -> T | None:
-    """What `make` gives, called in process 0 while the others wait; they get None.
+    """Calls `make` in process 0 while the others wait; they get None.
 
     Raises:
-      UserError: process 0's; the others raise one that points to it.
+      UserError: of `make`; the other processes point to it.
     """
     result = error = None
     if is_main():
@@ -158,37 +140,38 @@ def in_main(make: Callable[[], T]) -> T | None:
             error = raised
     barrier("the work of process 0", working=True)
     if agree(error is not None):
-        raise error or UserError("process 0 cannot go on; it says why")
+        raise error or UserError("process 0 failed; see its log")
     return result
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of all processes, those of process 0 first; exact for any type, float64 too.
+    """Rows of all processes, those of process 0 first.
 
     Args:
       arrays: host arrays `[n, ...]`, n the same in all processes.
     """
     if not started():
         return dict(arrays)
+    # As bytes: JAX would round float64 to float32.
     bits = {name: np.ascontiguousarray(x).view(np.uint8) for name, x in arrays.items()}
     gathered = multihost_utils.process_allgather(bits, tiled=True)
     return {name: np.asarray(x).view(arrays[name].dtype) for name, x in gathered.items()}
 
 
 def sums(values: Mapping[str, float | np.ndarray]) -> dict[str, np.ndarray]:
-    """Sums over all processes, in the order of processes."""
+    """Sums over all processes, always added in the same order."""
     rows = gather_rows({name: np.asarray(value)[None] for name, value in values.items()})
     return {name: row.sum(axis=0) for name, row in rows.items()}
 
 
 def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
-    """`files.claim`, of which process 0 alone writes."""
+    """`files.claim`, where only process 0 writes."""
     files.claim(path, record, describes, write=is_main())
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """`files.replacing`, with one path aside, which all processes write to."""
+    """`files.replacing`, with one temporary path that all processes write to."""
     aside = files.aside_path(path, agree(os.getpid()))
     if is_main():
         with files.replacing(path):
@@ -203,16 +186,17 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 class Stop:
-    """Whether to stop after a step: the same answer in all processes, which ask after each step.
+    """Whether to stop after a step; every process gets the same answer.
 
     Attributes:
-      signal: name of the one that was the reason, or None.
+      signal: name of the signal that asked for it, or None.
     """
 
     def __init__(self):
         self.signal: str | None = None
 
     def after(self, step: int) -> bool:
+        """Called by every process after each step."""
         if not started():
             return self.signal is not None
         if multihost_utils.reached_preemption_sync_point(step):
@@ -222,31 +206,27 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """A `Stop` for the first SIGTERM or SIGINT that any process gets within.
-
-    In a single process, a second one acts at once.
-    """
+    """Turns the first SIGTERM or SIGINT of any process into a `Stop`; a second one acts at once."""
     stop, previous = Stop(), {}
 
     def handle(number, frame):
-        del frame
         stop.signal = signal.Signals(number).name
         print(f"\n{stop.signal}: finishing the step, then saving", file=sys.stderr)
         for other, handler in previous.items():
             signal.signal(other, handler)
 
     def pass_on(number, frame):
-        del number, frame
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    service = _preemption_service() if started() else contextlib.nullcontext()
-    # With it SIGTERM is the runtime's, which tells the other processes and finds a common step.
-    handlers = {signal.SIGINT: pass_on if started() else handle, signal.SIGTERM: handle}
+    # With several processes, JAX's preemption service takes SIGTERM: it tells the other processes
+    # and finds a step that all of them can still reach.
+    several = started()
+    handlers = {signal.SIGINT: pass_on if several else handle, signal.SIGTERM: handle}
     for number, handler in handlers.items():
         previous[number] = signal.signal(number, handler)
     try:
-        with service:
+        with _preemption_service() if several else contextlib.nullcontext():
             yield stop
     finally:
         for number, handler in previous.items():
@@ -255,7 +235,7 @@ def stop_signals() -> Iterator[Stop]:
 
 @contextlib.contextmanager
 def _preemption_service() -> Iterator[None]:
-    """Lets the runtime wait for SIGTERM; outside, that ends a process as it ends any other."""
+    """Runs JAX's preemption service; outside this context SIGTERM ends a process as usual."""
     state = _runtime()
     jax.config.update("jax_enable_preemption_service", True)
     state.initialize_preemption_sync_manager()
@@ -269,31 +249,34 @@ def _preemption_service() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends this process when another one is lost, with a message that names it.
+    """Ends this process when another one is lost, with a message that names the lost one.
+
+    A broken collective raises something cryptic in the processes that survive. They meet at a
+    barrier instead, whose failure tells who is missing.
 
     Raises:
-      RunStopped: instead of what a broken collective raises.
+      RunStopped: another process is lost.
     """
     try:
         yield
     except Exception as error:
         if not started():
             raise
-        own = isinstance(
-            error, (UserError, OSError)
-        )  # not what the loss of another may have caused
-        cause = str(error) if own else f"{type(error).__name__}: {str(error).splitlines()[:1]}"
+        # An error that another process's loss cannot have caused.
+        own = isinstance(error, (UserError, OSError))
+        cause = str(error) if own else f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(RuntimeError):
             _client().key_value_set(f"{CAUSES}{jax.process_index()}", cause)
         try:
-            # The others of an error that only this process has go on until it ends.
-            _wait("end", GRACE if own else _timeout // 2)  # before the runtime ends us
+            # If only this process failed, the others keep running until it exits: wait briefly.
+            # Otherwise wait for less than the timeout, after which the runtime kills the process.
+            _wait("end", GRACE if own else _timeout // 2)
         except RunStopped as lost:
             if not own:
                 traceback.print_exception(error)  # it may be the cause after all
                 raise lost from error
         raise
-    # Process 0 may have more to do; the runtime takes those that leave for a failure.
+    # Process 0 may have more to do, and the runtime takes a process that leaves for a lost one.
     barrier("the command's end", working=True)
 
 
@@ -301,11 +284,12 @@ def _wait(name: str, seconds: int) -> None:
     try:
         _client().wait_at_barrier(f"gigatok_{name}", 1_000 * seconds)
     except RuntimeError as error:
-        raise RunStopped(_loss(str(error), name, seconds)) from error
+        raise RunStopped(_describe_loss(str(error), name, seconds)) from error
 
 
-def _loss(message: str, name: str, seconds: int) -> str:
-    """Says of a broken barrier which processes are missing, and why where they told."""
+def _describe_loss(message: str, name: str, seconds: int) -> str:
+    """Says which processes are missing at a barrier, and why where they left their error."""
+    # Two forms of the runtime's message list the missing processes.
     listed = re.search(r"task names:\s*([\d\s,]+)", message)
     missing = listed[1].replace(",", " ").split() if listed else re.findall(r"task:(\d+)", message)
     causes = {}
@@ -317,11 +301,11 @@ def _loss(message: str, name: str, seconds: int) -> str:
         if text
     )
     if not missing:
-        return f"the run's processes lost each other at {name!r} ({message.splitlines()[0]}){told}"
+        return f"the processes lost each other at {name!r} ({first_line(Exception(message))}){told}"
     which = "process" if len(missing) == 1 else "processes"
     return (
         f"lost {which} {', '.join(sorted(missing, key=int))} of 0 to {jax.process_count() - 1}, "
-        f"not at {name!r} within {seconds} s{told}; the same command goes on from the last "
+        f"not at {name!r} within {seconds} s{told}; the same command resumes from the last "
         "checkpoint"
     )
 
@@ -331,7 +315,7 @@ def _client() -> Any:
 
 
 def _runtime() -> Any:
-    # Barriers with a time-out, and when the runtime takes SIGTERM, have no public name.
+    # Barriers with a timeout, and switching the preemption service, have no public name.
     from jax._src import distributed
 
     return distributed.global_state

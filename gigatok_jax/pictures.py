@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 import pathlib
 
+from einops import rearrange, repeat
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,10 +40,9 @@ def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:
     Returns:
       uint8 `[h, w, 3]`.
     """
-    rows = np.stack(rows)  # [R, n, H, W, 3]
-    enlarged = max(1, VISIBLE // rows.shape[2])
-    rows = rows.repeat(enlarged, 2).repeat(enlarged, 3)
-    padded = np.pad(rows, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
-    r, n, height, width, _ = padded.shape
-    picture = padded.transpose(0, 2, 1, 3, 4).reshape(r * height, n * width, 3)
+    images = np.stack(rows)  # [R, n, H, W, 3]
+    scale = max(1, VISIBLE // images.shape[2])
+    images = repeat(images, "r n h w c -> r n (h i) (w j) c", i=scale, j=scale)
+    images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
+    picture = rearrange(images, "r n h w c -> (r h) (n w) c")
     return np.pad(picture, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)

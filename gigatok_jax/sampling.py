@@ -1,67 +1,63 @@
-"""Drawing codes from a generator: guidance, truncation, and the decode loop."""
+"""Sampling codes from a generator: guidance, truncation, and the decode loop."""
 
-import dataclasses
 import functools
 import itertools
 import math
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, NonNegativeInt, model_validator
 
+from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Decoder, GeneratorConfig
 
-SCHEDULES = (
-    *("constant", "step", "linear", "reversed_linear"),
-    *("triangular", "rectangular", "cosine"),
-)
+Schedule = Literal[
+    "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
+]
+SCHEDULES = get_args(Schedule)
 NEAR_ONE = 1e-4  # what the reference adds to scales that would otherwise be 1
 STAGES = 4  # lengths that the cache of keys and values grows through
 
+Finite = Field(allow_inf_nan=False)
+Share = Annotated[float, Field(ge=0, le=1)]
 
-@dataclasses.dataclass(frozen=True)
+
+@configclass
 class SamplingConfig:
-    """How codes are drawn.
+    """How codes are sampled.
 
-    Attributes:
-      guidance: scale s of classifier-free guidance, logits = uncond + s (cond - uncond); 1: none.
-      schedule: how the scale of code j depends on r = j / (N - 1); code 0 always has all of it.
-        "constant"; "step": 1 before `schedule_start`; "rectangular": 1 outside `schedule_start` to
-        `schedule_end`; "linear": from 1 to s; "reversed_linear": from s to 1; "triangular": from 1
-        over s in the middle to 1; "cosine": from s to 1.
-      schedule_start, schedule_end: in [0, 1].
-      temperature: divides the logits; 0 takes the arg-max.
-      top_k: only the k likeliest codes are drawn; 0: all.
-      top_p: only the likeliest codes are drawn, as many as it takes for their probability to
-        exceed p; 1: all.
+    Classifier-free guidance by a scale s makes logits = uncond + s (cond - uncond). The schedule
+    says how the scale of code j depends on r = j / (N - 1); code 0 always has all of it:
+
+      constant:         s
+      step:             1 before `schedule_start`, then s
+      rectangular:      s from `schedule_start` to `schedule_end`, 1 outside
+      linear:           from 1 to s
+      reversed_linear:  from s to 1
+      triangular:       from 1 to s in the middle, and back to 1
+      cosine:           from s to 1
     """
 
-    guidance: float = 1.0
-    schedule: str = "constant"
-    schedule_start: float = 0.18
-    schedule_end: float = 1.0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
+    guidance: Annotated[float, Field(ge=1), Finite] = 1.0  # the scale s; 1: no guidance
+    schedule: Schedule = "constant"
+    schedule_start: Share = 0.18
+    schedule_end: Share = 1.0
+    temperature: Annotated[float, Field(ge=0), Finite] = 1.0  # divides the logits; 0: arg-max
+    top_k: NonNegativeInt = 0  # sample from the k likeliest codes only; 0: from all
+    # Sample from the likeliest codes only, as many as it takes for their probability to exceed p.
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
-    def __post_init__(self):
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
-        if not (math.isfinite(self.guidance) and self.guidance >= 1):
-            raise ValueError(f"guidance must be at least 1, which is none, got {self.guidance}")
-        if not 0 <= self.schedule_start <= self.schedule_end <= 1:
+    @model_validator(mode="after")
+    def _check(self):
+        if self.schedule_start > self.schedule_end:
             raise ValueError(
-                "schedule_start and schedule_end must be in order in [0, 1], got "
-                f"{self.schedule_start} and {self.schedule_end}"
+                f"schedule_start: expected at most schedule_end={self.schedule_end}, got "
+                f"{self.schedule_start}"
             )
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must not be negative, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must not be negative, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {self.top_p}")
+        return self
 
     def scales(self, codes: int) -> np.ndarray | None:
         """Guidance scale of each of `codes` codes, float32 `[N]`; None without guidance.
@@ -86,7 +82,7 @@ class SamplingConfig:
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits `[..., K]` with -inf where a code must not be drawn; see `SamplingConfig`."""
+    """Logits `[..., K]` with -inf where a code must not be sampled; see `SamplingConfig`."""
     if 0 < top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -115,7 +111,7 @@ def sample(
     settings: SamplingConfig,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
-    """Draws the codes of images.
+    """Samples the codes of images.
 
     Another guidance or schedule needs no new compilation.
 
@@ -124,32 +120,24 @@ def sample(
       params: its parameters.
       classes: `[B]` int32.
       keys: `[B]` random keys; an image depends on its own only.
-      settings: how to draw.
+      settings: how to sample.
       dtype: type of the computation; logits are float32.
 
     Returns:
       int32 `[B, N]`.
     """
     scales = settings.scales(config.codes)
-    plain = SamplingConfig(
+    unguided = SamplingConfig(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
-    return _sample(config, params, classes, keys, plain, scales, dtype)
+    return _sample(config, params, classes, keys, unguided, scales, dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "dtype"))
-def _sample(
-    config: GeneratorConfig,
-    params: Any,
-    classes: jax.Array,
-    keys: jax.Array,
-    settings: SamplingConfig,
-    scales: jax.Array | None,
-    dtype: layers.Dtype,
-) -> jax.Array:
-    """The whole loop in one program; `scales`, `[N]`, is None where nothing guides."""
+def _sample(config, params, classes, keys, settings, scales, dtype):
+    """The whole loop in one program; `scales`, `[N]`, is an array, and None without guidance."""
     rows = classes
-    if scales is not None:
+    if scales is not None:  # conditional rows first, then as many unconditional ones
         rows = jnp.concatenate([classes, jnp.full_like(classes, config.null_class)])
     decoder = Decoder(config, params, rows, dtype)
 
@@ -166,7 +154,7 @@ def _sample(
         return codes.at[:, position].set(code), cache
 
     # The cache grows in stages, as attention reads all of it at each step.
-    ends = [-(-config.codes * stage // STAGES) for stage in range(STAGES + 1)]
+    ends = [math.ceil(config.codes * stage / STAGES) for stage in range(STAGES + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)
     for start, end in itertools.pairwise(ends):

@@ -23,10 +23,11 @@ from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sharding import MeshConfig
-from gigatok_jax.training import loop, optimizer
-from gigatok_jax.training.generator import GeneratorTraining
+from gigatok_jax.training import loop, task
+from gigatok_jax.training import tokenizer as tokenizer_training
+from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, TokenizerTraining
+from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, TokenizerRun, TokenizerTask
 
 import tiny
 
@@ -47,10 +48,10 @@ def _sgd(config, steps, start=0):
 
 def tokenizer():
     """Every loss there is, the older recipe's auxiliary ones too."""
-    optimizer.optimizer = _sgd
+    task.optimizer.make_optimizer = tokenizer_training.make_optimizer = _sgd
     teacher = vit.ViTConfig(depth=1, heads=2, width=16, patch_size=4, grid=8)
-    training = TokenizerTraining(
-        tiny.config(
+    run = TokenizerRun(
+        model=tiny.config(
             image_size=16,
             latents=4,
             channel_multipliers=(1, 1),
@@ -58,13 +59,14 @@ def tokenizer():
             semantic_dim=16,
             gradient="rotation",
         ),
-        ObjectiveConfig(
+        objective=ObjectiveConfig(
             entropy=0.005, disc_start=0, discriminator_channels=(8, 16), auxiliary_steps=STEPS
         ),
-        ADAMW,
-        STEPS,
+        optimizer=ADAMW,
+        steps=STEPS,
+        batch_size=BATCH,
         average_decay=0.9,
-        teacher=teacher,
+        remat="none",
     )
     images = np.zeros((1, 32, 32, 3), np.float32)
     shapes = [
@@ -78,7 +80,7 @@ def tokenizer():
     def batch(rng):
         return {"image": rng.integers(0, 256, (BATCH, 16, 16, 3), np.uint8)}
 
-    return training, frozen, batch
+    return TokenizerTask(run, teacher), frozen, batch
 
 
 def _positive(path, leaf):
@@ -87,17 +89,25 @@ def _positive(path, leaf):
 
 def generator():
     model = GeneratorConfig(2, 2, 16, codes=16, codebook_size=64, classes=8)
-    training = GeneratorTraining(model, ADAMW, STEPS, average_decay=0.9, accumulate=2)
+    run = GeneratorRun(
+        model=model,
+        optimizer=ADAMW,
+        steps=STEPS,
+        batch_size=BATCH,
+        average_decay=0.9,
+        accumulate=2,
+        remat="none",
+    )
 
     def batch(rng):
         codes = rng.integers(0, 64, (BATCH, 16), np.int32)
         return {"codes": codes, "label": rng.integers(0, 8, BATCH, np.int32)}
 
-    return training, None, batch
+    return GeneratorTask(run), None, batch
 
 
-def run(task, sizes):
-    training, frozen, make_batch = task()
+def run(make_task, sizes):
+    training, frozen, make_batch = make_task()
     config = MeshConfig(*sizes)
     mesh = sharding.make_mesh(config, jax.devices()[: int(np.prod(sizes))])
     abstract = loop.abstract_state(training, mesh)

@@ -72,7 +72,7 @@ def test_codes_decode_to_images_and_features(tokenizer, codes):
     np.testing.assert_allclose(semantic, x, atol=1e-4)
 
 
-def test_each_image_is_encoded_for_itself(tokenizer, codes):
+def test_each_image_is_encoded_by_itself(tokenizer, codes):
     np.testing.assert_array_equal(tokenizer.encode(tiny.images(2)[::-1]), codes[::-1])
 
 
@@ -81,24 +81,24 @@ def test_usage_is_that_of_training(tokenizer):
 
 
 @pytest.mark.parametrize("shape", [(32, 32, 3), (1, 16, 16, 3), (1, 3, 32, 32), (1, 32, 32, 1)])
-def test_images_of_another_shape_are_refused(tokenizer, shape):
+def test_images_of_another_shape_are_rejected(tokenizer, shape):
     for function in (tokenizer.encode, tokenizer.latents):
         with pytest.raises(ValueError) as error:
             function(np.zeros(shape, np.float32))
-        assert str(error.value) == f"images must be [B, 32, 32, 3], got {list(shape)}"
+        assert str(error.value) == f"images: expected [B, 32, 32, 3], got {list(shape)}"
 
 
 @pytest.mark.parametrize("shape", [(16,), (1, 15), (1, 4, 4)])
-def test_codes_of_another_shape_are_refused(tokenizer, shape):
+def test_codes_of_another_shape_are_rejected(tokenizer, shape):
     for function in (tokenizer.decode, tokenizer.semantic_features):
         with pytest.raises(ValueError) as error:
             function(np.zeros(shape, np.int32))
-        assert str(error.value) == f"codes must be [B, 16], got {list(shape)}"
+        assert str(error.value) == f"codes: expected [B, 16], got {list(shape)}"
 
 
 @pytest.mark.parametrize("layer", [0, 3])
-def test_layer_that_there_is_not_is_refused(tokenizer, codes, layer):
-    with pytest.raises(ValueError, match=rf"^layer must be in 1\.\.2, got {layer}"):
+def test_unknown_layer_is_rejected(tokenizer, codes, layer):
+    with pytest.raises(ValueError, match=rf"^layer: expected 1\.\.2, got {layer}"):
         tokenizer.decoder_features(codes, layer=layer)
 
 
@@ -109,7 +109,7 @@ def test_tokenizer_without_a_teacher_has_no_semantic_features():
         tokenizer.semantic_features(np.zeros((1, 16), np.int32))
 
 
-def test_parameter_counts_are_the_references():
+def test_parameter_counts_equal_the_reference():
     counts = synth.expected("parameter_counts.json")
     for name in ("s_s", "b_l", "b_l_2d"):
         assert gt.parameter_count(name) == counts[f"tokenizer_{name}"], name
@@ -135,7 +135,7 @@ def test_checkpoint_loads_alike_from_tensors_and_from_a_file(tmp_path, monkeypat
     np.testing.assert_array_equal(other.encode(tiny.images(2)), codes)
 
 
-def test_checkpoint_of_another_architecture_is_refused(monkeypatch):
+def test_checkpoint_of_another_architecture_is_rejected(monkeypatch):
     tensors = convert.tokenizer_to_torch(tiny.weights(tiny.config()), tiny.config())
     other = types.SimpleNamespace(model=tiny.config(z_channels=16))
     monkeypatch.setitem(recipes.TOKENIZERS, "small", other)

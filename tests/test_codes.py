@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 from pathlib import Path
+import pickle
 import re
 import shutil
 
@@ -382,11 +383,10 @@ def unfinished(path):
     codes.write_info(path.parent, dataclasses.replace(codes.read_info(path.parent), images={}))
 
 
-def without(field):
+def change(**fields):
     def write(path):
-        record = json.loads(path.read_text())
-        del record[field]
-        path.write_text(json.dumps(record))
+        record = json.loads(path.read_text()) | fields
+        path.write_text(json.dumps({k: v for k, v in record.items() if v is not None}))
 
     return write
 
@@ -404,14 +404,13 @@ def without(field):
         ),
         ("codes.json", Path.unlink, "{folder}: no codes.json, expected what `gigatok encode`"),
         ("codes.json", unfinished, "{folder}: encoding has not ended; the same `gigatok encode`"),
-        ("codes.json", half, "{path}: not a description of codes"),
-        ("codes.json", lambda path: path.write_text("[]"), "{path}: not a description of codes"),
-        ("codes.json", without("format"), "{path}: not a description of codes"),
-        ("codes.json", without("codes"), "{path}: not a description of codes"),
-        ("codes.json", without("images"), "{path}: not a description of codes"),
+        ("codes.json", half, "{path}: not JSON"),
+        ("codes.json", change(codes=None), "{path}.codes: missing"),
+        ("codes.json", change(codes="4"), "{path}.codes: expected integer, got '4'"),
+        ("codes.json", change(color=1), "{path}.color: no such field; known: class_names, codes"),
     ],
 )
-def test_damaged_codes_are_refused_in_one_line_that_names_the_file(copy, name, damage, message):
+def test_damaged_codes_raise_one_line_that_names_the_file(copy, name, damage, message):
     damage(copy / name)
     with pytest.raises(UserError) as caught:
         open_source(DataConfig(source="codes", path=str(copy)), train=True, image_size=0)
@@ -419,7 +418,7 @@ def test_damaged_codes_are_refused_in_one_line_that_names_the_file(copy, name, d
     assert str(caught.value).startswith(expected) and "\n" not in str(caught.value)
 
 
-def test_split_that_was_not_encoded_is_refused(copy):
+def test_split_that_was_not_encoded_is_an_error(copy):
     info = codes.read_info(copy)
     only = dataclasses.replace(info, images={"train": info.images["train"]})
     codes.write_info(copy, only)
@@ -503,8 +502,15 @@ def test_crops_depend_on_seed_epoch_and_image_alone(numbered):
     assert sum(other[place] == crop for place, crop in reference.items()) < 4 * IMAGES / 3
 
 
-def test_worker_processes_change_nothing(numbered):
-    assert visits(numbered, 2, batch_size=20, workers=2) == visits(numbered, 2, batch_size=20)
+def test_codes_survive_pickling_to_workers(numbered):
+    source = codes.CodesSource(numbered.path, "train")
+    before = [source[i] for i in (0, 19, 20, 59)]
+    copy = pickle.loads(pickle.dumps(source))
+    for i, example in zip((0, 19, 20, 59), before, strict=True):
+        assert copy[np.int64(i)]["key"] == example["key"] == f"image {i}"
+        np.testing.assert_array_equal(copy[i]["codes"], example["codes"])
+    with pytest.raises(IndexError):
+        copy[60]
 
 
 def test_evaluation_reads_the_first_crop_in_order(numbered):

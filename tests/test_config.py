@@ -1,18 +1,17 @@
 """Configurations: there and back, what is refused, and every name of configs/tokenizer.py."""
 
 import dataclasses
-import importlib.util
 import json
-import pathlib
+from typing import Literal
 
+from pydantic import NonNegativeInt, model_validator
 import pytest
 
-from gigatok_jax import recipes
-from gigatok_jax.config import from_mapping, to_config_dict
+from gigatok_jax import config, recipes
+from gigatok_jax.config import configclass, from_mapping, to_config_dict
 from gigatok_jax.errors import UserError
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.tokenizer import TokenizerRun
 
-CONFIGS = pathlib.Path(__file__).parent.parent / "configs"
 # The paper's Table 9: depth/heads/width of encoder and decoder, batch, epochs.
 TINY, S, B, L = (4, 4, 256), (6, 8, 512), (12, 12, 768), (24, 16, 1024)
 TOKENIZERS = {
@@ -29,30 +28,30 @@ TOKENIZERS = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class Inner:
-    b: int = 1
+    b: NonNegativeInt = 1
     rate: float = 0.5
     on: bool = False
     sizes: tuple[int, ...] = (1, 2)
     maybe: int | None = None
+    kind: Literal["x", "y"] = "x"
 
-    def __post_init__(self):
-        if self.b < 0:
-            raise ValueError(f"b must not be negative, got {self.b}")
+    @model_validator(mode="after")
+    def _check(self):
+        if self.b > 9 and self.on:
+            raise ValueError(f"b: expected at most 9 when on, got {self.b}")
+        return self
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class Outer:
     name: str
-    a: Inner = dataclasses.field(default_factory=Inner)
+    a: Inner = Inner()
 
 
-def tokenizer_config(argument):
-    spec = importlib.util.spec_from_file_location("tokenizer_config", CONFIGS / "tokenizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(argument)
+def tokenizer_run(argument):
+    return config.load(f"configs/tokenizer.py:{argument}")
 
 
 @pytest.mark.parametrize("maybe", [None, 3])
@@ -77,18 +76,23 @@ def test_whole_number_is_taken_as_float():
     [
         ({"a": {}}, "config.name: missing"),
         ({"name": "x", "aa": {}}, "config.aa: no such field; known: a, name"),
-        ({"name": "x", "a": {"c": 1}}, "config.a.c: no such field; known: b, maybe, on, "),
-        ({"name": 1}, "config.name: expected str, got 1"),
-        ({"name": "x", "a": 3}, "config.a: expected Inner, got 3"),
-        ({"name": "x", "a": {"b": 1.5}}, "config.a.b: expected int, got 1.5"),
-        ({"name": "x", "a": {"b": True}}, "config.a.b: expected int, got True"),
-        ({"name": "x", "a": {"rate": True}}, "config.a.rate: expected float, got True"),
-        ({"name": "x", "a": {"rate": "1"}}, "config.a.rate: expected float, got '1'"),
-        ({"name": "x", "a": {"on": 1}}, "config.a.on: expected bool, got 1"),
-        ({"name": "x", "a": {"sizes": 3}}, "config.a.sizes: expected tuple, got 3"),
-        ({"name": "x", "a": {"sizes": [1, "2"]}}, "config.a.sizes: expected int, got '2'"),
-        ({"name": "x", "a": {"maybe": "3"}}, "config.a.maybe: expected int, got '3'"),
-        ({"name": "x", "a": {"b": -1}}, "config.a.b must not be negative, got -1"),
+        ({"name": "x", "a": {"c": 1}}, "config.a.c: no such field; known: b, kind, maybe, on, "),
+        ({"name": 1}, "config.name: expected string, got 1"),
+        ({"name": "x", "a": 3}, "config.a: expected an object, got 3"),
+        ({"name": "x", "a": {"b": 1.5}}, "config.a.b: expected integer, got 1.5"),
+        ({"name": "x", "a": {"b": True}}, "config.a.b: expected integer, got True"),
+        ({"name": "x", "a": {"rate": True}}, "config.a.rate: expected number, got True"),
+        ({"name": "x", "a": {"rate": "1"}}, "config.a.rate: expected number, got '1'"),
+        ({"name": "x", "a": {"on": 1}}, "config.a.on: expected boolean, got 1"),
+        ({"name": "x", "a": {"sizes": 3}}, "config.a.sizes: expected array, got 3"),
+        ({"name": "x", "a": {"sizes": [1, "2"]}}, "config.a.sizes.1: expected integer, got '2'"),
+        ({"name": "x", "a": {"maybe": "3"}}, "config.a.maybe: expected integer, got '3'"),
+        ({"name": "x", "a": {"b": -1}}, "config.a.b: expected greater than or equal to 0, got -1"),
+        ({"name": "x", "a": {"kind": "z"}}, "config.a.kind: expected 'x' or 'y', got 'z'"),
+        (
+            {"name": "x", "a": {"b": 10, "on": True}},
+            "config.a.b: expected at most 9 when on, got 10",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused_by_its_path(mapping, message):
@@ -98,14 +102,14 @@ def test_what_does_not_fit_is_refused_by_its_path(mapping, message):
 
 
 def test_path_may_be_a_files():
-    with pytest.raises(UserError, match=r"^DIR/config.json: model.b: expected int"):
+    with pytest.raises(UserError, match=r"^DIR/config.json: model.b: expected integer"):
         from_mapping(Inner, {"b": "1"}, "DIR/config.json: model")
 
 
 def test_every_recipe_is_the_papers():
     assert recipes.TOKENIZERS.keys() == TOKENIZERS.keys()
     for name, (encoder, decoder, batch_size, epochs) in TOKENIZERS.items():
-        run = from_mapping(TokenizerRun, tokenizer_config(name).to_dict())
+        run = tokenizer_run(name)
         model = run.model
         assert dataclasses.astuple(model.encoder) == encoder, name
         assert dataclasses.astuple(model.decoder) == decoder, name
@@ -122,7 +126,7 @@ def test_every_recipe_is_the_papers():
 
 @pytest.mark.parametrize("name", ["s_s", "b_l", "b_l_2d"])
 def test_released_variant_is_the_older_recipe(name):
-    run = from_mapping(TokenizerRun, tokenizer_config(f"{name},released").to_dict())
+    run = tokenizer_run(f"{name},released")
     assert run.model == recipes.tokenizer_model(f"{name},released")
     assert run.model.gradient == "rotation"
     assert (run.optimizer.warmup_steps, run.objective.entropy) == (0, 0.0)
@@ -130,7 +134,7 @@ def test_released_variant_is_the_older_recipe(name):
 
 
 def test_released_xl_xxl_has_the_newer_recipe():
-    run = from_mapping(TokenizerRun, tokenizer_config("xl_xxl,released").to_dict())
+    run = tokenizer_run("xl_xxl,released")
     assert run.model.gradient == "rotation"
     assert (run.optimizer.warmup_steps, run.objective.entropy) == (5_000, 0.005)
     assert run.objective.auxiliary_steps == 0
@@ -138,14 +142,14 @@ def test_released_xl_xxl_has_the_newer_recipe():
 
 def test_vanilla_variant_has_no_teacher():
     for argument in ("s_s,vanilla", "s_s,released,vanilla", "s_s,vanilla,released"):
-        run = from_mapping(TokenizerRun, tokenizer_config(argument).to_dict())
+        run = tokenizer_run(argument)
         assert run.model.semantic_dim == run.objective.semantic == 0
         assert (run.model.gradient == "rotation") == ("released" in argument)
 
 
 def test_dino_disc_variant_has_another_discriminator_that_starts_later():
-    base = from_mapping(TokenizerRun, tokenizer_config("b_l").to_dict())
-    run = from_mapping(TokenizerRun, tokenizer_config("b_l,dino_disc").to_dict())
+    base = tokenizer_run("b_l")
+    run = tokenizer_run("b_l,dino_disc")
     assert (base.objective.discriminator, base.objective.disc_start) == ("patchgan", 20_000)
     objective = dataclasses.replace(base.objective, discriminator="dino", disc_start=80_000)
     assert run == dataclasses.replace(base, objective=objective)
@@ -159,33 +163,59 @@ def test_dino_disc_variant_has_another_discriminator_that_starts_later():
         ("b_l,", "'': no such variant"),
     ],
 )
-def test_misspelt_names_are_refused(argument, message):
+def test_misspelt_names_list_the_known_ones(argument, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        tokenizer_config(argument)
+        tokenizer_run(argument)
 
 
-def test_batch_that_the_dino_discriminator_cannot_group_is_refused():
-    config = tokenizer_config("s_s,dino_disc")
-    config.batch_size = 13
-    with pytest.raises(UserError, match=r"^config\.batch_size must split .* got 13"):
-        from_mapping(TokenizerRun, config.to_dict())
+def override(argument, **fields):
+    """What `--config=configs/tokenizer.py:ARGUMENT --config.FIELD=VALUE` gives."""
+    mapping = config.to_config_dict(tokenizer_run(argument))
+    mapping.update_from_flattened_dict(fields)
+    return from_mapping(TokenizerRun, mapping.to_dict())
 
 
 @pytest.mark.parametrize(
     "path, value, message",
     [
-        ("model.latents", 100, "config.model.latents must be a power of two"),
-        ("model.encoder.heads", 7, "config.model.encoder: .* heads must divide width"),
-        ("dtype", "float8", "config.dtype must be one of"),
-        ("remat", "some", "config.remat must be one of"),
-        ("batch_size", 0, "config.batch_size must be positive"),
-        ("objective.discriminator", "vit", "config.objective.discriminator must be one of"),
-        ("model.semantic_dim", 0, "config.objective.semantic is positive"),
-        ("steps", 5_000, "config.optimizer.warmup_steps must be fewer than the run's 5000"),
+        ("model.latents", 100, "config.model.latents: expected a power of two"),
+        ("model.encoder.heads", 7, "config.model.encoder.heads: expected a divisor"),
+        ("dtype", "float8", "config.dtype: expected 'auto', 'float32' or 'bfloat16', got 'float8'"),
+        ("remat", "some", "config.remat: expected 'none', 'dots' or 'full'"),
+        ("batch_size", 0, "config.batch_size: expected greater than 0, got 0"),
+        ("objective.discriminator", "vit", "config.objective.discriminator: expected 'patchgan'"),
+        ("model.semantic_dim", 0, "config.model.semantic_dim: expected a width"),
+        ("steps", 5_000, "config.optimizer.warmup_steps: expected fewer than the run's 5000"),
     ],
 )
-def test_impossible_run_is_refused_by_its_field(path, value, message):
-    config = tokenizer_config("s_s")
-    config.update_from_flattened_dict({path: value})
+def test_impossible_values_are_rejected_by_field(path, value, message):
     with pytest.raises(UserError, match=f"^{message}"):
-        from_mapping(TokenizerRun, config.to_dict())
+        override("s_s", **{path: value})
+
+
+def test_dino_discriminator_needs_batches_that_it_can_group():
+    with pytest.raises(UserError, match=r"^config\.batch_size: .* got 13$"):
+        override("s_s,dino_disc", batch_size=13)
+
+
+def test_warmup_follows_batch_size_and_epochs_in_every_config():
+    for name, field in (("generator:b", None), ("probe", "generator"), ("probe:linear", None)):
+        run = config.load(name)
+        run = getattr(run, field) if field else run
+        half = dataclasses.replace(run, batch_size=run.batch_size // 2)
+        steps, more = (r.resolved_optimizer.warmup_steps for r in (run, half))
+        assert more == pytest.approx(2 * steps, abs=1) and steps > 0
+        mapping = config.to_config_dict(run)
+        mapping.optimizer.warmup_steps = 7
+        assert from_mapping(type(run), mapping.to_dict()).resolved_optimizer.warmup_steps == 7
+
+
+def test_configs_are_found_by_short_names_and_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    expected = config.load("tokenizer:b_l")
+    assert config.load("configs/tokenizer.py:b_l") == expected
+    (tmp_path / "tokenizer.py").write_text("def get_config(argument='x'):\n    return argument\n")
+    assert config.load("tokenizer.py") == "x"  # one's own file comes first
+    assert config.load(f"{tmp_path}/tokenizer.py:y") == "y"
+    with pytest.raises(UserError, match=r"no such file; installed configs: demo, generator, probe"):
+        config.load("nothing.py")

@@ -55,7 +55,7 @@ def weight_gradient_is_blocked(x, kernel, stride, padding):
         ((4, 2), ((1, 2), (0, 1))),
     ],
 )
-def test_output_and_gradients_are_those_of_lax(monkeypatch, threshold, stride, size, padding):
+def test_output_and_gradients_equal_lax(monkeypatch, threshold, stride, size, padding):
     monkeypatch.setattr(convolution, "LARGE", threshold)
     x, kernel = arrays(16, size, stride, padding)
     assert weight_gradient_is_blocked(x, kernel, stride, padding) == (threshold == ALWAYS)
@@ -66,7 +66,7 @@ def test_output_and_gradients_are_those_of_lax(monkeypatch, threshold, stride, s
         np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-def test_rows_that_no_block_divides_take_the_native_gradient(monkeypatch):
+def test_rows_not_divisible_into_blocks_use_the_native_gradient(monkeypatch):
     monkeypatch.setattr(convolution, "LARGE", ALWAYS)
     padding = ((1, 1), (1, 1))
     x, kernel = arrays(12, (3, 3), 1, padding)

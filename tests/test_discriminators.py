@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax.models import batch_norm, discriminators, resize, vit
+from gigatok_jax.models import discriminators, norms, resize, vit
 
 import tiny
 
@@ -68,26 +68,26 @@ def test_longer_kernel_has_the_same_output_and_no_gradient_along_itself(conv):
 @pytest.mark.parametrize("batch, size", [(2, 2), (8, 8), (12, 6), (16, 8)])
 def test_local_batch_norm_normalizes_groups_of_eight_at_most(batch, size):
     x = tokens(batch) * 3 + 1
-    module = batch_norm.LocalBatchNorm()
+    module = norms.LocalBatchNorm()
     y = np.asarray(module.apply(module.init(KEY, x), x)).reshape(batch // size, -1, 6)
     np.testing.assert_allclose(y.mean(1), 0, atol=1e-5)
     np.testing.assert_allclose(y.var(1), 1, atol=1e-5)
 
 
-def test_batch_of_unequal_groups_is_refused():
-    assert batch_norm.batch_groups(256) == 32
-    with pytest.raises(ValueError, match=r"^batch_size must split into equal groups .* got 13"):
-        batch_norm.batch_groups(13)
+def test_batch_of_unequal_groups_is_rejected():
+    assert norms.batch_groups(256) == 32
+    with pytest.raises(ValueError, match=r"^batch_size: expected equal groups .* got 13"):
+        norms.batch_groups(13)
 
 
-def test_area_resize_averages_every_pixel_that_is_touched():
+def test_area_resize_averages_every_pixel_it_touches():
     image = tiny.images(1, size=7)
     rows = [slice(0, 3), slice(2, 5), slice(4, 7)]  # thirds of 7 begin at 0, 2.33, 4.67
     expected = [[image[0, r, c].mean((0, 1)) for c in rows] for r in rows]
     np.testing.assert_allclose(resize.area(image, 3)[0], expected, atol=1e-6)
 
 
-def test_dino_sees_a_crop_or_the_whole_image_each_half_of_the_time():
+def test_dino_sees_a_crop_or_the_whole_image_with_even_odds():
     config = vit.ViTConfig(1, 1, 4, patch_size=2, grid=3)
     images = jnp.asarray(tiny.images(2, size=8))
     normal = np.asarray(vit.normalize(images, config))
@@ -115,7 +115,7 @@ def test_small_images_are_enlarged_for_dino():
     np.testing.assert_allclose(inputs, vit.preprocess(images, config, 3), atol=1e-6)
 
 
-def test_heads_judge_every_token_of_every_feature():
+def test_heads_rate_every_token_of_every_feature():
     module, features = discriminators.DinoHeads(), tokens(6).reshape(3, 2, 12, 6)
     variables = nn.meta.unbox(jax.jit(module.init)(KEY, features))
     logits = jax.jit(functools.partial(module.apply, train=False))(variables, features)
@@ -127,12 +127,12 @@ def test_heads_judge_every_token_of_every_feature():
         np.testing.assert_allclose(logits[:, 12 * i : 12 * i + 12], expected, atol=1e-5)
 
 
-def test_groups_of_a_batch_are_normalised_apart():
+def test_groups_of_a_batch_are_normalized_separately():
     x = np.random.default_rng(0).standard_normal((6, 4, 4, 3), np.float32)
-    variables = batch_norm.BatchNorm().init(jax.random.key(0), x, train=True)
+    variables = norms.BatchNorm().init(jax.random.key(0), x, train=True)
 
     def apply(groups, x):
-        module = batch_norm.BatchNorm(groups=groups)
+        module = norms.BatchNorm(groups=groups)
         return module.apply(variables, x, train=True, mutable=["batch_stats"])
 
     y, updated = apply(3, x)

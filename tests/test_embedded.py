@@ -8,6 +8,19 @@ import pytest
 
 from gigatok_jax.data.drawings import CLASS_NAMES, EmbeddedSource, draw
 
+QUARTERS = [
+    [159.81, 172.43, 140.13, 151.73],
+    [196.90, 204.99, 184.17, 199.04],
+    [147.59, 142.17, 164.48, 153.00],
+    [144.43, 148.89, 142.77, 150.08],
+    [174.38, 177.24, 189.13, 191.00],
+    [145.38, 144.24, 137.29, 132.15],
+    [162.36, 173.19, 166.23, 179.21],
+    [130.90, 149.99, 126.88, 117.13],
+    [164.27, 141.66, 147.48, 138.13],
+    [179.11, 181.74, 172.52, 163.62],
+]
+
 
 def _images(source: EmbeddedSource, count: int) -> np.ndarray:
     return np.stack([source[i]["image"] for i in range(count)])
@@ -30,6 +43,14 @@ def test_examples_are_identical_across_pickling_order_and_length():
         assert source[i]["key"] == longer[i]["key"]
 
 
+def test_drawings_look_as_they_always_did():
+    # The weights of the embedded teacher belong to these pictures. Means, because the last bit of
+    # a pixel may depend on the processor.
+    grey = np.stack([draw(i, image_size=64).image @ (0.5, 0.3, 0.2) for i in range(10)])
+    quarters = grey.reshape(10, 2, 32, 2, 32).mean((2, 4)).reshape(10, 4)
+    np.testing.assert_allclose(quarters, QUARTERS, atol=0.02)
+
+
 def test_no_drawing_is_repeated_within_or_between_splits_and_seeds():
     kinds = (("train", 0), ("validation", 0), ("train", 1))
     sources = [EmbeddedSource(200, 32, split, seed) for split, seed in kinds]
@@ -47,7 +68,7 @@ def test_labels_are_balanced_over_ten_classes():
 
 @pytest.mark.parametrize("size", [32, 96, 256])
 def test_size_changes_the_sampling_and_not_the_scene(size):
-    for i in range(20):
+    for i in range(10):
         image, reference = draw(i, image_size=size).image, draw(i, image_size=64).image
         assert image.shape == (size, size, 3) and image.dtype == np.uint8
         small, other = (
@@ -58,7 +79,7 @@ def test_size_changes_the_sampling_and_not_the_scene(size):
 
 
 def test_every_object_fills_a_sensible_share_of_its_frame_and_is_whole():
-    masks = np.stack([draw(i).mask for i in range(500)])
+    masks = np.stack([draw(i).mask for i in range(300)])
     assert masks.dtype == np.float32 and masks.min() == 0 and masks.max() == 1
     share = masks.mean((1, 2))
     assert share.min() > 0.07 and share.max() < 0.45
@@ -67,7 +88,7 @@ def test_every_object_fills_a_sensible_share_of_its_frame_and_is_whole():
 
 
 def test_objects_stand_out_from_the_background():
-    for i in range(200):
+    for i in range(100):
         drawing = draw(i)
         inside, outside = drawing.mask > 0.9, drawing.mask == 0
         colours = [drawing.image[where].mean(0) for where in (inside, outside)]
@@ -84,8 +105,8 @@ def test_a_linear_classifier_tells_the_silhouettes_apart():
     assert accuracy > 0.75
 
 
-def test_wrong_split_and_index_are_refused():
-    with pytest.raises(ValueError, match="test"):
+def test_wrong_split_and_index_are_errors():
+    with pytest.raises(ValueError, match=r"^split: expected .*, got 'test'"):
         EmbeddedSource(10, split="test")
     with pytest.raises(IndexError):
         EmbeddedSource(10)[10]

@@ -1,7 +1,6 @@
 """Linear probes: LARS, the head, what is probed, and runs."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import jax
@@ -12,14 +11,14 @@ from PIL import Image
 import pytest
 
 from gigatok_jax import api, bundles
-from gigatok_jax.commands import train
+from gigatok_jax import config as configs
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.training import linear_probe, linear_probe_run, optimizer
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training import linear_probe, loop, optimizer
+from gigatok_jax.training.linear_probe import LinearProbeRun, LinearProbeTask
 from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.task import LoopConfig
 from gigatok_jax.training.telemetry import read_metrics
 
 import tiny
@@ -55,7 +54,7 @@ def test_lars_matches_a_plain_version():
         algorithm="lars", rate=0.5, final_rate=0.0, warmup_steps=5, weight_decay=0.01, clip=0.0
     )
     steps = 20
-    lars = optimizer.optimizer(config, steps)
+    lars = optimizer.make_optimizer(config, steps)
     ours = jax.tree.map(jnp.float32, params)
     state = lars.init(ours)
     plain = {name: value.copy() for name, value in params["head"].items()}
@@ -94,7 +93,7 @@ def test_head_normalizes_features_without_gain_or_bias():
 
 
 def probed(networks, **fields):
-    return linear_probe_run._probed(run(networks, **fields))
+    return run(networks, **fields).open_task().probed
 
 
 def test_generator_features_are_those_of_its_middle_layer_without_a_class(networks):
@@ -144,15 +143,15 @@ def test_probe_beats_chance_goes_on_and_leaves_a_bundle(networks, tmp_path):
     data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=4)
     fields = {"data": data, "features": "latents", "evaluation_images": 10}
     workdir = tmp_path / "run"
-    train.train(dataclasses.asdict(run(networks, steps=20, **fields)), workdir)
-    train.train(dataclasses.asdict(run(networks, steps=60, **fields)), workdir)
+    loop.train(run(networks, steps=20, **fields), workdir)
+    loop.train(run(networks, steps=60, **fields), workdir)
     rows = read_metrics(workdir / "metrics.jsonl")
     assert rows[-1]["held_out/accuracy"] > 0.8  # chance: a half
     assert rows[-1]["held_out/top5_accuracy"] == 1  # of two
     # Killed between the last checkpoint and the end of its evaluation.
     lines = (workdir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (workdir / "metrics.jsonl").write_text("".join(lines[:-1]))
-    train.train(dataclasses.asdict(run(networks, steps=60, **fields)), workdir)
+    loop.train(run(networks, steps=60, **fields), workdir)
     assert read_metrics(workdir / "metrics.jsonl") == rows
     bundle = bundles.load(workdir, "linear_probe")
     assert bundle.made_by["step"] == 60
@@ -169,7 +168,7 @@ def test_probe_learns_nothing_of_shuffled_classes(networks, tmp_path):
         Image.fromarray(image).save(tmp_path / "photos" / name / f"{i:02d}.png")
     data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=4)
     fields = {"data": data, "features": "latents", "evaluation_images": 20, "steps": 60}
-    train.train(dataclasses.asdict(run(networks, **fields)), tmp_path / "run")
+    loop.train(run(networks, **fields), tmp_path / "run")
     rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
     assert rows[-1]["held_out/accuracy"] <= 0.7  # of 20; chance: a half
 
@@ -182,43 +181,40 @@ def test_features_in_parts_are_those_of_the_whole_batch(networks):
         "label": np.arange(6, dtype=np.int32),
     }
     values = [
-        linear_probe.LinearProbeTraining(
-            found.apply, found.width, 10, OptimizerConfig(), 1, size
-        )._features(found.frozen, batch)
+        LinearProbeTask(run(networks, batch_size=6, feature_batch_size=size), found)._features(
+            found.frozen, batch
+        )
         for size in (6, 2)
     ]
     np.testing.assert_allclose(values[0], values[1], atol=1e-5)
 
 
 def test_rate_and_warmup_follow_the_batch():
-    path = pathlib.Path(__file__).parents[1] / "configs" / "probe.py"
-    spec = importlib.util.spec_from_file_location("probe_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("linear")
-    assert (config.optimizer.rate, config.optimizer.warmup_steps) == (6.4, 781)
-    config.batch_size = 1_024
-    assert (config.optimizer.rate, config.optimizer.warmup_steps) == (0.4, 12_500)
-    nested = module.get_config()
-    nested.linear_probe.batch_size = 1_024
-    assert nested.to_dict()["linear_probe"]["optimizer"]["rate"] == 0.4
+    run = configs.load("probe:linear")
+    found = run.resolved_optimizer
+    assert (found.rate, found.warmup_steps) == (pytest.approx(6.4), 781)
+    found = dataclasses.replace(run, batch_size=1_024).resolved_optimizer
+    assert (found.rate, found.warmup_steps) == (pytest.approx(0.4), 12_500)
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"feature_batch_size": 3, "batch_size": 8}, r"^config\.feature_batch_size must divide"),
+        (
+            {"feature_batch_size": 3, "batch_size": 8},
+            r"^config\.feature_batch_size: expected a divisor",
+        ),
         ({"layer": 3}, r"^config\.layer: expected 1 to 2, got 3$"),
         ({"features": "latents", "layer": 1}, r"^config\.layer: the latents features have no"),
-        ({"tokenizer": ""}, r"^config\.tokenizer: empty"),
-        ({"generator": ""}, r"^config\.generator: empty"),
-        ({"features": "logits"}, r"^config\.features must be one of"),
+        ({"tokenizer": ""}, r"^config\.tokenizer: expected"),
+        ({"generator": ""}, r"^config\.generator: expected"),
+        ({"features": "logits"}, r"^config\.features: expected 'generator'"),
     ],
 )
 def test_what_cannot_be_probed_is_refused(networks, tmp_path, fields, message):
     mapping = dataclasses.asdict(run(networks)) | fields
     with pytest.raises(UserError, match=message):
-        train.train(mapping, tmp_path)
+        loop.train(configs.from_mapping(LinearProbeRun, mapping), tmp_path)
 
 
 def test_generator_of_another_tokenizer_is_refused(networks, tmp_path):

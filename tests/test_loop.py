@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import time
+from typing import Literal
+from unittest import mock
 
 import flax.struct
 import jax
@@ -20,13 +22,13 @@ from PIL import Image
 import pytest
 
 from gigatok_jax import bundles, sharding
-from gigatok_jax.commands import train
+from gigatok_jax.config import configclass, from_mapping, to_config_dict
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.training import loop
 from gigatok_jax.training.checkpoints import Checkpoints
-from gigatok_jax.training.loop import Job, LoopConfig
+from gigatok_jax.training.task import LoopConfig, RunConfig, Task
 from gigatok_jax.training.telemetry import read_metrics
-from gigatok_jax.training.tokenizer_run import _UsageAdvice
+from gigatok_jax.training.tokenizer import TokenizerRun, TokenizerTask
 
 import train_config
 
@@ -43,11 +45,24 @@ class ToyState:
     w: jax.Array
 
 
-@dataclasses.dataclass(frozen=True)
-class Toy:
-    """Loss `value` is the batch's number; `late` is there from step 11 on."""
-
+@configclass(kw_only=True)
+class ToyRun(RunConfig):
+    task: Literal["toy"] = "toy"
     steps: int = 20
+    batch_size: int = 4
+
+    def open_task(self):
+        return ToyTask(self)
+
+
+class ToyTask(Task):
+    """The loss `value` is the batch's number; `late` exists from step 11 on."""
+
+    frozen = np.float32(0.5)
+
+    def __init__(self, run, advise=None):
+        self.run = run
+        self.advise = advise or (lambda row: None)
 
     def init(self, key):
         return ToyState(jnp.zeros((), jnp.int32), jax.random.normal(key, (1_000,)))
@@ -61,6 +76,9 @@ class Toy:
         if phase == "late":
             metrics["late"] = value
         return ToyState(state.step + 1, state.w * 0.9 + value), metrics
+
+    def bundle(self, state):
+        return (state,)
 
 
 class ToyBatches:
@@ -86,21 +104,21 @@ class ToyBatches:
         pass
 
 
-def run_toy(workdir, batches=None, *, toy=None, finish=None, evaluate=None, advise=None, **config):
-    """Runs the toy; returns the finished states, at most one."""
-    workdir.mkdir(exist_ok=True)
-    finished = []
-    job = Job(
-        training=toy or Toy(),
-        frozen=np.float32(0.5),
-        batches=batches or ToyBatches(),
-        evaluate=evaluate or (lambda state, frozen: ({}, {})),
-        advise=advise or (lambda row: None),
-        finish=finish or finished.append,
-    )
+def run_toy(workdir, batches=None, *, finish=None, evaluate=None, advise=None, steps=20, **config):
+    """Runs the toy; returns the states of bundles that it wrote, at most one."""
     config = {"log_every": 5, "evaluate_every": 0, "checkpoint_every": 7} | config
-    mesh = sharding.make_mesh(sharding.MeshConfig())
-    loop.run(job, LoopConfig(**config), mesh, workdir, seed=3)
+    run = ToyRun(steps=steps, loop=LoopConfig(**config), seed=3)
+    evaluate = evaluate or (lambda state, frozen: ({}, {}))
+    finished = []
+    finish = finish or finished.append
+    batches = batches or ToyBatches()
+    with (
+        mock.patch.object(ToyRun, "open_task", lambda run: ToyTask(run, advise)),
+        mock.patch.object(loop.pipeline, "train_batches", lambda *args: batches),
+        mock.patch.object(loop, "HeldOut", lambda task, mesh: evaluate),
+        mock.patch.object(loop.bundles, "save", lambda path, state: finish(state)),
+    ):
+        loop.train(run, workdir)
     return finished
 
 
@@ -171,10 +189,11 @@ def test_signal_in_the_last_step_does_not_stop_a_run_that_is_done(tmp_path):
 
 
 def test_checkpoints_are_of_their_step_although_training_goes_on(tmp_path):
-    run_toy(tmp_path, keep_last=5, checkpoint_every=1, toy=Toy(5))
+    run_toy(tmp_path, keep_last=5, checkpoint_every=1, steps=5)
     mesh = sharding.make_mesh(sharding.MeshConfig())
-    abstract = loop.abstract_state(Toy(), mesh)
-    w = np.asarray(loop.fresh_state(Toy(), abstract, seed=3).w)
+    toy = ToyTask(ToyRun())
+    abstract = loop.abstract_state(toy, mesh)
+    w = np.asarray(loop.fresh_state(toy, abstract, seed=3).w)
     expected = [w := w * np.float32(0.9) + np.float32(step * 0.5) for step in range(1, 6)]
     for step in range(5, 0, -1):
         checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=5)
@@ -211,7 +230,7 @@ def test_finished_run_that_goes_on_and_explodes_keeps_what_was_good(tmp_path):
         run_toy(
             tmp_path,
             batches,
-            toy=Toy(40),
+            steps=40,
             checkpoint_every=1,
             finish=lambda state: pytest.fail("the bundle stays that of step 20"),
         )
@@ -259,34 +278,26 @@ def test_advice_is_logged(tmp_path, caplog):
     "field, value", [("log_every", 0), ("keep_last", 0), ("evaluate_every", -1)]
 )
 def test_impossible_intervals_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"^{field} .*{value}"):
+    with pytest.raises(ValueError, match=f"^{field}: .*{value}"):
         LoopConfig(**{field: value})
 
 
 # Advice on codebook usage.
 
 
-@dataclasses.dataclass
-class Usage:
-    """What `_UsageAdvice` reads of a run."""
-
-    @dataclasses.dataclass
-    class Model:
-        latents: int = 256
-        codebook_size: int = 16_384
-
-    model: Model = dataclasses.field(default_factory=Model)
-    batch_size: int = 128
-    usage_floor: float = 0.1
-    usage_patience: int = 1_000
+def usage_task(**fields):
+    model = train_config.get_config().model
+    model = dataclasses.replace(model, image_size=16, latents=256, codebook_size=16_384)
+    run = dataclasses.replace(train_config.get_config(), model=model, batch_size=128, **fields)
+    return TokenizerTask(run)
 
 
 def advised(usages, every=50):
     """Steps at which advice comes for a usage each `every` steps, and the advice."""
-    advice = _UsageAdvice(Usage())
+    task = usage_task()
     found = {}
     for i, usage in enumerate(usages, start=1):
-        text = advice({"step": i * every, "codebook_usage": usage})
+        text = task.advise({"step": i * every, "codebook_usage": usage})
         if text:
             found[i * every] = text
     return found
@@ -306,12 +317,12 @@ def test_recovery_restarts_patience_and_healthy_runs_get_no_advice():
 
 
 def test_short_history_is_not_taken_for_collapse():
-    run = Usage(batch_size=1, usage_patience=1)
-    run.model.latents = 4
-    advice = _UsageAdvice(run)
-    # 40 assignments cannot have seen 10 % of 16,384 codes; they have seen 40.
+    run = train_config.get_config()
+    model = dataclasses.replace(run.model, codebook_size=16_384)  # 4 codes per image
+    task = TokenizerTask(dataclasses.replace(run, model=model, batch_size=1, usage_patience=1))
+    # 40 assignments cannot contain 10 % of 16,384 codes; they contain 40.
     for step in range(1, 11):
-        assert advice({"step": step, "codebook_usage": step * 4 / 16_384}) is None
+        assert task.advise({"step": step, "codebook_usage": step * 4 / 16_384}) is None
 
 
 # The whole program, killed and stopped.
@@ -417,9 +428,10 @@ def test_kill_then_sigterm_and_going_on_equals_an_uninterrupted_run(
 )
 def test_run_of_another_architecture_is_refused_by_field(uninterrupted, path, value):
     before = (uninterrupted / "config.json").read_text()
-    config = train_config.get_config()
-    config.update_from_flattened_dict({path: value})
+    fields = to_config_dict(train_config.get_config())
+    fields.update_from_flattened_dict({path: value})
+    run = from_mapping(TokenizerRun, fields.to_dict())
     with pytest.raises(UserError, match=rf"^config\.{re.escape(path)}: ") as caught:
-        train.train(config.to_dict(), uninterrupted)
+        loop.train(run, uninterrupted)
     assert caught.value.exit_code == 2
     assert (uninterrupted / "config.json").read_text() == before

@@ -14,9 +14,8 @@ import pytest
 from gigatok_jax import recipes, sharding
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import loop
-from gigatok_jax.training.generator import GeneratorTraining
-from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerTraining
+from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
+from gigatok_jax.training.tokenizer import TokenizerRun, TokenizerTask
 
 WORKER = pathlib.Path(__file__).parent / "mesh_worker.py"
 AGREEMENT = 1e-5
@@ -43,10 +42,9 @@ def test_ten_steps_are_the_same_on_any_mesh(task, tmp_path):
 def test_no_large_parameter_is_whole_under_fsdp(name):
     kind, _, size = name.rpartition(":")
     if kind:
-        training = GeneratorTraining(recipes.generator_model(size), OptimizerConfig(), 10)
+        training = GeneratorTask(GeneratorRun(model=recipes.generator_model(size)))
     else:
-        model = recipes.tokenizer_model(size)
-        training = TokenizerTraining(model, ObjectiveConfig(), OptimizerConfig(), 10)
+        training = TokenizerTask(TokenizerRun(model=recipes.tokenizer_model(size)))
     mesh = sharding.abstract_mesh(MeshConfig(1, 8, 1), 8)
     state = loop.abstract_state(training, mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(state):
@@ -56,7 +54,7 @@ def test_no_large_parameter_is_whole_under_fsdp(name):
 
 def test_an_axis_that_the_mesh_does_not_divide_is_left_whole():
     mesh = AbstractMesh((1, 3, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 3)
-    training = GeneratorTraining(recipes.generator_model("b"), OptimizerConfig(), 10)
+    training = GeneratorTask(GeneratorRun(model=recipes.generator_model("b")))
     state = loop.abstract_state(training, mesh)
     for leaf in jax.tree.leaves(state.params):
         leaf.sharding.shard_shape(leaf.shape)  # raises where it does not divide

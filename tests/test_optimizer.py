@@ -17,9 +17,13 @@ SCHEDULES = {
 }
 
 
+def resolved(config):
+    return config.resolve(batch_size=1, epoch_images=1)
+
+
 def updates(config, gradients, params=1.0, steps=100, **kwargs):
     """Updates that a scalar parameter gets for a series of gradients, as a float64 array."""
-    transformation = optimizer.optimizer(config, steps, **kwargs)
+    transformation = optimizer.make_optimizer(resolved(config), steps, **kwargs)
     params = jnp.asarray(params)
     state, result = transformation.init(params), []
     for gradient in gradients:
@@ -32,13 +36,13 @@ def updates(config, gradients, params=1.0, steps=100, **kwargs):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_matches_reference_at_every_step(name):
     expected = synth.expected("schedules.npz")[name]
-    rates = optimizer.schedule(SCHEDULES[name], 1_000)(jnp.arange(1_001))
+    rates = optimizer.learning_rate(resolved(SCHEDULES[name]), 1_000)(jnp.arange(1_001))
     assert len(expected) == 1_001
     np.testing.assert_allclose(rates, expected, rtol=0, atol=1e-9)
 
 
 def test_constant_schedule_is_constant_after_its_warmup():
-    rates = optimizer.schedule(OptimizerConfig(schedule="constant", warmup_steps=10), 100)(
+    rates = optimizer.learning_rate(OptimizerConfig(schedule="constant", warmup_steps=10), 100)(
         jnp.arange(101)
     )
     np.testing.assert_allclose(
@@ -47,13 +51,13 @@ def test_constant_schedule_is_constant_after_its_warmup():
 
 
 def test_cosine_stays_at_its_end_beyond_the_last_step():
-    rates = optimizer.schedule(OptimizerConfig(), 100)(jnp.arange(100, 200))
+    rates = optimizer.learning_rate(resolved(OptimizerConfig()), 100)(jnp.arange(100, 200))
     np.testing.assert_allclose(rates, 1e-5, rtol=1e-6)
 
 
 def test_updates_follow_the_written_rule_of_adamw():
     config = OptimizerConfig(rate=1e-2, warmup_steps=3, weight_decay=0.1, clip=100.0)
-    gradients, rates = [0.5, -1.0, 2.0, 0.1], optimizer.schedule(config, 100)
+    gradients, rates = [0.5, -1.0, 2.0, 0.1], optimizer.learning_rate(config, 100)
     parameter, mean, square, expected = 1.0, 0.0, 0.0, []
     for i, gradient in enumerate(gradients):
         mean = 0.9 * mean + 0.1 * gradient
@@ -72,13 +76,13 @@ def test_first_update_has_the_first_rate_of_the_warmup():
 
 def test_updates_that_start_late_have_the_rates_of_their_steps():
     config = OptimizerConfig(warmup_steps=10, weight_decay=0.0)
-    rates = optimizer.schedule(config, 100)(jnp.arange(60, 63))
+    rates = optimizer.learning_rate(config, 100)(jnp.arange(60, 63))
     np.testing.assert_allclose(updates(config, [1.0] * 3, start=60), -rates, rtol=1e-4)
 
 
 def test_gradients_are_clipped_by_their_global_norm():
     config = OptimizerConfig(rate=1.0, schedule="constant", weight_decay=0.0, clip=1.0)
-    transformation = optimizer.optimizer(config, 100)
+    transformation = optimizer.make_optimizer(resolved(config), 100)
     params = {"a": jnp.zeros(1), "b": jnp.zeros(1)}
     state = transformation.init(params)
     _, state = transformation.update({"a": jnp.array([3.0]), "b": jnp.array([4.0])}, state, params)
@@ -113,5 +117,13 @@ def test_average_moves_by_one_minus_a_decay_that_grows(step, expected):
     ],
 )
 def test_impossible_values_are_refused_by_name(field, value):
-    with pytest.raises(ValueError, match=f"^{field} .*{value}"):
+    with pytest.raises(ValueError, match=f"^{field}: .*{value}"):
         OptimizerConfig(**{field: value})
+
+
+def test_rate_and_warmup_follow_the_batch_unless_they_are_given():
+    free = OptimizerConfig(rate=None, base_rate=0.1, warmup_epochs=2.0)
+    found = free.resolve(batch_size=512, epoch_images=10_000)
+    assert (found.rate, found.warmup_steps) == (0.2, 39)
+    given = OptimizerConfig(rate=0.3, warmup_steps=7, warmup_epochs=2.0)
+    assert given.resolve(batch_size=512, epoch_images=10_000) == given

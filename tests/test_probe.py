@@ -17,7 +17,7 @@ import pytest
 from gigatok_jax import bundles, cli, pictures
 from gigatok_jax.data import codes
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import generation, probe_page, probing, sets
+from gigatok_jax.evaluation import generation, probing, report, sets
 from gigatok_jax.training.checkpoints import Checkpoints
 
 import tiny
@@ -148,7 +148,7 @@ def test_probe_rejects_a_reference_before_it_trains(tokenizer, tmp_path):
     assert not (tmp_path / "probe").exists()
 
 
-def test_report_holds_everything(whole):
+def test_report_holds_charts_pictures_and_settings(whole):
     html = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file
     assert html.count("data:image/svg+xml") == 4 and html.count("data:image/png") == 3
@@ -166,32 +166,37 @@ def test_samples_have_their_classes_names_before_them(whole):
 
 
 def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
-    """First cell to the other cells by heading."""
-    found = [probe_page.read(workdir, f"own{i}") for i, workdir in enumerate(workdirs)]
-    headings, rows = probe_page.make(found).table
-    return {row.cells[0]: dict(zip(headings, row.cells, strict=True)) for row in rows}
+    """First cell to the other cells by heading, of the report's first table."""
+    report.write(workdirs, workdirs[0] / "table.html")
+    html = (workdirs[0] / "table.html").read_text()
+    found = re.search(r"<table>(.*?)</table>", html, re.DOTALL)[1]
+    headings, *rows = (
+        [cell.strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL)]
+        for row in re.findall(r"<tr.*?</tr>", found, re.DOTALL)
+    )
+    return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
 
 
-def test_table_says_where_the_papers_rows_are_from(whole):
+def test_table_names_the_source_and_setting_of_the_papers_rows(whole):
     rows = table(whole)
     settings = {name: (row["generator trained"], row["guidance"]) for name, row in rows.items()}
-    assert settings.pop("own0") == ("6 steps", f"{results(whole)['guidance']:.2f}, constant")
+    assert settings.pop(whole.name) == ("6 steps", f"{results(whole)['guidance']:.2f}, constant")
     assert settings["B-L (Table 2)"] == ("50 epochs", "constant")
     assert settings["B-L (Tables 3, 10)"] == ("300 epochs", "step")
     assert settings["LlamaGen-Tok. (Table 10)"] == ("-", "-")
     assert all("(Table" in name for name in settings)
-    html = (whole / "report.html").read_text()
-    assert "system-level comparison" in html and "ssim_range is 2" in re.sub(r"\s+", " ", html)
+    html = re.sub(r"\s+", " ", (whole / "report.html").read_text())
+    assert "system-level comparison" in html and "set ssim_range to 2" in html
 
 
-def test_ssim_of_both_ranges_are_in_columns_of_their_own(whole, tmp_path):
+def test_ssim_of_each_range_has_its_own_column(whole, tmp_path):
     ssim = f"{results(whole)['ssim']:.3f}"
     other = shutil.copytree(whole, tmp_path / "probe")
     record = json.loads((other / "probe.json").read_text())
     (other / "probe.json").write_text(json.dumps(record | {"config.ssim_range": 2}))
     rows, names = table(whole, other), ("SSIM, range 1", "SSIM, range 2")
-    assert [rows["own0"][name] for name in names] == [ssim, "-"]
-    assert [rows["own1"][name] for name in names] == ["-", ssim]
+    assert [rows[whole.name][name] for name in names] == [ssim, "-"]
+    assert [rows["probe"][name] for name in names] == ["-", ssim]
     assert [rows["B-L (Tables 3, 10)"][name] for name in names] == ["-", "0.685"]
 
 
@@ -204,10 +209,12 @@ def test_probe_measures_ssim_of_the_range_asked_for(tokenizer, tmp_path, monkeyp
         probing.probe(tokenizer, dataclasses.replace(CONFIG, ssim_range=2), tmp_path)
 
 
-def test_report_puts_probes_side_by_side(whole, tmp_path):
+def test_report_compares_probes_side_by_side(whole, tmp_path):
     out = tmp_path / "both.html"
     assert cli.main(["report", str(whole), str(whole), f"--out={out}"]) == 0
-    assert "Against the tokenizer" in out.read_text()
+    html = out.read_text()
+    assert "against the tokenizer" in html and "2 side by side" in html
+    assert html.count("data:image/svg+xml") == 2 * 4 + 4
 
 
 def test_maps_show_equal_features_in_equal_colours():

@@ -85,7 +85,7 @@ def started(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> lis
     return [int(number) for number in re.search(r"are ([\d ]+);", line)[1].split()]
 
 
-def test_a_notice_to_one_saves_all_and_a_lost_process_ends_the_others(tmp_path):
+def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(tmp_path):
     workdir = tmp_path / "run"
     endless = [*TRAIN, "--config.steps=100000", f"--workdir={workdir}"]
     more = [*endless, "--config.loop.checkpoint_every=100000"]  # the notice's is the only one
@@ -108,7 +108,7 @@ def test_a_notice_to_one_saves_all_and_a_lost_process_ends_the_others(tmp_path):
     output, _ = two.communicate(timeout=300)
     assert time.monotonic() - killed < TIMEOUT + 15
     assert two.returncode != 0
-    assert f"going on from step {step} in" in output
+    assert f"resuming from step {step} in" in output
     assert "process 1 was ended by signal 9" in output
     # In the middle of a save it is the runtime that ends the others, and names the lost one.
     ours, runtimes = r"gigatok: error: lost process 1 of 0 to 1, not at", r"heartbeats\):\s+1\s"
@@ -124,7 +124,7 @@ def single(tmp_path_factory) -> list[dict]:
 
 
 @pytest.mark.parametrize("axis", ["data", "tensor"])
-def test_run_of_two_processes_goes_on_in_one(axis, single, tmp_path):
+def test_run_of_two_processes_resumes_in_one(axis, single, tmp_path):
     workdir = tmp_path / "run"
     command = [*CONSTANT, f"--workdir={workdir}"]
     mesh = [f"--config.mesh.{name}={2 if name == axis else 1}" for name in ("data", "tensor")]
@@ -134,7 +134,7 @@ def test_run_of_two_processes_goes_on_in_one(axis, single, tmp_path):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_a_probe_is_that_of_one_process(tmp_path):
+def test_probe_of_two_processes_equals_that_of_one(tmp_path):
     tiny.save_networks(tmp_path, TOKENIZER, GENERATOR)
     arguments = [f"--config={PROBE}", f"--tokenizer={tmp_path / 'tokenizer'}", *MORE_SAMPLES]
     found = {}
@@ -168,9 +168,9 @@ def files(directory: pathlib.Path) -> dict[str, str]:
         (("host:1", 2, 1, 3), "--timeout: expected at least 10 seconds, got 3"),
     ],
 )
-def test_impossible_processes_are_refused(fields, message):
+def test_impossible_processes_are_rejected(fields, message):
     with pytest.raises(UserError, match=message):
-        distributed.Processes(*fields)
+        distributed.start(*fields)
 
 
 @pytest.mark.parametrize(
@@ -184,5 +184,5 @@ def test_impossible_processes_are_refused(fields, message):
         ({"TPU_WORKER_HOSTNAMES": "a"}, False),
     ],
 )
-def test_launchers_are_told_by_the_environment(environment, several):
-    assert distributed._several(environment) == several
+def test_launchers_are_found_in_the_environment(environment, several):
+    assert distributed._launched_with_others(environment) == several

@@ -55,7 +55,7 @@ def dense_entropy_with_gradients(z, codebook):
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_entropy_loss_and_its_gradients_are_those_of_the_dense_formulation(limit):
+def test_entropy_loss_and_its_gradients_equal_the_dense_formulation(limit):
     z, codebook = points()
     z, codebook = 0.3 * z, 0.3 * codebook  # several codes share each row
 
@@ -96,7 +96,7 @@ def usage(history):
     return float(quantizer.codebook_usage(history, CODES))
 
 
-def test_usage_counts_codes_and_not_the_assignments_yet_to_come():
+def test_usage_counts_codes_that_have_been_assigned():
     history = quantizer.empty_history()
     assert history.shape == (65_536,)
     assert usage(history) == 0
@@ -105,7 +105,7 @@ def test_usage_counts_codes_and_not_the_assignments_yet_to_come():
     assert usage(quantizer.update_history(history, jnp.array([CODES - 1]))) == 4 / CODES
 
 
-def test_usage_forgets_what_is_65536_assignments_ago():
+def test_usage_forgets_codes_after_65536_assignments():
     update = jax.jit(quantizer.update_history)
     history = update(quantizer.empty_history(), jnp.array([1]))
     history = update(history, jnp.zeros((3, 5), jnp.int32))
@@ -115,7 +115,7 @@ def test_usage_forgets_what_is_65536_assignments_ago():
     assert usage(history) == 1 / CODES
 
 
-def test_batch_larger_than_the_history_leaves_its_last_assignments():
+def test_batch_larger_than_the_history_keeps_its_last_assignments():
     codes = jnp.arange(65_536 + 3, dtype=jnp.int32)
     history = quantizer.update_history(quantizer.empty_history(), codes)
     np.testing.assert_array_equal(history, codes[3:])

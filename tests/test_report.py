@@ -1,4 +1,4 @@
-"""Reports of training runs, and what they have in common with those of probes."""
+"""Reports of training runs, and what they share with reports of probes."""
 
 import base64
 import dataclasses
@@ -6,20 +6,20 @@ import json
 import pathlib
 import re
 
+from gigatok_jax.training.generator_run import GeneratorRun
+from gigatok_jax.training.run import RunConfig
+from gigatok_jax.training.tokenizer_run import TokenizerRun
 import numpy as np
 import pytest
 
 from gigatok_jax import cli
 from gigatok_jax.data.sources import DataConfig
-from gigatok_jax.evaluation import curves, page
+from gigatok_jax.evaluation import report
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.training.generator_run import GeneratorRun
 from gigatok_jax.training.loop import LoopConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.run import RunConfig
 from gigatok_jax.training.telemetry import Telemetry
 from gigatok_jax.training.tokenizer import ObjectiveConfig
-from gigatok_jax.training.tokenizer_run import TokenizerRun
 
 import tiny
 
@@ -36,7 +36,7 @@ SPEED = {"images_per_second": 40.0, "input_wait": 0.125}
 
 
 def train(workdir: pathlib.Path, run: RunConfig = RUN, *, steps: int = 6) -> pathlib.Path:
-    """What a run leaves that has made so many steps."""
+    """The workdir of a run after `steps` steps."""
     workdir.mkdir(parents=True)
     (workdir / "config.json").write_text(json.dumps(dataclasses.asdict(run)))
     telemetry = Telemetry(workdir, 0)
@@ -53,7 +53,7 @@ def train(workdir: pathlib.Path, run: RunConfig = RUN, *, steps: int = 6) -> pat
     return workdir
 
 
-def report(*workdirs: pathlib.Path) -> str:
+def html_of(*workdirs: pathlib.Path) -> str:
     out = workdirs[0] / "report.html"
     assert cli.main(["report", *map(str, workdirs)]) == 0
     return out.read_text()
@@ -71,83 +71,83 @@ def text(html: str) -> str:
     return re.sub(r"\s+", " ", re.sub(r"<[^>]*>", " ", html))
 
 
-def test_report_of_a_run_shows_all_it_logged(tmp_path):
+def test_report_shows_everything_a_run_logged(tmp_path):
     workdir = train(tmp_path / "run")
-    html = report(workdir)
+    html = html_of(workdir)
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file
     assert charts(html).keys() == {
         "total loss",
         "PSNR, dB",
         "L2",
         "learning rate",
-        "images a second",
-        "time waiting for input",
+        "images per second",
+        "time spent waiting for input",
     }
     both = charts(html)["L2"]
     assert "training" in both and "held out" in both
     seen = text(html)
-    assert "PSNR, dB, held out 23 " in seen and "time waiting for input 12.5%" in seen
+    assert "PSNR, dB, held out 23 " in seen and "time spent waiting for input 12.5%" in seen
     assert "optimizer.rate 0.0003" in seen and "objective.teacher embedded" in seen
     assert "6, finished" in seen
 
 
-def test_total_of_a_generator_is_its_loss(tmp_path):
+def test_generator_loss_and_held_out_loss_share_a_chart(tmp_path):
     run = GeneratorRun(
         model=GeneratorConfig(1, 2, 16), optimizer=OptimizerConfig(), tokenizer="tok", steps=6
     )
-    html = report(train(tmp_path / "run", run))
-    loss = charts(html)["cross entropy a code, nats"]
+    html = html_of(train(tmp_path / "run", run))
+    loss = charts(html)["cross-entropy per code, nats"]
     assert "training" in loss and "held out" in loss
-    assert html.count('alt="cross entropy a code, nats"') == 1
-    assert "Training of a generator" in html
+    assert html.count('alt="cross-entropy per code, nats"') == 1
+    assert "Generator training: run" in html
 
 
-def test_report_shows_the_newest_picture_alone(tmp_path):
+def test_report_shows_only_the_newest_picture(tmp_path):
     workdir = train(tmp_path / "run")
-    pictures = re.findall(r'data:image/png;base64,([^"]*)"', report(workdir))
+    pictures = re.findall(r'data:image/png;base64,([^"]*)"', html_of(workdir))
     newest = workdir / "pictures" / "reconstruction_00000006.png"
     assert [base64.b64decode(picture) for picture in pictures] == [newest.read_bytes()]
 
 
-def test_report_of_a_run_that_goes_on(tmp_path):
+def test_report_of_an_unfinished_run(tmp_path):
     workdir = train(tmp_path / "run", steps=4)
     with (workdir / "metrics.jsonl").open("a") as file:
         file.write('{"step": 6, "tot')  # being written
-    assert "run 4 of 6 " in text(report(workdir))
+    assert "run 4 of 6 " in text(html_of(workdir))
 
 
-def test_report_of_runs_overlays_their_curves(tmp_path):
+def test_report_of_several_runs_overlays_their_curves(tmp_path):
     other = dataclasses.replace(RUN, optimizer=OptimizerConfig(rate=7e-4))
-    html = report(train(tmp_path / "a" / "run"), train(tmp_path / "b" / "run", other, steps=4))
+    html = html_of(train(tmp_path / "a" / "run"), train(tmp_path / "b" / "run", other, steps=4))
     assert len(charts(html)) == 6
     for svg in charts(html).values():
-        assert all(colour in svg for colour in page.COLOURS[:2])
-        assert page.COLOURS[2] not in svg
+        assert all(colour in svg for colour in report.COLOURS[:2])
+        assert report.COLOURS[2] not in svg
     seen = text(html)
     assert "a/run" in seen and "b/run" in seen
     assert "Settings: optimizer.rate 0.0003 0.0007" in seen
     assert "Settings: steps" not in seen
 
 
-def test_report_refuses_what_it_cannot_show(tmp_path, capsys):
+def test_report_rejects_mixed_kinds_and_runs_without_results(tmp_path, capsys):
     run, probe, fresh = train(tmp_path / "run"), tmp_path / "probe", tmp_path / "fresh"
     for folder, name in ((probe, "probe.json"), (fresh, "config.json")):
         folder.mkdir()
         (folder / name).write_text((run / "config.json").read_text())
     for folders, expected in (
-        ((run, probe), f"{probe}: a probe, but {run} is a tokenizer's training run"),
-        ((probe,), f"{probe}: no results of a probe"),
+        ((run, probe), f"{probe}: expected a tokenizer training run like {run}, got a probe"),
+        ((probe,), f"{probe}: expected a finished probe"),
         ((fresh,), "nothing logged yet; the first row comes at step 2"),
-        ((tmp_path,), f"{tmp_path}: expected what `gigatok probe` or `gigatok train` left"),
+        ((tmp_path,), f"{tmp_path}: expected the workdir of `gigatok probe` or `gigatok train`"),
     ):
         assert cli.main(["report", *map(str, folders)]) == 2
         error = capsys.readouterr().err
         assert expected in error and error.count("\n") == 1
 
 
-def test_labels_are_the_shortest_ends_that_differ(tmp_path):
+def test_labels_are_the_shortest_distinct_path_tails(tmp_path):
     def labels(*paths):
-        return page.labels([tmp_path / path for path in paths])
+        return report.labels([tmp_path / path for path in paths])
 
     assert labels("x/a/probe") == ["probe"]
     assert labels("a/probe", "b/probe", "b/other") == ["a/probe", "b/probe", "other"]
@@ -156,14 +156,16 @@ def test_labels_are_the_shortest_ends_that_differ(tmp_path):
     assert labels("a", "a") == ["a", "a"]
 
 
-def test_long_curves_are_means_of_stretches():
-    rows = [{"step": step, "total": float(step % 2)} for step in range(1, 10 * curves.POINTS + 1)]
-    steps, values = curves.series([*rows, {"step": 9, "total": None}], "total")
-    assert len(steps) == len(values) == curves.POINTS
+def test_long_curves_are_averaged():
+    rows = [
+        {"step": step, "total": float(step % 2)} for step in range(1, 10 * report.MAX_POINTS + 1)
+    ]
+    steps, values = report.series([*rows, {"step": 9, "total": None}], "total")
+    assert len(steps) == len(values) == report.MAX_POINTS
     np.testing.assert_allclose(values[:-1], 0.5)
     assert steps[0] == np.mean(np.arange(1, 11))
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 30])
-def test_runs_have_colours_of_their_own(count):
-    assert len(set(page.colours(count))) == count
+def test_each_run_has_its_own_colour(count):
+    assert len(set(report.colours(count))) == count

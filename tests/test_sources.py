@@ -1,6 +1,8 @@
 """Folders, TFDS and drawings give labelled images by index, and say what is wrong with them."""
 
+import dataclasses
 import pickle
+import shutil
 import subprocess
 import sys
 
@@ -54,6 +56,15 @@ def prepare(root, data_dir, file_format="array_record"):
     builder.download_and_prepare()
 
 
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """A folder with `photos`, a folder of images, and `tfds`, the same images in TFDS."""
+    root = tmp_path_factory.mktemp("prepared")
+    image_folders.make(root / "photos", COUNTS)
+    prepare(root / "photos", root / "tfds")
+    return root
+
+
 def _folder(path, **fields) -> DataConfig:
     return DataConfig(source="folder", path=str(path), **({"holdout": 0} | fields))
 
@@ -78,12 +89,10 @@ def test_folders_are_read_in_sorted_order_with_sorted_classes(tmp_path):
         source[15]
 
 
-def test_sources_survive_pickling(tmp_path):
-    image_folders.make(tmp_path / "photos", COUNTS)
-    prepare(tmp_path / "photos", tmp_path / "tfds")
+def test_sources_survive_pickling(prepared):
     drawings = DataConfig(source="embedded", length=9, eval_length=9)
-    records = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder", length=9)
-    for config in (_folder(tmp_path / "photos", length=9), records, drawings):
+    records = DataConfig(path=str(prepared / "tfds"), name="photos_in_folder", length=9)
+    for config in (_folder(prepared / "photos", length=9), records, drawings):
         source = _open(config)
         copy = pickle.loads(pickle.dumps(source))
         assert len(copy) == 9 and copy.class_names == source.class_names
@@ -106,6 +115,23 @@ def test_images_in_deeper_folders_and_odd_names_count(tmp_path):
         image_folders.save(tmp_path / name, seed)
     source = _open(_folder(tmp_path))
     assert _keys(source) == names and source.class_names == ("a", "b")
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path):
+    keys = image_folders.make(tmp_path / "elsewhere", {"ant": 2, "bee": 1})
+    root = tmp_path / "photos"
+    for name in ("ant", "bee"):
+        root.mkdir(exist_ok=True)
+        (root / name).symlink_to(tmp_path / "elsewhere" / name)
+    ant, bee = (tmp_path / "elsewhere" / name for name in ("ant", "bee"))
+    (ant / "up").symlink_to(ant)
+    (ant / "twice").symlink_to(bee)
+    (bee / "back").symlink_to(ant)
+    (bee / "nowhere").symlink_to("nowhere")
+    source = _open(_folder(root))
+    nested = ["ant/twice/bee_000.png", "bee/back/ant_000.png", "bee/back/ant_001.png"]
+    assert _keys(source) == sorted(keys + nested)
+    np.testing.assert_array_equal(source[2]["image"], source[5]["image"])
 
 
 def test_a_broken_image_raises_with_its_name_and_spares_the_others(tmp_path):
@@ -159,7 +185,7 @@ def test_length_takes_the_first_examples_of_each_split(tmp_path):
     config = _folder(tmp_path, holdout=5, length=6, eval_length=2)
     assert _keys(_open(config)) == [key for i, key in enumerate(keys) if i % 5][:6]
     assert _keys(_open(config, train=False)) == keys[:10:5]
-    with pytest.raises(UserError, match=r"data\.length is 16.*15 examples"):
+    with pytest.raises(UserError, match=r"data\.length: expected at most the 15 .*, got 16"):
         _open(_folder(tmp_path, length=16))
 
 
@@ -191,29 +217,26 @@ def test_a_file_is_no_folder(tmp_path):
         _open(_folder(tmp_path / "list.txt"))
 
 
-def test_array_records_give_what_their_folder_gives(tmp_path):
-    keys = image_folders.make(tmp_path / "photos", COUNTS)
-    prepare(tmp_path / "photos", tmp_path / "tfds")
-    folder = _open(_folder(tmp_path / "photos"))
-    config = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder")
+def test_array_records_give_what_their_folder_gives(prepared):
+    folder = _open(_folder(prepared / "photos"))
+    keys = _keys(folder)
+    config = DataConfig(path=str(prepared / "tfds"), name="photos_in_folder")
     for train in (True, False):
         records = _open(config, train)
         assert len(records) == len(folder) and records.class_names == folder.class_names
         for i, key in enumerate(keys):
-            assert records[i]["key"] == folder[i]["key"] == key
-            assert records[i]["label"] == folder[i]["label"]
+            assert records[i]["key"] == key and records[i]["label"] == folder[i]["label"]
             np.testing.assert_array_equal(records[i]["image"], folder[i]["image"])
-    sliced = DataConfig(path=str(tmp_path / "tfds"), name="photos_in_folder", split="train[5:8]")
+    sliced = dataclasses.replace(config, split="train[5:8]")
     assert _keys(_open(sliced)) == keys[5:8]
 
 
-def test_array_records_are_read_without_tensorflow_or_jax(tmp_path):
-    image_folders.make(tmp_path / "photos", COUNTS)
-    prepare(tmp_path / "photos", tmp_path / "tfds")
+def test_array_records_are_read_without_tensorflow_or_jax(prepared):
     program = f"""if True:
         import sys
-        from gigatok_jax.data.sources import TfdsSource
-        source = TfdsSource({str(tmp_path / "tfds" / "photos_in_folder" / "1.0.0")!r}, "train")
+        from gigatok_jax.data.sources import DataConfig, open_source
+        config = DataConfig(path={str(prepared / "tfds")!r}, name="photos_in_folder")
+        source = open_source(config, train=True, image_size=16)
         assert len(source) == 15 and source[3]["image"].size == (40, 34)
         print(sorted({{"tensorflow", "jax", "torch"}} & set(sys.modules)))
     """
@@ -221,21 +244,21 @@ def test_array_records_are_read_without_tensorflow_or_jax(tmp_path):
     assert run.stdout.strip() == "[]", run.stderr
 
 
-def test_data_sets_that_are_not_ready_are_named(tmp_path):
-    def fails(match, **fields):
+def test_data_sets_that_are_not_ready_are_named(prepared, tmp_path):
+    def fails(match, data_dir=prepared / "tfds", **fields):
         with pytest.raises(UserError, match=match) as caught:
-            _open(DataConfig(path=str(tmp_path / "tfds"), **fields))
+            _open(DataConfig(path=str(data_dir), **fields))
         assert "\n" not in str(caught.value)
 
-    fails("'no_such_set', unknown to TFDS", name="no_such_set")
+    fails("data.name: expected a data set of TFDS, got 'no_such_set'", name="no_such_set")
     fails(r"imagenet2012 is not prepared.*README", name="imagenet2012")
-    fails(r"not prepared.*tfds\.builder\(.photos_in_folder.*download", name="photos_in_folder")
-    image_folders.make(tmp_path / "photos", COUNTS)
-    prepare(tmp_path / "photos", tmp_path / "tfds")
-    fails("no split 'test', expected train, validation", name="photos_in_folder", split="test")
+    name = "photos_in_folder"
+    fails(r"not prepared.*tfds\.builder\(.photos_in_folder.*download", tmp_path, name=name)
+    fails("no split 'test', expected train, validation", name=name, split="test")
+    shutil.copytree(prepared / "tfds", tmp_path / "tfds")
     for path in (tmp_path / "tfds").rglob("*.json"):
         path.write_text(path.read_text().replace("array_record", "tfrecord"))
-    fails(r"prepared as tfrecord, expected array_record", name="photos_in_folder")
+    fails(r"prepared as tfrecord, expected array_record", tmp_path / "tfds", name=name)
 
 
 def test_drawings_are_as_many_as_asked_and_split():
@@ -266,12 +289,13 @@ def test_drawings_are_as_many_as_asked_and_split():
     ],
 )
 def test_impossible_fields_are_named(field, value):
-    with pytest.raises(ValueError, match=f"^{field} is "):
+    with pytest.raises(ValueError, match=f"^{field}: expected .*, got ") as caught:
         DataConfig(**{field: value})
+    assert repr(value) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_fields_that_a_source_needs_are_asked_for():
-    with pytest.raises(ValueError, match=r"^path is empty, but source is 'folder'"):
+    with pytest.raises(ValueError, match=r"^path: expected a value with source='folder', got ''"):
         DataConfig(source="folder")
-    with pytest.raises(ValueError, match=r"^length is 0, expected at least 1"):
+    with pytest.raises(ValueError, match=r"^length: expected at least 1 .*'embedded', got 0"):
         DataConfig(source="embedded", eval_length=10)

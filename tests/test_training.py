@@ -15,14 +15,19 @@ from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.tokenizer import Frozen, ObjectiveConfig, Phase, TokenizerTraining
-from gigatok_jax.training.tokenizer_run import TokenizerRun
+from gigatok_jax.training.tokenizer import (
+    Frozen,
+    ObjectiveConfig,
+    Phase,
+    TokenizerRun,
+    TokenizerTask,
+)
 
 SIZE = TransformerSize(depth=1, heads=2, width=16)
 TEACHER = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=8)
 DINO = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=3, layer_scale=False)
-TRAINING = TokenizerTraining(
-    TokenizerConfig(
+RUN = TokenizerRun(
+    model=TokenizerConfig(
         SIZE,
         SIZE,
         image_size=8,
@@ -36,7 +41,7 @@ TRAINING = TokenizerTraining(
         semantic_dim=TEACHER.width,
     ),
     # Weights that differ, so that none can be taken for another.
-    ObjectiveConfig(
+    objective=ObjectiveConfig(
         l2=1.1,
         perceptual=0.9,
         adversarial=0.3,
@@ -49,11 +54,13 @@ TRAINING = TokenizerTraining(
         auxiliary_steps=10,
         discriminator_channels=(4, 8),
     ),
-    OptimizerConfig(rate=3e-3, schedule="constant"),
+    optimizer=OptimizerConfig(rate=3e-3, schedule="constant"),
     steps=100,
+    batch_size=4,
     average_decay=0.75,
-    teacher=TEACHER,
+    remat="none",
 )
+TASK = TokenizerTask(RUN, TEACHER)
 ALWAYS = {"l2", "perceptual", "codebook", "commitment", "entropy", "semantic"}
 AUXILIARY = {"auxiliary_l2", "auxiliary_feature", "auxiliary_perceptual"}
 # What is measured beside the terms of `total`.
@@ -76,7 +83,7 @@ def jit(function, **kwargs):
 
 @pytest.fixture(scope="module")
 def state():
-    return jit(lambda key: nn.meta.unbox(TRAINING.init(key)))(jax.random.key(0))
+    return jit(lambda key: nn.meta.unbox(TASK.init(key)))(jax.random.key(0))
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +100,7 @@ def batch():
 
 @pytest.fixture(scope="module")
 def step():
-    return jit(TRAINING.step, static_argnames="phase")
+    return jit(TASK.step, static_argnames="phase")
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +128,7 @@ def names(training, frozen, phase, size=8):
 
 
 def test_phase_follows_disc_start_and_auxiliary_steps():
-    phases = [TRAINING.phase(step) for step in (0, 4, 5, 9, 10)]
+    phases = [TASK.phase(step) for step in (0, 4, 5, 9, 10)]
     assert [phase.adversarial for phase in phases] == [False, False, True, True, True]
     assert [phase.auxiliary for phase in phases] == [True, True, True, True, False]
 
@@ -133,17 +140,17 @@ def test_each_phase_has_the_terms_of_the_objective(frozen, adversarial, auxiliar
     expected |= {"adversarial"} | OF_DISCRIMINATOR if adversarial else set()
     expected |= AUXILIARY if auxiliary else set()
     expected |= {"auxiliary_adversarial"} if adversarial and auxiliary else set()
-    assert names(TRAINING, frozen, Phase(adversarial, auxiliary)) == expected
+    assert names(TASK, frozen, Phase(adversarial, auxiliary)) == expected
 
 
 def test_terms_without_weight_are_dropped():
     objective = ObjectiveConfig(perceptual=0.0, semantic=0.0, discriminator_channels=(4, 8))
-    training = dataclasses.replace(TRAINING, objective=objective, teacher=None)
+    training = TokenizerTask(dataclasses.replace(RUN, objective=objective))
     assert names(training, Frozen(), PLAIN) == {"l2", "codebook", "commitment"} | BESIDE
 
 
 def test_total_is_the_weighted_sum_of_the_terms(adversarial):
-    metrics, objective = adversarial[1], dataclasses.asdict(TRAINING.objective)
+    metrics, objective = adversarial[1], dataclasses.asdict(RUN.objective)
     terms = ALWAYS | AUXILIARY | {"adversarial", "auxiliary_adversarial"}
     weights = {name: objective.get(name.removeprefix("auxiliary_"), 1.0) for name in terms}
     total = sum(weights[name] * float(metrics[name]) for name in terms)
@@ -157,12 +164,12 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
 
     @jit
     def expected(state):
-        out = TRAINING.tokenizer.apply({"params": state.params}, images, auxiliary=True)
+        out = TASK.tokenizer.apply({"params": state.params}, images, auxiliary=True)
         fake = jax.lax.stop_gradient(out.reconstruction)
 
         def logits(params, images):
             variables = state.discriminator | {"params": params}
-            return TRAINING.discriminator.apply(variables, images, mutable=["batch_stats"])[0]
+            return TASK.discriminator.apply(variables, images, mutable=["batch_stats"])[0]
 
         def hinge(params):
             real, false = logits(params, images), logits(params, fake)
@@ -186,7 +193,7 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
             "adversarial": -logits(params, out.reconstruction).mean(),
             "auxiliary_adversarial": -logits(params, out.direct).mean(),
             "discriminator": value,
-            "discriminator_gradient_norm": TRAINING.objective.adversarial * norm,
+            "discriminator_gradient_norm": RUN.objective.adversarial * norm,
         }
 
     for name, value in expected(state).items():
@@ -195,10 +202,10 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
 
 def test_batch_in_parts_gives_what_the_whole_does(state, batch, frozen):
     # What is computed over a batch is computed over each part: BatchNorm's groups are the parts.
-    objective = dataclasses.replace(TRAINING.objective, entropy=0.0, patchgan_groups=2)
-    whole = dataclasses.replace(TRAINING, objective=objective)
+    objective = dataclasses.replace(RUN.objective, entropy=0.0, patchgan_groups=2)
+    whole = TokenizerTask(dataclasses.replace(RUN, objective=objective), TEACHER)
     objective = dataclasses.replace(objective, patchgan_groups=1)
-    parts = dataclasses.replace(TRAINING, objective=objective, accumulate=2)
+    parts = TokenizerTask(dataclasses.replace(RUN, objective=objective, accumulate=2), TEACHER)
     turns = {"image": batch["image"][[0, 2, 1, 3]]}  # parts are of every other image
     expected = jit(whole.step, static_argnames="phase")(state, turns, frozen, phase=ADVERSARIAL)
     found = jit(parts.step, static_argnames="phase")(state, batch, frozen, phase=ADVERSARIAL)
@@ -224,16 +231,15 @@ def test_discriminator_learns_after_its_start(state, adversarial):
     assert all(jax.tree.leaves(moved))
 
 
-def test_discriminator_has_the_rate_of_the_run_s_step(state, batch, frozen):
+def test_discriminator_starts_with_the_rate_of_the_runs_step(state, batch, frozen):
     # Its first update, at step 5, is half-way through the warm-up: 0.01 + 0.99 / 2 of the rate.
-    config = OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0)
-    training = dataclasses.replace(TRAINING, optimizer=config)
-    images = pictures.to_float(batch["image"])
-    update = jit(training._update_discriminator)
-    pair = (images, -images)
-    new, _ = update(state, state.discriminator, pair, Frozen(), jax.random.key(0))
-    kernel = "conv_out", "kernel"
-    before, after = (s.discriminator["params"][kernel[0]][kernel[1]] for s in (state, new))
+    objective = dataclasses.replace(RUN.objective, perceptual=0.0, semantic=0.0, auxiliary_steps=0)
+    optimizer = OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0)
+    task = TokenizerTask(dataclasses.replace(RUN, objective=objective, optimizer=optimizer))
+    new, _ = jit(task.step, static_argnames="phase")(
+        state, batch, Frozen(), phase=Phase(True, False)
+    )
+    before, after = (s.discriminator["params"]["conv_out"]["kernel"] for s in (state, new))
     # Adam's first update is the rate, whatever the gradient.
     np.testing.assert_allclose(np.abs(after - before).max(), 1e-2 * 0.505, rtol=1e-2)
 
@@ -242,9 +248,9 @@ def test_discriminator_has_the_rate_of_the_run_s_step(state, batch, frozen):
 def dino():
     """A training with the dino discriminator, its state, its frozen networks and its step."""
     objective = dataclasses.replace(
-        TRAINING.objective, discriminator="dino", perceptual=0.0, semantic=0.0, auxiliary_steps=0
+        RUN.objective, discriminator="dino", perceptual=0.0, semantic=0.0, auxiliary_steps=0
     )
-    training = dataclasses.replace(TRAINING, objective=objective, teacher=None, dino=DINO)
+    training = TokenizerTask(dataclasses.replace(RUN, objective=objective), dino=DINO)
     module, images = vit.ViT(DINO), jnp.zeros((1, 6, 6, 3))
     params = jit(lambda key: nn.meta.unbox(module.init(key, images))["params"])(jax.random.key(1))
     state = jit(lambda key: nn.meta.unbox(training.init(key)))(jax.random.key(0))
@@ -316,12 +322,8 @@ def abstract_lpips():
 
 def test_lpips_step_traces():
     objective = ObjectiveConfig(semantic=0.0, discriminator_channels=(4, 8))
-    training = dataclasses.replace(
-        TRAINING,
-        model=dataclasses.replace(TRAINING.model, image_size=32),
-        objective=objective,
-        teacher=None,
-    )
+    model = dataclasses.replace(RUN.model, image_size=32)
+    training = TokenizerTask(dataclasses.replace(RUN, model=model, objective=objective))
     found = names(training, Frozen(lpips=abstract_lpips()), Phase(True, False), size=32)
     assert {"perceptual", "adversarial"} <= found
     assert "semantic" not in found
@@ -331,9 +333,8 @@ def test_first_step_of_xl_xxl_lowers_in_a_minute_with_nothing_allocated():
     model = recipes.tokenizer_model("xl_xxl")
     objective = ObjectiveConfig(entropy=0.005)
     teacher = vit.DINOV2["dinov2_vitb14"]
-    training = dataclasses.replace(
-        TRAINING, model=model, objective=objective, dtype=jnp.bfloat16, teacher=teacher
-    )
+    run = dataclasses.replace(RUN, model=model, objective=objective, dtype="bfloat16")
+    training = TokenizerTask(run, teacher)
     allocated = {id(array) for array in jax.live_arrays()}
     start = time.process_time()
     state = nn.meta.unbox(jax.eval_shape(training.init, jax.random.key(0)))
@@ -352,6 +353,6 @@ def test_first_step_of_xl_xxl_lowers_in_a_minute_with_nothing_allocated():
 
 @pytest.mark.parametrize("channels", [(8,), (4, 8, 16, 32)])
 def test_discriminator_that_does_not_fit_the_image_is_refused(channels):
-    objective = dataclasses.replace(TRAINING.objective, discriminator_channels=channels)
+    objective = dataclasses.replace(RUN.objective, discriminator_channels=channels)
     with pytest.raises(ValueError, match=r"^objective\.discriminator_channels"):
-        TokenizerRun(model=TRAINING.model, objective=objective)
+        TokenizerRun(model=RUN.model, objective=objective)

@@ -3,13 +3,15 @@
 import functools
 import io
 import os
+from typing import Literal, get_args
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from gigatok_jax.errors import UserError
 
-RESIZES = ("bicubic", "linear")
+Resize = Literal["bicubic", "linear"]
+RESIZES = get_args(Resize)
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
@@ -18,18 +20,11 @@ class BadImage(ValueError):
 
 
 def load(data: bytes | str | os.PathLike) -> Image.Image:
-    """Reads one image file as RGB.
+    """Reads one image file, a path or its content, as RGB and decodes it completely.
 
-    Opaque 8-bit images of any mode come out as Pillow's `convert("RGB")` gives them, CMYK JPEGs
-    as Adobe writes them included. Transparent pixels lie on white (the reference shows the
-    arbitrary colour stored under them), 16-bit grey keeps its upper 8 bits. The EXIF orientation
-    is ignored, as in the reference.
-
-    Args:
-        data: path of the file, or its content.
-
-    Returns:
-        The image, mode RGB, wholly decoded.
+    Opaque 8-bit images of any mode, CMYK JPEGs included, look as Pillow's `convert("RGB")` shows
+    them. Transparent pixels turn white (the reference shows the arbitrary colour stored under
+    them), 16-bit grey keeps its upper 8 bits. EXIF orientation is ignored, as in the reference.
 
     Raises:
         BadImage: the file is missing, truncated or no image, or its pixels have no agreed range.
@@ -62,10 +57,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _halve(image: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """The first part of resizing to a short side in pixels, and the size to be reached.
+    """Halves an image while possible; also returns the size that has this short side, in pixels.
 
-    Halves by averaging while that is possible. Rounding is part of the standard: sides halve
-    downwards, the last step, bicubic, rounds to even.
+    Rounding is part of ADM's standard: halves round down, the final size rounds half to even.
     """
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), BOX)
@@ -78,7 +72,7 @@ def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """The evaluation crop: short side to `size`, the centre of it.
+    """The evaluation crop: resizes the short side to `size` and takes the centre.
 
     Args:
         image: RGB, or uint8 [H, W, 3].
@@ -99,7 +93,7 @@ def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.n
     Args:
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
-        factor: the larger crop has a side of factor times S, rounded down.
+        factor: of S, the side of the larger crop, rounded down.
 
     Returns:
         uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, centre, then flipped.
@@ -114,46 +108,43 @@ def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.n
 
 @functools.cache
 def opencv():
-    """OpenCV, on the caller's thread alone: readers work side by side.
-
-    Raises:
-      UserError: it is not installed.
-    """
+    """OpenCV, or UserError if it is not installed."""
     try:
         import cv2
     except ImportError as error:
         raise UserError("data.resize=linear needs OpenCV: pip install -e '.[opencv]'") from error
-    cv2.setNumThreads(1)
+    cv2.setNumThreads(1)  # many readers run side by side already
     return cv2
 
 
 def _linear(image: np.ndarray, size: int, columns: list[float], rows: list[float]) -> np.ndarray:
-    """A box of an image, resized to a square; pixels' centres are at halves."""
+    """A box of an image, [low, high] in columns and rows, resized to a square."""
     cv2 = opencv()
-    places = []
-    for low, high in (columns, rows):
+    matrix = np.zeros((2, 3))
+    for axis, (low, high) in enumerate((columns, rows)):
         step = (high - low) / size
-        places.append((step, low + (step - 1) / 2))
-    (width, left), (height, top) = places
-    matrix = np.array([[width, 0, left], [0, height, top]])
+        matrix[axis, axis] = step
+        matrix[axis, 2] = low + (step - 1) / 2  # OpenCV counts from the first pixel's centre
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
 
 def random_crop(
-    image: Image.Image | np.ndarray, size: int, rng: np.random.Generator, resize: str = "bicubic"
+    image: Image.Image | np.ndarray,
+    size: int,
+    rng: np.random.Generator,
+    resize: Resize = "bicubic",
 ) -> np.ndarray:
     """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
 
-    Only what the crop shows is resized; bicubic, pixels may differ from those of the resized whole
-    by what Pillow rounds between rows and columns.
+    For speed, only the part that the crop shows is resized. Bicubic pixels may differ from those
+    of ADM, which resizes the whole image, by what Pillow rounds between rows and columns.
 
     Args:
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
-        rng: its state decides the crop, and advances.
-        resize: a member of `RESIZES`. "linear" is OpenCV's, without antialiasing, in a fifth of
-            the time.
+        rng: decides the crop.
+        resize: "linear" is OpenCV's, without antialiasing, in a fifth of the time.
 
     Returns:
         uint8 [S, S, 3].

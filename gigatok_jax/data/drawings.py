@@ -2,74 +2,56 @@
 
 A drawing is a function of (seed, split, index) alone; the size only sets how finely it is
 sampled. An object is a stack of parts: outlines in a unit frame (x right, y down, within about
-[-1, 1]). Only the edges need supersampling: light, texture and background are smooth and computed
-once a pixel, which is fast and leaves images that a small autoencoder can compress.
+[-1, 1]). Only edges are supersampled. Light, texture and background are smooth and computed once
+per pixel, which is fast and leaves images that a small autoencoder can compress.
 """
 
 from collections.abc import Callable
 import colorsys
-import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from gigatok_jax.data.indexing import checked
+from gigatok_jax.config import configclass
 
 SPLITS = ("train", "validation")
-VERSION = 1  # of what is drawn; stored results of other versions are not taken for it
+VERSION = 1  # change it with the drawings, so that results stored for other ones are not reused
 
 Array = np.ndarray
 Rng = np.random.Generator
 
 
-@dataclasses.dataclass(frozen=True)
-class Drawing:
-    """One labelled picture.
+class Drawing(NamedTuple):
+    """One labelled picture."""
 
-    Attributes:
-        image: uint8 [S, S, 3].
-        label: position in `CLASS_NAMES`.
-        mask: float32 [S, S], the object's coverage of each pixel in [0, 1].
-    """
-
-    image: Array
-    label: int
-    mask: Array
+    image: Array  # uint8 [S, S, 3]
+    label: int  # position in `CLASS_NAMES`
+    mask: Array  # float32 [S, S], the object's coverage of each pixel in [0, 1]
 
 
 class Part(NamedTuple):
-    """One paint's share of an object, drawn over the parts before it.
+    """One paint's share of an object, drawn over the parts before it."""
 
-    Attributes:
-        paint: key of the palette; "body" carries the drawing's texture.
-        outlines: closed polygons, each float [V, 2], filled together.
-        decal: lies flat on the last part that is none: clipped to it, lit like it.
-        relief: how far the roundness of the edges reaches inwards, as a share of the frame.
-        tint: brightness, for faces turned from the light.
-        axes: float [2, 2], from object coordinates to those of the texture.
-    """
-
-    paint: str
-    outlines: tuple[Array, ...]
-    decal: bool = False
-    relief: float = 0.05
-    tint: float = 1.0
-    axes: Array = np.eye(2, dtype=np.float32)
+    paint: str  # key of the palette; "body" carries the drawing's texture
+    outlines: tuple[Array, ...]  # closed polygons, each float [V, 2], filled together
+    decal: bool = False  # lies flat on the last other part: clipped to it, lit like it
+    relief: float = 0.05  # how far the roundness of the edges reaches inwards, per frame width
+    tint: float = 1.0  # brightness, for faces turned from the light
+    axes: Array = np.eye(2, dtype=np.float32)  # from object coordinates to those of the texture
 
 
 class Kind(NamedTuple):
-    """What a class draws its variety from: its parts, largest turn (degrees) and main hues.
+    """How the drawings of a class vary.
 
-    Like things in photos, kinds have colours that are usual for them, and share some with others.
-    The main hue is that of the "body" paint; the others keep their distances from it.
+    As in photos, each kind of object has its usual colours, and shares some with other kinds.
     """
 
     parts: Callable[[Rng], list[Part]]
-    turn: float
-    hues: tuple[float, float]
+    turn: float  # largest, in degrees
+    hues: tuple[float, float]  # range of the "body" paint; other hues keep their distance from it
 
 
 def _box(x: float, y: float, rx: float, ry: float) -> Array:
@@ -82,7 +64,7 @@ def _rotation(angle: float) -> Array:
 
 
 def _circle(radius: float | Array = 1.0, vertices: int = 97) -> Array:
-    """Closed outline, from the top clockwise; one radius, or one a vertex."""
+    """Closed outline, clockwise from the top; one radius, or one per vertex."""
     angle = np.linspace(0, 2 * np.pi, vertices)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], -1)
 
@@ -236,7 +218,7 @@ def _tree(rng: Rng) -> list[Part]:
     return [trunk, *(tier(top, foot, slim * half) for top, foot, half in tiers)]
 
 
-KINDS: dict[str, Kind] = {
+KINDS = {
     "ball": Kind(_ball, 180, hues=(0.85, 1.25)),
     "boat": Kind(_boat, 20, hues=(0.5, 0.9)),
     "cube": Kind(_cube, 20, hues=(0.05, 0.45)),
@@ -248,7 +230,7 @@ KINDS: dict[str, Kind] = {
     "star": Kind(_star, 180, hues=(0.1, 0.5)),
     "tree": Kind(_tree, 20, hues=(0.3, 0.56)),
 }
-CLASS_NAMES: tuple[str, ...] = tuple(KINDS)  # label = position
+CLASS_NAMES = tuple(KINDS)  # label = position
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Array:
@@ -293,8 +275,8 @@ def _background(rng: Rng, x: Array) -> Array:
     return np.clip(share, 0, 1)
 
 
-# Shares of the drawings, and waves; busy ones are rarer, as a small codebook blurs them.
-TEXTURES: tuple[tuple[float, Callable[[Array, Array], Array]], ...] = (
+# Share of the drawings, and wave. Busy ones are rarer because a small codebook blurs them.
+TEXTURES = (
     (0.12, lambda u, v: np.sin(u)),  # stripes
     (0.12, lambda u, v: np.cos(u) + np.cos(v) - 0.7),  # dots
     (0.12, lambda u, v: 1.5 * np.sin(0.7 * u) * np.sin(0.7 * v)),  # checks
@@ -384,9 +366,6 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
         image_size: side S in pixels; the scene does not depend on it.
         seed: of the whole data set, >= 0.
         split: one of `SPLITS`; no drawing is in both.
-
-    Returns:
-        The drawing: image uint8 [S, S, 3], label, and mask float32 [S, S] of the object.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     label = index % len(CLASS_NAMES)
@@ -409,31 +388,27 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     return Drawing((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), label, mask)
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class EmbeddedSource:
-    """Random-access source of drawings, the classes in turn.
-
-    Args:
-        length: number of examples.
-        image_size: side S in pixels.
-        split: one of `SPLITS`.
-        seed: of the whole data set.
-    """
+    """Drawings as a data source, the classes in turn."""
 
     length: int
-    image_size: int = 64
-    split: str = "train"
-    seed: int = 0
+    image_size: int = 64  # side S in pixels
+    split: Literal["train", "validation"] = "train"
+    seed: int = 0  # of the whole data set
 
-    def __post_init__(self):
-        if self.split not in SPLITS:
-            raise ValueError(f"split is {self.split!r}, expected one of {SPLITS}")
+    class_names = CLASS_NAMES
+    codes = 0
 
     def __len__(self) -> int:
         return self.length
 
-    def __getitem__(self, i: int) -> dict[str, Array | int | str]:
-        """Returns {"image": uint8 [S, S, 3], "label": int, "key": str}."""
-        i = checked(i, self.length)
-        drawing = draw(i, image_size=self.image_size, seed=self.seed, split=self.split)
-        return {"image": drawing.image, "label": drawing.label, "key": f"{self.split}/{i:08d}"}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """{"image": uint8 [S, S, 3], "label": int, "key": str}."""
+        index = range(self.length)[index]
+        drawing = draw(index, image_size=self.image_size, seed=self.seed, split=self.split)
+        key = f"{self.split}/{index:08d}"
+        return {"image": drawing.image, "label": drawing.label, "key": key}
+
+    def version(self) -> str:
+        return f"drawings {VERSION}: {self}"

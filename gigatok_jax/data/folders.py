@@ -1,94 +1,152 @@
-"""Images in folders, their classes the sub-folders."""
+"""Images in folders, with one sub-folder per class."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 import logging
 import os
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
 
 from gigatok_jax.data import crops
-from gigatok_jax.data.indexing import checked
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import stamp
 
 logger = logging.getLogger(__name__)
 
-EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".pbm", ".pgm", ".ppm", ".pnm"),
+# By extension, because opening a million files would take too long; not hidden.
+IMAGE_NAME = re.compile(
+    r"[^.].*\.(jpe?g|jpe|jfif|jp2|png|webp|gif|bmp|tiff?|p[bgpn]m)", re.IGNORECASE | re.DOTALL
 )
 
 
 class FolderSource:
-    """Images below the class sub-folders of a folder, sorted by class, then by path.
-
-    Names are kept as one string with offsets: a million of them cost 30 MB and pickle at once.
+    """Images of a folder, sorted by class, then by path.
 
     Args:
         root: the folder; keys are paths relative to it.
-        files: for each class, in the order of labels, paths relative to `root`.
-        class_names: one a class.
+        classes: class name, in the order of labels, to paths relative to `root`.
     """
 
     codes = 0
 
-    def __init__(self, root: Path, files: Sequence[Sequence[str]], class_names: Sequence[str]):
-        self.root, self.class_names = root, tuple(class_names)
-        names = [os.fsencode(name) for group in files for name in group]
-        self._text = b"".join(names)
-        self._ends = np.cumsum([len(name) for name in names], dtype=np.int64)
-        self._class_ends = np.cumsum([len(group) for group in files], dtype=np.int64)
+    def __init__(self, root: Path, classes: dict[str, list[str]]):
+        self.root, self.class_names = root, tuple(classes)
+        # Arrays, because a million strings would take long to pickle for each worker.
+        self._names = np.array([os.fsencode(name) for group in classes.values() for name in group])
+        self._labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
 
     def __len__(self) -> int:
-        return len(self._ends)
+        return len(self._names)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = checked(index, len(self))
-        key = self._key(index)
+        index = range(len(self))[index]
+        key = os.fsdecode(self._names[index])
         try:
             image = crops.load(self.root / key)
         except crops.BadImage as error:
             raise crops.BadImage(f"{key}: {error}") from error
-        label = int(np.searchsorted(self._class_ends, index, side="right"))
-        return {"image": image, "label": label, "key": key}
-
-    def _key(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._text[start : self._ends[index]])
+        return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def version(self) -> str:
-        return stamp(self.root, [self._key(index) for index in range(len(self))])
+        return stamp(self.root, map(os.fsdecode, self._names))
 
 
-def _is_image(name: str) -> bool:
-    """Tells by the extension, as opening a million files would take too long."""
-    return name[0] != "." and os.path.splitext(name)[1].lower() in EXTENSIONS
+def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
+    """Opens the training or evaluation images of a folder; arguments as in `DataConfig`.
 
-
-def _walk(root: Path, below: str) -> Iterator[str]:
-    """Paths, relative to `root`, of the images in its sub-folder `below` ("": all of it).
-
-    What has no image's extension, or is hidden, does not count. Links are followed.
+    Raises:
+        UserError: the folder or the requested part of it has no images.
     """
-    pending = [below]
-    while pending:
-        folder = pending.pop()
-        with os.scandir(root / folder) as entries:
-            for entry in entries:
-                path = f"{folder}/{entry.name}" if folder else entry.name
-                if entry.name[0] != "." and entry.is_dir():
-                    pending.append(path)
-                elif _is_image(entry.name):
-                    yield path
+    if not root.is_dir():
+        reason = "not a folder" if root.exists() else "no such folder"
+        raise UserError(f"{root}: {reason}, expected class sub-folders of images")
+    if (root / "train").is_dir():
+        validation = next((n for n in ("val", "validation") if (root / n).is_dir()), None)
+        if validation:
+            return FolderSource(root, _split(root, "train" if train else validation))
+        if _folders(root / "train"):  # otherwise `train` is the name of a class
+            raise UserError(
+                f"{root}: has train/ but neither val/ nor validation/; "
+                f"add one, or name {root / 'train'} to hold out some of its images"
+            )
+    classes = _classes(root, "")
+    if holdout:
+        names = [name for group in classes.values() for name in group]
+        held = set(names[::holdout])
+        classes = {
+            label: [name for name in group if (name in held) != train]
+            for label, group in classes.items()
+        }
+        if train and len(names) == 1:
+            raise UserError(f"{root}: only one image, which is held out for evaluation")
+    return FolderSource(root, classes)
+
+
+def _split(root: Path, split: str) -> dict[str, list[str]]:
+    """`_classes` of one split; every split has the labels of the training images."""
+    classes = _classes(root, split)
+    trained = _folders(root / "train")
+    if split == "train" or not trained:  # without sub-folders, both splits are one class
+        return classes
+    # A class needs a training image. The first one found settles it; there may be a million.
+    labels = [name for name in trained if next(_walk(root, f"train/{name}"), None)]
+    if unknown := sorted(set(classes) - set(labels)):
+        raise UserError(f"{root / split / unknown[0]}: no such class in {root / 'train'}")
+    return {name: classes.get(name, []) for name in labels}
+
+
+def _classes(root: Path, split: str) -> dict[str, list[str]]:
+    """Class to its images, for the classes that have any; paths are relative to `root`."""
+    folder = root / split
+    prefix = f"{split}/" if split else ""
+    found = {name: sorted(_walk(root, prefix + name)) for name in _folders(folder)}
+    classes = {name: images for name, images in found.items() if images}
+    loose = sorted(
+        e.name for e in os.scandir(folder) if IMAGE_NAME.fullmatch(e.name) and e.is_file()
+    )
+    if classes and loose:
+        logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
+    if not classes and loose:
+        # Photos without classes can still train a tokenizer: they form one class.
+        classes = {folder.resolve().name: [prefix + name for name in loose]}
+    if not classes:
+        raise UserError(f"{folder}: no images in it, expected class sub-folders of images")
+    return classes
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if _is_folder(e))
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    # `is_dir` needs no system call for a file, but raises for a link that leads to itself.
+    found = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+    return found and entry.name[0] != "."
+
+
+def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+    """Paths, relative to `root`, of the images in and under its sub-folder `below`.
+
+    Skips hidden files and folders. Follows links, except back to a folder that is being walked.
+    """
+    real = os.path.realpath(root / below)
+    if real in above:
+        return
+    for entry in os.scandir(real):
+        path = f"{below}/{entry.name}" if below else entry.name
+        if _is_folder(entry):
+            yield from _walk(root, path, (*above, real))
+        elif IMAGE_NAME.fullmatch(entry.name):
+            yield path
 
 
 def image_paths(path: Path) -> list[Path]:
-    """The image file at `path`, or the images in the folder and under it, sorted.
+    """The image file at `path`, or all images in and under the folder, sorted.
 
     Raises:
-        UserError: there is nothing, or no image.
+        UserError: there is nothing at `path`, or no image.
     """
     if path.is_file():
         return [path]
@@ -98,66 +156,3 @@ def image_paths(path: Path) -> list[Path]:
     if not found:
         raise UserError(f"{path}: no images in it")
     return found
-
-
-def _classes(root: Path, split: str) -> dict[str, list[str]]:
-    """Images [relative to `root`] by class, for the classes that have any."""
-    folder = root / split
-    names = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
-    prefix = f"{split}/" if split else ""
-    classes = {name: files for name in names if (files := sorted(_walk(root, prefix + name)))}
-    loose = [e.name for e in os.scandir(folder) if e.is_file() and _is_image(e.name)]
-    if classes and loose:
-        logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
-    if not classes and loose:
-        # Photos without classes still train a tokenizer: they are one class.
-        classes = {folder.resolve().name: sorted(prefix + name for name in loose)}
-    if not classes:
-        raise UserError(f"{folder}: no images in it, expected class sub-folders of images")
-    return classes
-
-
-def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
-    """Training or evaluation images of a folder; arguments are `DataConfig`'s.
-
-    Raises:
-        UserError: it has no images, or no such part.
-    """
-    if not root.is_dir():
-        reason = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {reason}, expected class sub-folders of images")
-    validation = next((n for n in ("val", "validation") if (root / n).is_dir()), None)
-    if (root / "train").is_dir() and validation:
-        return _open_split(root, train, validation)
-    if (root / "train").is_dir() and any(e.is_dir() for e in os.scandir(root / "train")):
-        raise UserError(
-            f"{root}: has train/ but neither val/ nor validation/; "
-            f"add one, or name {root / 'train'} to hold out some of its images"
-        )
-    classes = _classes(root, "")
-    if not holdout:
-        return FolderSource(root, list(classes.values()), list(classes))
-    files, count = [], 0
-    for group in classes.values():
-        held = np.arange(count, count + len(group)) % holdout == 0
-        files.append([name for name, out in zip(group, held, strict=True) if out != train])
-        count += len(group)
-    if not any(files):
-        raise UserError(f"{root}: one image only, which is held out for evaluation")
-    return FolderSource(root, files, list(classes))
-
-
-def _open_split(root: Path, train: bool, validation: str) -> FolderSource:
-    if train:
-        classes = _classes(root, "train")
-        return FolderSource(root, list(classes.values()), list(classes))
-    classes = _classes(root, validation)
-    folders = [e for e in os.scandir(root / "train") if e.is_dir() and e.name[0] != "."]
-    if not folders:  # Both without classes.
-        return FolderSource(root, list(classes.values()), list(classes))
-    # Labels are the training images', whose classes have any; one image tells, not a million.
-    names = sorted(e.name for e in folders if next(_walk(root, f"train/{e.name}"), None))
-    unknown = sorted(set(classes) - set(names))
-    if unknown:
-        raise UserError(f"{root / validation / unknown[0]}: no such class in {root / 'train'}")
-    return FolderSource(root, [classes.get(name, []) for name in names], names)

@@ -1,103 +1,87 @@
 """Where labelled images come from: folders, TensorFlow Datasets, drawings, or stored codes.
 
 A source gives random access: `source[i]` is a dict of `image` (RGB image or uint8 [H, W, 3]) or
-`codes`, `label` (int) and `key` (str, names the example), and raises `BadImage` for a broken file.
-Sources travel to worker processes by pickling, so they hold little and open files on first use.
+`codes`, `label` (int) and `key` (str, names the example). A broken file raises `BadImage`.
+Sources are pickled for worker processes, so they hold little and open files on first use.
 """
 
 from collections.abc import Callable
 import dataclasses
 import os
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 from ml_collections import ConfigDict
+import pydantic
+from pydantic import NonNegativeInt, PositiveInt
 
-from gigatok_jax.config import from_mapping
-from gigatok_jax.data import codes, crops, drawings, folders
-from gigatok_jax.data.indexing import checked
-from gigatok_jax.errors import UserError
+from gigatok_jax.config import configclass, from_mapping
+from gigatok_jax.data import codes, crops
+from gigatok_jax.data.drawings import EmbeddedSource
+from gigatok_jax.data.folders import open_folder
+from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import stamp
 
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
 
+# Fields of `DataConfig` that concern how images are read, or only training crops.
+NOT_CONTENT = ("workers", "prefetch", "max_bad_share", "resize")
+
 Example = dict[str, Any]
 
 
-# Fields of `DataConfig` that are about the reading, or about training crops.
-NOT_CONTENT = ("workers", "prefetch", "max_bad_share", "resize")
-
-
-@dataclasses.dataclass(frozen=True)
+@configclass
 class DataConfig:
-    """Which images, and how they are read.
+    """Which images to read, and how."""
 
-    Attributes:
-        source: "tfds", "folder", "embedded" or "codes".
-        path: folder: its root; codes: what `gigatok encode` wrote; tfds: the `data_dir`, "" means
-            TFDS's default.
-        name: tfds: `builder[/config][:version]`.
-        split: tfds: training split, slices such as "train[:90%]" included.
-        eval_split: tfds: evaluation split.
-        holdout: folder without `train/` and `val/`: one image in so many, in sorted order, is
-            kept for evaluation and left out of training; 0 evaluates on the training images.
-        length: use only the first so many training examples, 0 means all; embedded: how many
-            are drawn, at least 1.
-        eval_length: the same for evaluation.
-        workers: processes that read and crop; 0 means threads of this process, one a core, which
-            is right up to about eight cores. Each worker keeps about one core busy.
-        prefetch: batches that are kept ready, in each worker process if there are any.
-        resize: of training crops, after halving: "bicubic", as the reference has it; or "linear",
-            by OpenCV, with which a core reads 1.3 times as many photos. It does not antialias:
-            photos of up to twice the crop's size show fine detail more harshly.
-        max_bad_share: share of unreadable images, in [0, 1], above which the run ends.
-    """
+    source: Literal["tfds", "folder", "embedded", "codes"] = "tfds"
+    path: str = ""  # folder, or what `gigatok encode` wrote; tfds: `data_dir`, "" is TFDS's default
+    name: str = "imagenet2012"  # tfds: `builder[/config][:version]`
+    split: str = "train"  # tfds: training split or a slice of it, such as "train[:90%]"
+    eval_split: str = "validation"  # tfds: the same for evaluation
 
-    source: str = "tfds"
-    path: str = ""
-    name: str = "imagenet2012"
-    split: str = "train"
-    eval_split: str = "validation"
-    holdout: int = 20
-    length: int = 0
-    eval_length: int = 0
-    workers: int = 0
-    prefetch: int = 2
-    resize: str = "bicubic"
-    max_bad_share: float = 0.05
+    # A folder without train/ and val/: hold out every n-th image, in sorted order, for evaluation.
+    # 0 evaluates on the training images.
+    holdout: NonNegativeInt = 20
 
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value, kind = getattr(self, field.name), field.type
-            if not isinstance(value, (float, int) if kind is float else kind) or value is True:
-                raise ValueError(f"{field.name} is {value!r}, expected {kind.__name__}")
-        if self.source not in OPENERS:
-            raise ValueError(f"source is {self.source!r}, expected one of {', '.join(OPENERS)}")
-        if self.resize not in crops.RESIZES:
-            raise ValueError(
-                f"resize is {self.resize!r}, expected one of {', '.join(crops.RESIZES)}"
-            )
-        least = {"length": 0, "eval_length": 0, "workers": 0, "prefetch": 1}
-        if self.source == "embedded":
-            least |= {"length": 1, "eval_length": 1}
-        for name, bound in least.items():
-            if getattr(self, name) < bound:
-                raise ValueError(f"{name} is {getattr(self, name)}, expected at least {bound}")
-        if self.holdout < 0 or self.holdout == 1:
-            raise ValueError(f"holdout is {self.holdout}, expected 0 or at least 2")
-        if not 0 <= self.max_bad_share <= 1:
-            raise ValueError(f"max_bad_share is {self.max_bad_share}, expected a share in [0, 1]")
+    # Use only the first n examples; 0 means all. Embedded: how many to draw, at least 1.
+    length: NonNegativeInt = 0
+    eval_length: NonNegativeInt = 0
+
+    # Processes that read and crop, each of which keeps about one core busy. 0 uses threads of this
+    # process, one per core, which is the right choice up to about eight cores.
+    workers: NonNegativeInt = 0
+    prefetch: PositiveInt = 2  # batches kept ready, in each worker process if there are any
+
+    # How training crops are resized, after halving: "bicubic", like the reference, or "linear",
+    # with OpenCV, which reads 1.3 times as many photos per core. It does not antialias: photos of
+    # up to twice the crop's size show fine detail more harshly.
+    resize: crops.Resize = "bicubic"
+
+    # A run ends when a larger share of its images cannot be read.
+    max_bad_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.05
+
+    @pydantic.model_validator(mode="after")
+    def _check(self):
+        if self.holdout == 1:
+            raise ValueError("holdout: expected 0 or at least 2, got 1")
         required = {
-            "folder": ("path",),
-            "codes": ("path",),
             "tfds": ("name", "split", "eval_split"),
+            "folder": ("path",),
+            "embedded": ("length", "eval_length"),
+            "codes": ("path",),
         }
-        for name in required.get(self.source, ()):
-            if not getattr(self, name):
-                raise ValueError(f"{name} is empty, but source is {self.source!r}")
+        for name in required[self.source]:
+            value = getattr(self, name)
+            if not value:
+                expected = "at least 1" if value == 0 else "a value"
+                raise ValueError(
+                    f"{name}: expected {expected} with source={self.source!r}, got {value!r}"
+                )
+        return self
 
     def content(self) -> dict[str, Any]:
-        """The fields that decide what is read, not those that decide how."""
+        """The fields that decide what is read, without those that decide how."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
 
 
@@ -105,7 +89,7 @@ def data_config(config: ConfigDict) -> DataConfig:
     """The `data` of any run's configuration.
 
     Raises:
-        UserError: it has none, or a wrong one.
+        UserError: it is missing or wrong.
     """
     if "data" not in config:
         raise UserError("config.data: missing, expected what a training run's configuration has")
@@ -113,42 +97,17 @@ def data_config(config: ConfigDict) -> DataConfig:
 
 
 class Source(Protocol):
-    """Random access to labelled images, or their codes; `class_names[label]` names a class.
+    """Random access to labelled images or their codes."""
 
-    `codes` is the number of codes an image; 0: an example has an image.
-    """
-
-    class_names: tuple[str, ...]
-    codes: int
+    class_names: tuple[str, ...]  # by label
+    codes: int  # codes per image; 0: examples have images
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example: ...
 
     def version(self) -> str:
-        """Text that differs where the examples do, or their files; nothing is decoded for it."""
-
-
-def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
-    """Opens the training or the evaluation examples that a configuration names.
-
-    Args:
-        config: what to open.
-        train: the training examples, else those for evaluation.
-        image_size: side in pixels that crops will have; only drawings depend on it.
-
-    Returns:
-        The source, of at least one example.
-
-    Raises:
-        UserError: it is missing, empty, not prepared or shorter than the configuration asks.
-    """
-    source = OPENERS[config.source](config, train, image_size)
-    length = config.length if train else config.eval_length
-    if length > len(source):
-        field = "length" if train else "eval_length"
-        raise UserError(f"data.{field} is {length}, but there are {len(source)} examples")
-    return _First(source, length) if 0 < length < len(source) else source
+        """Text that changes with the examples or their files, found without decoding any."""
 
 
 class _First:
@@ -162,27 +121,10 @@ class _First:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        return self._source[checked(index, self._length)]
+        return self._source[range(self._length)[index]]
 
     def version(self) -> str:
         return f"{self._source.version()} first {self._length}"
-
-
-class EmbeddedSource(drawings.EmbeddedSource):
-    """The drawings, as a source with class names."""
-
-    class_names = drawings.CLASS_NAMES
-    codes = 0
-
-    def version(self) -> str:
-        return f"drawings {drawings.VERSION}: {self}"
-
-
-def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
-    # Training crops enlarge by up to 5/4, which would blur drawings of the final size.
-    if train:
-        return EmbeddedSource(config.length, image_size * 5 // 4, "train")
-    return EmbeddedSource(config.eval_length, image_size, "validation")
 
 
 class TfdsSource:
@@ -196,39 +138,32 @@ class TfdsSource:
     codes = 0
 
     def __init__(self, folder: str, split: str):
-        self.folder, self.split = folder, split
-        self._open()
-
-    def _open(self):
         import tensorflow_datasets as tfds
 
-        builder = tfds.builder_from_directory(self.folder)
+        self.folder, self.split = folder, split
+        builder = tfds.builder_from_directory(folder)
         keys = builder.info.supervised_keys or ("image", "label")
         self._image_key, self._label_key = keys[0], keys[-1]
         features = dict(builder.info.features.items())
         image, label = features.get(self._image_key), features.get(self._label_key)
         if not isinstance(image, tfds.features.Image):
-            raise UserError(f"{self.folder}: no feature of images, expected image classification")
+            raise UserError(f"{folder}: no feature of images, expected image classification")
         if not isinstance(label, tfds.features.ClassLabel):
-            raise UserError(f"{self.folder}: no feature of classes, expected image classification")
-        names = label.names
-        self.class_names = tuple(names or map(str, range(label.num_classes)))
-        # The bytes go through `crops.load`, like those of any other source.
+            raise UserError(f"{folder}: no feature of classes, expected image classification")
+        self.class_names = tuple(label.names or map(str, range(label.num_classes)))
+        # Files stay encoded here, so that `crops.load` decodes them like those of other sources.
         self._records = builder.as_data_source(
-            self.split, decoders={self._image_key: tfds.decode.SkipDecoding()}
+            split, decoders={self._image_key: tfds.decode.SkipDecoding()}
         )
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"folder": self.folder, "split": self.split}
-
-    def __setstate__(self, state: dict[str, str]):
-        self.__init__(**state)
+    def __reduce__(self):
+        return TfdsSource, (self.folder, self.split)
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, index: int) -> Example:
-        index = checked(index, len(self))
+        index = range(len(self))[index]
         record = self._records[index]
         named = (record[name] for name in FILE_NAME_FEATURES if record.get(name))
         key = next(named, f"{self.split}/{index}")
@@ -245,18 +180,19 @@ class TfdsSource:
 
 
 def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
-    del image_size
     import tensorflow_datasets as tfds
 
     data_dir = os.path.expanduser(config.path) or None
     try:
         builder = tfds.builder(config.name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"data.name is {config.name!r}, unknown to TFDS: {reason}") from error
+        raise UserError(
+            f"data.name: expected a data set of TFDS, got {config.name!r}: {first_line(error)}"
+        ) from error
+    quoted = f'"{data_dir}"' if data_dir else "None"
     how = (
         "prepare it by: python -c 'import tensorflow_datasets as tfds; "
-        f'tfds.builder("{config.name}", data_dir={_quoted(data_dir)}, '
+        f'tfds.builder("{config.name}", data_dir={quoted}, '
         'file_format="array_record").download_and_prepare()\''
     )
     if builder.name == "imagenet2012":
@@ -276,23 +212,43 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         raise UserError(f"{config.name} has no split {split!r}, expected {splits}") from error
 
 
-def _open_folder(config: DataConfig, train: bool, image_size: int) -> Source:
-    del image_size
-    return folders.open_folder(Path(config.path).expanduser(), train, config.holdout)
-
-
-def _open_codes(config: DataConfig, train: bool, image_size: int) -> Source:
-    del image_size
-    return codes.CodesSource(config.path, codes.SPLITS[0 if train else 1])
-
-
-def _quoted(text: str | None) -> str:
-    return "None" if text is None else f'"{text}"'
+def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
+    # Training crops enlarge by up to 5/4, which would blur drawings of the final size.
+    if train:
+        return EmbeddedSource(config.length, image_size * 5 // 4, "train")
+    return EmbeddedSource(config.eval_length, image_size, "validation")
 
 
 OPENERS: dict[str, Callable[[DataConfig, bool, int], Source]] = {
     "tfds": _open_tfds,
-    "folder": _open_folder,
+    "folder": lambda config, train, image_size: open_folder(
+        Path(config.path).expanduser(), train, config.holdout
+    ),
     "embedded": _open_embedded,
-    "codes": _open_codes,
+    "codes": lambda config, train, image_size: codes.CodesSource(
+        config.path, "train" if train else "validation"
+    ),
 }
+
+
+def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
+    """Opens the training or the evaluation examples that a configuration names.
+
+    Args:
+        config: what to open.
+        train: True for the training examples, False for those for evaluation.
+        image_size: side in pixels that crops will have; only drawings depend on it.
+
+    Returns:
+        The source, with at least one example.
+
+    Raises:
+        UserError: the source is missing, empty, not prepared, or shorter than the configuration
+            asks.
+    """
+    source = OPENERS[config.source](config, train, image_size)
+    length = config.length if train else config.eval_length
+    if length > len(source):
+        field = "length" if train else "eval_length"
+        raise UserError(f"data.{field}: expected at most the {len(source)} examples, got {length}")
+    return _First(source, length) if 0 < length < len(source) else source

@@ -30,8 +30,8 @@ from gigatok_jax.evaluation.sets import FeatureSet, Reference
 from gigatok_jax.files import read_json, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.task import held_out_means
 
 COLUMNS = 8  # images in a row of a grid, at most
 CLASSES = 12  # rows of a grid of classes, at most

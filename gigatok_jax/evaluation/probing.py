@@ -1,6 +1,5 @@
 """AR probing: evaluating a tokenizer by a small generator trained on its codes (paper, 3.1)."""
 
-from collections.abc import Mapping
 import dataclasses
 import functools
 from pathlib import Path
@@ -17,13 +16,20 @@ from gigatok_jax.config import configclass
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import DataConfig, open_source
-from gigatok_jax.evaluation import features, generation, reconstruction, report, sets
+from gigatok_jax.evaluation import (
+    features,
+    generation,
+    print_metrics,
+    reconstruction,
+    report,
+    sets,
+)
 from gigatok_jax.files import read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-from gigatok_jax.training.run import RunConfig
+from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.training.linear_probe import LinearProbeRun
+from gigatok_jax.training.loop import train
 from gigatok_jax.training.telemetry import read_metrics
 
 PER_CLASS = 8  # samples of each class in the report
@@ -297,13 +303,6 @@ STEPS = {
 }
 
 
-def train(run: RunConfig, workdir: Path) -> None:
-    """Trains, or resumes, a run."""
-    from gigatok_jax.commands.train import train
-
-    train(dataclasses.asdict(run), workdir)
-
-
 def component_maps(features: np.ndarray) -> np.ndarray:
     """Shows the first three principal components of features as colours (Fig. 8).
 
@@ -325,12 +324,3 @@ def component_maps(features: np.ndarray) -> np.ndarray:
     colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     side = round(tokens**0.5)
     return (255 * colours).astype(np.uint8).reshape(count, side, side, -1)
-
-
-def print_metrics(metrics: Mapping[str, Any]) -> None:
-    """Prints the numbers among the metrics as a table."""
-    for name, value in metrics.items():
-        if isinstance(value, int):
-            print(f"  {name:<18}{value:>12,}")
-        elif isinstance(value, float):
-            print(f"  {name:<18}{value:12.4f}")

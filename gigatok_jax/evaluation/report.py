@@ -1,14 +1,57 @@
-"""Probes or training runs as one self-contained HTML file, alone or side by side."""
+"""Probes or training runs as one self-contained HTML file, alone or side by side.
 
-from collections.abc import Sequence
+This module reads results into plain dictionaries and draws the charts. What a reader sees of them
+(headings, number formats, captions, notes) is in the template `report.html`.
+"""
+
+import base64
+from collections.abc import Callable, Mapping, Sequence
+import functools
+import io
+import json
 import pathlib
+from typing import Any
 
+from flax import traverse_util
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
+import numpy as np
+from PIL import Image
+
+from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import page, probe_page, run_page
-from gigatok_jax.files import read_json
-from gigatok_jax.training.tasks import TASKS
+from gigatok_jax.files import read_json, replacing
+from gigatok_jax.training import TASKS
+from gigatok_jax.training.telemetry import read_metrics
 
 PROBE = "probe"
+PAPER = pathlib.Path(__file__).parents[1] / "assets" / "paper.json"
+HELD_OUT = "held_out/"
+FRACTIONS = ("accuracy", "top5_accuracy", "codebook_usage", "input_wait")  # shown as percentages
+THROUGHPUT = ("images_per_second", "input_wait")
+RECONSTRUCTION_DISTANCES = ("rfid", "rfd_dinov2", "rfd_teacher")
+GENERATION_DISTANCES = ("gfid", "gfd_dinov2", "gfd_teacher")
+UNUSED_SETTINGS = ("generator.data.", "linear_probe.data.")  # overridden by the probe's own data
+
+MAX_POINTS = 400  # per curve; more points are invisible and bloat the file
+WIDE_RANGE = 8  # ratio of largest to smallest value above which the scale is logarithmic
+MAX_PNG_BYTES = 2**20  # larger pictures are embedded as JPEG
+COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#8e5bd0", "#c23b6b", "#6b7280", "#b58a00", "#0f8ea8")
+GREY = "#9aa3af"
+CHART_STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": "#374151",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+    "xtick.color": "#6b7280",
+    "ytick.color": "#6b7280",
+    "font.size": 9,
+    "svg.fonttype": "none",
+}
 
 
 def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
@@ -19,19 +62,34 @@ def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
       path: the HTML file.
 
     Raises:
-      UserError: a folder is of neither, they are not all of one kind, or one has nothing to show.
+      UserError: a folder holds neither, the kinds differ, or a run has nothing to show yet.
     """
     kinds = [_kind(workdir) for workdir in workdirs]
     for workdir, kind in zip(workdirs, kinds, strict=True):
         if kind != kinds[0]:
             raise UserError(
-                f"{workdir}: {_named(kind)}, but {workdirs[0]} is {_named(kinds[0])}; a report is "
-                "of one kind"
+                f"{workdir}: expected a {_describe(kinds[0])} like {workdirs[0]}, "
+                f"got a {_describe(kind)}"
             )
-    subject = probe_page if kinds[0] == PROBE else run_page
-    labels = page.labels(workdirs)
-    found = [subject.read(*each) for each in zip(workdirs, labels, strict=True)]
-    page.write(subject.make(found), path)
+    read, compare = (
+        (_read_probe, _compare_probes) if kinds[0] == PROBE else (_read_training, _compare_training)
+    )
+    runs = [read(workdir) for workdir in workdirs]
+    looks = zip(labels(workdirs), colours(len(runs)), strict=True)
+    for run, (label, colour) in zip(runs, looks, strict=True):
+        run.update(label=label, colour=colour)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["number"] = _number
+    html = environment.get_template("report.html").render(
+        kind=kinds[0], runs=runs, differing=_differing_settings(runs), **compare(runs)
+    )
+    with replacing(path) as aside:
+        aside.write_text(html, encoding="utf-8")
 
 
 def _kind(workdir: pathlib.Path) -> str:
@@ -43,11 +101,281 @@ def _kind(workdir: pathlib.Path) -> str:
     task = record.get("task") if isinstance(record, dict) else None
     if task not in TASKS:
         raise UserError(
-            f"{workdir}: expected what `gigatok probe` or `gigatok train` left, found neither "
+            f"{workdir}: expected the workdir of `gigatok probe` or `gigatok train`, found neither "
             "probe.json nor a run's config.json"
         )
     return task
 
 
-def _named(kind: str) -> str:
-    return "a probe" if kind == PROBE else f"a {kind.replace('_', ' ')}'s training run"
+def _describe(kind: str) -> str:
+    return kind if kind == PROBE else f"{kind.replace('_', ' ')} training run"
+
+
+def labels(workdirs: Sequence[pathlib.Path]) -> list[str]:
+    """The shortest tail of each path that no other path shares."""
+    paths = [workdir.resolve() for workdir in workdirs]
+
+    def label(path: pathlib.Path) -> str:
+        for length in range(1, len(path.parts)):
+            tail = path.parts[-length:]
+            if all(other == path or other.parts[-length:] != tail for other in paths):
+                return "/".join(tail)
+        return str(path)
+
+    return [label(path) for path in paths]
+
+
+def colours(count: int) -> list[str]:
+    """As many distinct colours."""
+    if count <= len(COLOURS):
+        return list(COLOURS[:count])
+    wheel = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
+    return [matplotlib.colors.to_hex(colour) for colour in wheel]
+
+
+def _number(value: float | None, spec: str) -> str:
+    """Template filter; what a run lacks becomes a dash."""
+    missing = value is None or isinstance(value, jinja2.Undefined)
+    return "-" if missing else format(value, spec)
+
+
+def _flatten(mapping: Mapping[str, Any]) -> dict[str, str]:
+    """Nested settings as `a.b`, their values as text."""
+    flat = traverse_util.flatten_dict(mapping, sep=".")
+    return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
+
+
+def _differing_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
+    """Settings whose values are not the same in all runs: name to one value per run."""
+    differing = {}
+    for heading in dict.fromkeys(heading for run in runs for heading in run["settings"]):
+        columns = [run["settings"].get(heading, {}) for run in runs]
+        for name in dict.fromkeys(name for column in columns for name in column):
+            values = [column.get(name, "-") for column in columns]
+            if len(set(values)) > 1:
+                differing[f"{heading}: {name}"] = values
+    return differing
+
+
+def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
+    """The results of one probe, with its settings, charts and pictures."""
+    if not (workdir / "results.json").exists():
+        raise UserError(
+            f"{workdir}: expected a finished probe, found no results.json; "
+            f"gigatok probe --workdir={workdir} ... resumes it"
+        )
+    record = read_json(workdir / "probe.json", "the probe")
+    results = read_json(workdir / "results.json", "the probe's results")
+    if record.get("config.ssim_range", 1) == 2:
+        results["ssim_range_2"] = results.pop("ssim")
+    own = {name.removeprefix("config."): value for name, value in record.items()}
+    settings = {
+        "Settings": {k: v for k, v in own.items() if not k.startswith(UNUSED_SETTINGS)},
+    }
+    if (workdir / "tokenizer.json").exists():
+        tokenizer = read_json(workdir / "tokenizer.json", "the tokenizer")
+        run = dict(tokenizer["made_by"].get("run", {}))
+        run.pop("model", None)  # a copy of tokenizer["model"]
+        settings["Tokenizer"] = {"model": tokenizer["model"]} | tokenizer["made_by"] | {"run": run}
+    linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
+    pictures = {
+        "reconstructions": workdir / "reconstruction" / "grid.png",
+        "samples": workdir / "samples" / "grid.png",
+        "features": workdir / "maps.png",
+    }
+    return results | {
+        "steps": own["generator.steps"],
+        "epochs": own["generator.epochs"],
+        "schedule": own["sampling.schedule"],
+        "linear_features": read_json(linear_bundle, "the linear probe")["made_by"]["features"],
+        "charts": _probe_charts(workdir, results),
+        "pictures": {name: _picture(path) for name, path in pictures.items() if path.exists()},
+        "settings": {heading: _flatten(values) for heading, values in settings.items()},
+    }
+
+
+def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
+    pair = colours(2)
+    generator = _read_metrics(workdir / "generator" / "metrics.jsonl")
+    linear_probe = _read_metrics(workdir / "linear_probe" / "metrics.jsonl")
+    counts = np.sort(np.load(workdir / "reconstruction" / "code_counts.npy"))[::-1]
+    search = results.get("search", [])
+
+    def draw_loss(axes):
+        _draw_curves(axes, generator, "total", pair)
+        axes.legend(frameon=False)
+
+    def draw_search(axes):
+        distance = next(name for name in GENERATION_DISTANCES if name in results)
+        scales, values = [row["guidance"] for row in search], [row[distance] for row in search]
+        axes.plot(scales, values, marker="o", markersize=4, color=pair[0])
+        axes.axvline(results["guidance"], color=GREY, linewidth=1, linestyle=":")
+        axes.set(xlabel="guidance")
+
+    def draw_accuracy(axes):
+        _draw_curves(axes, linear_probe, "accuracy", pair)
+        axes.set_ylim(0, 1)
+        axes.legend(frameon=False)
+
+    def draw_usage(axes):
+        axes.fill_between(np.arange(len(counts)), counts / counts.mean(), step="mid", color=pair[0])
+        axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+        axes.set(xlabel="code, most frequent first")
+
+    charts = {"generator": draw_loss, "linear_probe": draw_accuracy, "codebook": draw_usage}
+    if len(search) > 1:
+        charts["guidance"] = draw_search
+    return {name: chart(draw) for name, draw in charts.items()}
+
+
+def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the template needs beside the probes; `scaling` is as in Figs. 3 and 7 of the paper."""
+    scaling = {}
+    for names in (RECONSTRUCTION_DISTANCES, GENERATION_DISTANCES, ("loss",), ("linear_accuracy",)):
+        name = next((name for name in names if all(name in probe for probe in probes)), None)
+        if name and len(probes) > 1:
+            scaling[name] = chart(functools.partial(_draw_scaling, probes=probes, name=name))
+    return {
+        "measured": set().union(*probes),
+        "scaling": scaling,
+        "paper": read_json(PAPER, "the paper's results")["rows"],
+    }
+
+
+def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
+    """A metric against the tokenizer's size."""
+    sizes = [probe["parameters"] / 1e6 for probe in probes]
+    for probe, size in zip(probes, sizes, strict=True):
+        point = (size, probe[name])
+        axes.scatter(*point, s=36, zorder=3, color=probe["colour"])
+        offset = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 8}
+        axes.annotate(probe["label"], point, **offset)
+    ends = sorted({min(sizes), max(sizes)})
+    axes.set(xscale="log", xlabel="tokenizer, million parameters")
+    axes.set_xticks(ends, [f"{size:,.3g}" for size in ends])
+    axes.minorticks_off()
+    axes.margins(x=0.2, y=0.15)
+    if name == "linear_accuracy":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
+    """The logged metrics of one training run, with its settings and newest pictures."""
+    path = workdir / "config.json"
+    mapping = read_json(path, "the run")
+    config = from_mapping(TASKS[mapping["task"]], mapping, f"{path}: config")
+    metrics = workdir / "metrics.jsonl"
+    rows = _read_metrics(metrics)
+    if not rows:
+        raise UserError(
+            f"{metrics}: nothing logged yet; the first row comes at step "
+            f"{min(config.loop.log_every, config.total_steps):,}"
+        )
+    # Names end in the step with leading zeros, so the newest of a name comes last.
+    newest = {
+        file.stem.rpartition("_")[0]: file
+        for file in sorted((workdir / "pictures").glob("*_[0-9]*.png"))
+    }
+    return {
+        "rows": rows,
+        "last": {name: value for row in rows for name, value in row.items() if value is not None},
+        "total_steps": config.total_steps,
+        "pictures": {
+            name: {"step": int(file.stem.rpartition("_")[2]), "source": _picture(file)}
+            for name, file in newest.items()
+        },
+        "settings": {"Settings": _flatten(mapping)},
+    }
+
+
+def _compare_training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What the template needs beside the runs: names of all metrics, and their charts by group."""
+    logged = dict.fromkeys(name for run in runs for name in run["last"] if name != "step")
+    metrics = sorted(logged, key=lambda name: (name != "total", not name.startswith(HELD_OUT)))
+    groups = {"Losses and metrics": {}, "Optimization": {}, "Throughput": {}}
+    for name in dict.fromkeys(name.removeprefix(HELD_OUT) for name in metrics):
+        if name in THROUGHPUT:
+            group = "Throughput"
+        elif name == "learning_rate" or name.endswith("_norm"):
+            group = "Optimization"
+        else:
+            group = "Losses and metrics"
+        groups[group][name] = chart(functools.partial(_draw_metric, runs=runs, name=name))
+    return {"metrics": metrics, "groups": groups, "fractions": FRACTIONS}
+
+
+def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
+    """One metric of all runs; a single run has a legend here, several have one on the page."""
+    single = len(runs) == 1
+    for run in runs:
+        _draw_curves(axes, run["rows"], name, colours(2) if single else [run["colour"]] * 2)
+    values = np.concatenate([line.get_ydata() for line in axes.lines])
+    linear = name in (*FRACTIONS, *THROUGHPUT, "learning_rate")
+    if not linear and values.min() > 0 and values.max() > WIDE_RANGE * values.min():
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    steps = [row["step"] for run in runs for row in run["rows"]]
+    margin = 0.02 * (max(steps) - min(steps)) + 0.5
+    axes.set_xlim(min(steps) - margin, max(steps) + margin)  # the same in all charts
+    if single and any(line.get_label() == "held out" for line in axes.lines):
+        axes.legend(frameon=False)
+
+
+def _read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+    """Rows of a `metrics.jsonl`, if it exists; the held-out loss is named after its counterpart."""
+    rows = read_metrics(path) if path.exists() else []
+    names = {f"{HELD_OUT}loss": f"{HELD_OUT}total"}
+    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric where it was logged; means of neighbours in long runs."""
+    pairs = np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
+    if not len(pairs):
+        return np.empty(0), np.empty(0)
+    stretches = np.array_split(pairs, min(MAX_POINTS, len(pairs)))
+    return tuple(np.array([stretch.mean(0) for stretch in stretches]).T)
+
+
+def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Sequence[str]) -> None:
+    """Draws a line of a metric in training and a dashed one of its held-out counterpart."""
+    dots = {"marker": "o", "markersize": 3, "linestyle": "--"}
+    for key, label, colour, style in (
+        (name, "training", pair[0], {}),
+        (HELD_OUT + name, "held out", pair[1], dots),
+    ):
+        steps, values = series(rows, key)
+        if len(steps) == 1:
+            style = dots
+        if len(steps):
+            axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
+    axes.set(xlabel="step")
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if name in FRACTIONS:
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def chart(draw: Callable[[Any], None]) -> str:
+    """An SVG, as a data URL, of what `draw` does to Matplotlib axes."""
+    with matplotlib.rc_context(CHART_STYLE):
+        figure = Figure(figsize=(4.2, 2.8), layout="constrained")
+        draw(figure.add_subplot())
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return _data_url("image/svg+xml", buffer.getvalue())
+
+
+def _picture(path: pathlib.Path) -> str:
+    """A PNG file as a data URL; a large one becomes a JPEG."""
+    content = path.read_bytes()
+    if len(content) <= MAX_PNG_BYTES:
+        return _data_url("image/png", content)
+    buffer = io.BytesIO()
+    Image.open(path).convert("RGB").save(buffer, "jpeg", quality=90)
+    return _data_url("image/jpeg", buffer.getvalue())
+
+
+def _data_url(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -1,4 +1,9 @@
-"""Convolution with a weight gradient that is fast on CPUs too."""
+"""A convolution whose weight gradient is fast on CPUs too.
+
+XLA's CPU backend takes some five times as long for the weight gradient of a large image as for the
+rest. On CPUs it is therefore computed from blocks of output rows, as one matrix product for each
+place in the kernel, and these are summed up.
+"""
 
 import functools
 
@@ -6,25 +11,22 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-DIMENSIONS = ("NHWC", "HWIO", "NHWC")
-ROWS = 8  # output rows a block: a block's pixels and products stay in a core's cache
+ROWS = 8  # output rows in a block: a block's pixels and products stay in a core's cache
 LARGE = 2**27  # multiply-adds from which blocks beat XLA's own weight gradient on CPU
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, *args, **kwargs):
-    """`lax.conv_general_dilated` for `nn.Conv(conv_general_dilated=...)`: 2D, NHWC, one stride.
-
-    XLA's CPU backend runs the weight gradient of a large image some five times slower than the
-    rest; there it is computed in blocks of rows as nine (for 3x3) matrix products.
-    """
+    """`lax.conv_general_dilated` for `nn.Conv(conv_general_dilated=...)`: 2D, NHWC, one stride."""
     del args, kwargs  # dilations of 1 and one group, nn.Conv's defaults
     return _conv(x, kernel, window_strides[0], tuple(map(tuple, padding)))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _conv(x, kernel, stride, padding):
-    strides = (stride, stride)
-    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+def _plain(x, kernel, stride, padding):
+    strides, dimensions = (stride, stride), ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
+
+
+_conv = jax.custom_vjp(_plain, nondiff_argnums=(2, 3))
 
 
 def _forward(x, kernel, stride, padding):
@@ -33,19 +35,18 @@ def _forward(x, kernel, stride, padding):
 
 def _backward(stride, padding, residuals, gradient):
     x, kernel = residuals
-    strides = (stride, stride)
 
-    def plain(x, kernel):
-        return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=DIMENSIONS)
+    def by_xla(x, gradient):
+        return jax.vjp(lambda k: _plain(x, k, stride, padding), kernel)[1](gradient)[0]
 
-    def native(x, gradient):
-        return jax.vjp(lambda k: plain(x, k), kernel)[1](gradient)[0]
-
-    blocks = functools.partial(_kernel_gradient_by_rows, kernel.shape, stride, padding)
-    (x_gradient,) = jax.vjp(lambda x: plain(x, kernel), x)[1](gradient)
+    (x_gradient,) = jax.vjp(lambda x: _plain(x, kernel, stride, padding), x)[1](gradient)
     if gradient.size * kernel.size // kernel.shape[-1] < LARGE or gradient.shape[1] % ROWS:
-        return x_gradient, native(x, gradient)
-    return x_gradient, lax.platform_dependent(x, gradient, cpu=blocks, default=native)
+        return x_gradient, by_xla(x, gradient)
+    by_rows = functools.partial(_kernel_gradient_by_rows, kernel.shape, stride, padding)
+    return x_gradient, lax.platform_dependent(x, gradient, cpu=by_rows, default=by_xla)
+
+
+_conv.defvjp(_forward, _backward)
 
 
 def _kernel_gradient_by_rows(shape, stride, padding, x, gradient):
@@ -53,31 +54,23 @@ def _kernel_gradient_by_rows(shape, stride, padding, x, gradient):
     batch, rows, columns, _ = gradient.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     blocks = rows // ROWS
+    span = stride * (ROWS - 1) + height  # input rows that a block's output rows see
 
     def add(total, index):
         image, row = index // blocks, index % blocks * ROWS
         g = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, ROWS, columns, channels_out))
-        span = stride * (ROWS - 1) + height
         y = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in))[0]
         # Transposed once for all products; within them, it would be for each.
         g = lax.optimization_barrier(g.reshape(-1, channels_out).T)
-        taps = [
-            jnp.dot(
-                g,
-                y[
-                    i : i + span - height + 1 : stride,
-                    j : j + stride * (columns - 1) + 1 : stride,
-                ].reshape(-1, channels_in),
-                preferred_element_type=jnp.float32,
-            )
-            for i in range(height)
-            for j in range(width)
-        ]
-        return total + jnp.stack(taps), None
+        products = []
+        for i in range(height):
+            for j in range(width):
+                last_row, last_column = i + stride * (ROWS - 1), j + stride * (columns - 1)
+                seen = y[i : last_row + 1 : stride, j : last_column + 1 : stride]
+                seen = seen.reshape(-1, channels_in)
+                products.append(jnp.dot(g, seen, preferred_element_type=jnp.float32))
+        return total + jnp.stack(products), None
 
     total = jnp.zeros((height * width, channels_out, channels_in), jnp.float32)
     total, _ = lax.scan(add, total, jnp.arange(batch * blocks))
     return total.transpose(0, 2, 1).reshape(shape).astype(gradient.dtype)
-
-
-_conv.defvjp(_forward, _backward)

@@ -3,6 +3,8 @@
 Both keep what training calls move besides the parameters in the collection `batch_stats`.
 """
 
+import functools
+
 from einops import rearrange
 import flax.linen as nn
 import jax
@@ -11,82 +13,57 @@ import jax.numpy as jnp
 
 from gigatok_jax import sharding
 from gigatok_jax.models import layers, resize, vit
-from gigatok_jax.models.batch_norm import BatchNorm, LocalBatchNorm
-from gigatok_jax.models.convolution import conv_general_dilated
+from gigatok_jax.models.norms import BatchNorm, LocalBatchNorm
 
 
 class PatchGAN(nn.Module):
-    """Judges overlapping patches: `[B, H, W, 3]` to logits `[B, h, w, 1]` float32.
+    """Rates overlapping patches: `[B, H, W, 3]` to logits `[B, h, w, 1]` float32."""
 
-    Attributes:
-      channels: width of each layer; all but the last two halve the extent.
-      groups: see `BatchNorm`.
-    """
-
-    channels: tuple[int, ...] = (64, 128, 256, 512)
-    groups: int = 1
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # all but the last two layers halve the extent
+    groups: int = 1  # see `BatchNorm`
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, images: jax.Array, *, train: bool = True) -> jax.Array:
-        def conv(features, stride, bias, name):
-            axes = (None, None, "conv_in", "conv_out")
-            return nn.Conv(
-                features,
-                (4, 4),
-                strides=(stride, stride),
-                padding=((1, 1), (1, 1)),
-                use_bias=bias,
-                dtype=self.dtype,
-                conv_general_dilated=conv_general_dilated,
-                kernel_init=layers.partitioned(nn.initializers.normal(0.02), *axes),
-                promote_dtype=sharding.promote(*axes),
-                bias_init=layers.partitioned(nn.initializers.zeros, "norm"),
-                name=name,
-            )
-
+        conv = functools.partial(layers.conv, size=4, padding=1, dtype=self.dtype)
         x = images.astype(self.dtype)
         for i, features in enumerate(self.channels):
             stride = 1 if i == len(self.channels) - 1 else 2
-            x = conv(features, stride, i == 0, f"conv{i}")(x)
+            x = conv(features, strides=stride, use_bias=i == 0, name=f"conv{i}")(x)
             if i > 0:
                 norm = BatchNorm(groups=self.groups, dtype=self.dtype, name=f"norm{i}")
                 x = norm(x, train=train)
             x = nn.leaky_relu(x, 0.2)
-        return conv(1, 1, True, "conv_out")(x).astype(jnp.float32)
+        return conv(1, name="conv_out")(x).astype(jnp.float32)
 
 
 def _unit(x: jax.Array) -> jax.Array:
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
-def _product(equation: str, *arrays: jax.Array) -> jax.Array:
-    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
+_product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class SpectralConv(nn.Module):
     """Circular convolution of `[B, T, C]` by a kernel divided by its spectral norm.
 
     The norm is that of the kernel as a matrix from a window to the outputs (Miyato et al. 2018).
-    Its singular vectors are estimated by one step of power iteration a training call; no gradient
-    passes through them.
-
-    Attributes:
-      features: channels of the output.
-      window: positions that the kernel spans, odd.
+    Each training call improves the estimate of its singular vectors by one step of power iteration;
+    no gradient passes through them.
     """
 
     features: int
-    window: int = 1
+    window: int = 1  # positions that the kernel spans, odd
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        axes = (None, "conv_in", "conv_out")
         shape = (self.window, x.shape[-1], self.features)
-        init = layers.torch_uniform(self.window * x.shape[-1])
-        kernel_init = layers.partitioned(init, None, "conv_in", "conv_out")
-        kernel = self.param("kernel", kernel_init, shape)
-        kernel = sharding.gather(kernel, None, "conv_in", "conv_out")
+        init = layers.uniform((self.window * x.shape[-1]) ** -0.5)
+        kernel = sharding.gather(
+            self.param("kernel", layers.partitioned(init, *axes), shape), *axes
+        )
         bias = self.param("bias", layers.partitioned(init, "norm"), (self.features,))
 
         def random_unit():
@@ -112,7 +89,7 @@ class SpectralConv(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Judges each token: `[B, T, W]` to logits `[B, T]` float32."""
+    """Rates each token: `[B, T, W]` to logits `[B, T]` float32."""
 
     dtype: layers.Dtype = jnp.float32
 
@@ -139,12 +116,12 @@ class DinoHeads(nn.Module):
 
     @nn.compact
     def __call__(self, features: jax.Array, *, train: bool = True) -> jax.Array:
-        def judge(module, carry, x):
+        def head(module, carry, x):
             del module
             return carry, DinoHead(self.dtype, name="head")(x, train=train)
 
         scan = nn.scan(
-            judge,
+            head,
             variable_axes={"params": 0, "batch_stats": 0},
             split_rngs={"params": True},
             metadata_params={nn.PARTITION_NAME: "layers"},
@@ -154,16 +131,10 @@ class DinoHeads(nn.Module):
 
 
 def dino_inputs(images: jax.Array, config: vit.ViTConfig, key: jax.Array) -> jax.Array:
-    """Images as DINO's input: a crop of all of them at one random place, or all of each.
+    """Square images `[B, H, H, 3]` in [-1, 1] as DINO's input, normalized, `[B, S, S, 3]`.
 
-    Args:
-      images: square, `[B, H, H, 3]` in [-1, 1].
-      config: DINO's; S = grid * patch_size.
-      key: decides, as in the reference for the whole batch, with even odds.
-
-    Returns:
-      Normalized images `[B, S, S, 3]`.  What is not cropped is resized by area; images that are
-      no larger than S always are, bicubically.
+    With even odds, all are cropped at one random place, or all are resized by area (as in the
+    reference, which decides for the whole batch). Images no larger than S are resized bicubically.
     """
     size, extent = config.grid * config.patch_size, images.shape[1]
     images = vit.normalize(images, config)

@@ -1,78 +1,74 @@
-"""The Llama-style generator of codes, one class embedding and then the codes (paper, 4.2)."""
+"""The Llama-style generator of codes (paper, 4.2).
 
-import dataclasses
+An image's sequence is its class followed by its N codes, in the tokenizer's order. From the first n
+codes the transformer predicts the next one:
+
+    class, code 1, ..., code n     [B], [B, n]
+      embeddings                   [B, 1 + n, W]
+      causal blocks                [B, 1 + n, W]
+      norm, linear                 [B, 1 + n, K]   logits of code 1, ..., code n + 1
+
+`Generator` computes all positions at once, for training. `Decoder` computes one position at a time
+and keeps the keys and values of those before, for sampling.
+"""
+
 import functools
-from typing import Any
+import math
+from typing import Annotated, Any, Literal, get_args
 
 from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from pydantic import Field, PositiveInt, model_validator
 
 from gigatok_jax import sharding
+from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
 
-POSITIONS = ("learned", "rotary", "rotary_2d")
-ADALN = ("none", "block", "shared")
+Positions = Literal["learned", "rotary", "rotary_2d"]
+AdaLN = Literal["none", "block", "shared"]
+POSITIONS, ADALN = get_args(Positions), get_args(AdaLN)
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class GeneratorConfig:
-    """Everything that determines a generator's parameters and what it computes.
+    """Everything that determines a generator's parameters and what it computes."""
 
-    Attributes:
-      depth, heads, width: of the transformer.
-      codes: number of codes an image, N.
-      codebook_size: K.
-      classes: number of classes; one more, the null class, stands for "any".
-      positions: "learned" for 1d tokenizers, "rotary_2d" for 2d ones, or "rotary".
-      qk_norm: LayerNorm over the dimensions of each head's queries and keys.
-      adaln: modulation of each block by the class: "none", "block" (a Linear a block), or "shared"
-        (one Linear for all blocks, and an offset a block).
-      dropout: of embeddings, attention outputs and MLP outputs.
-    """
-
-    depth: int
-    heads: int
-    width: int
-    codes: int = 256
-    codebook_size: int = 16_384
-    classes: int = 1_000
-    positions: str = "learned"
-    qk_norm: bool = False
-    adaln: str = "none"
-    dropout: float = 0.1
+    depth: PositiveInt
+    heads: PositiveInt
+    width: PositiveInt
+    codes: PositiveInt = 256  # per image, N
+    codebook_size: Annotated[int, Field(ge=2)] = 16_384  # K
+    classes: PositiveInt = 1_000  # one more, the null class, stands for any of them
+    positions: Positions = "learned"  # 2d tokenizers need "rotary_2d"
+    qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
+    # Modulation of each block by the class: "block" has a Linear for each block, "shared" has one
+    # for all blocks and an offset for each.
+    adaln: AdaLN = "none"
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of embeddings and both branches' outputs
 
     @property
     def hidden(self) -> int:
         """Width inside the SwiGLU."""
-        return -(-int(2 * 4 * self.width / 3) // 256) * 256
+        return 256 * math.ceil(int(8 * self.width / 3) / 256)
 
     @property
     def null_class(self) -> int:
         return self.classes
 
-    def __post_init__(self):
-        for name in ("depth", "heads", "width", "codes", "classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
-        if self.positions not in POSITIONS:
-            raise ValueError(f"positions must be one of {POSITIONS}, got {self.positions!r}")
-        if self.adaln not in ADALN:
-            raise ValueError(f"adaln must be one of {ADALN}, got {self.adaln!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+    @model_validator(mode="after")
+    def _check(self):
         multiple = {"learned": 1, "rotary": 2, "rotary_2d": 4}[self.positions]
-        if self.width % self.heads or self.width // self.heads % multiple:
+        if self.width % (self.heads * multiple):
             raise ValueError(
-                f"width must be heads times a multiple of {multiple}, got {self.width} for "
+                f"width: expected heads times a multiple of {multiple}, got {self.width} for "
                 f"{self.heads} heads"
             )
-        if self.positions == "rotary_2d" and round(self.codes**0.5) ** 2 != self.codes:
-            raise ValueError(f"codes must fill a square for rotary_2d positions, got {self.codes}")
+        if self.positions == "rotary_2d" and math.isqrt(self.codes) ** 2 != self.codes:
+            raise ValueError(f"codes: expected a square for rotary_2d positions, got {self.codes}")
+        return self
 
 
 def rotation(config: GeneratorConfig) -> np.ndarray | None:
@@ -84,7 +80,7 @@ def rotation(config: GeneratorConfig) -> np.ndarray | None:
         return None
     places = np.arange(config.codes)
     if config.positions == "rotary_2d":
-        axes = np.stack(np.divmod(places, round(config.codes**0.5)), -1)  # row, column
+        axes = np.stack(np.divmod(places, math.isqrt(config.codes)), -1)  # row, column
     else:
         axes = places[:, None]
     table = layers.rotary_table(axes, config.width // config.heads)
@@ -98,23 +94,15 @@ def _norm(dtype: layers.Dtype, name: str) -> nn.RMSNorm:
 
 def _modulation(config: GeneratorConfig, count: int, dtype: layers.Dtype, name: str) -> nn.Dense:
     """Linear from the class to `count` vectors of the transformer's width, zero at first."""
-    return layers.dense(
-        count * config.width,
-        ("embed", "mlp"),
-        dtype=dtype,
-        kernel_init=nn.initializers.zeros,
-        name=name,
-    )
+    axes, zeros = ("embed", "mlp"), nn.initializers.zeros
+    return layers.dense(count * config.width, axes, kernel_init=zeros, dtype=dtype, name=name)
 
 
 class Block(nn.Module):
-    """Pre-norm layer: causal self-attention and SwiGLU, both modulated by the class with AdaLN.
-
-    `train` turns dropout on.
-    """
+    """Pre-norm layer: causal self-attention and SwiGLU, both modulated by the class with AdaLN."""
 
     config: GeneratorConfig
-    train: bool = False
+    train: bool = False  # turns dropout on
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
@@ -179,19 +167,12 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Codes and a class to the logits of each code, given those before it.
-
-    Attributes:
-      config: the architecture.
-      train: whether dropout is on; it needs an rng called "dropout".
-      remat: "none", "dots" or "full".
-      dtype: type of the computation; parameters, norms' statistics and softmax are float32.
-    """
+    """Codes and a class to the logits of each code, given those before it."""
 
     config: GeneratorConfig
-    train: bool = False
-    remat: str = "none"
-    dtype: layers.Dtype = jnp.float32
+    train: bool = False  # turns dropout on, which needs an rng called "dropout"
+    remat: str = "none"  # see `layers.remat`
+    dtype: layers.Dtype = jnp.float32  # norms' statistics and softmax are float32 in any case
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -215,22 +196,19 @@ class Generator(nn.Module):
         self.head = layers.dense(
             config.codebook_size,
             ("embed", "vocab"),
-            dtype=dtype,
-            use_bias=False,
             kernel_init=nn.initializers.zeros,
+            use_bias=False,
+            dtype=dtype,
             name="head",
         )
         self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
 
     def __call__(self, codes: jax.Array, classes: jax.Array) -> jax.Array:
-        """Logits of n + 1 codes.
+        """Logits of n + 1 codes, `[B, n + 1, K]` of the compute type.
 
         Args:
           codes: the first n codes of each image, `[B, n]` int32, n < N.
           classes: `[B]` int32; `config.null_class` where there is none.
-
-        Returns:
-          `[B, n + 1, K]` of the compute type: logits of code 1 given the class, and so on.
         """
         x, _ = self._run(codes, classes)
         return self.logits(x, self.class_vectors(classes))
@@ -281,20 +259,15 @@ class Generator(nn.Module):
 
 
 class Decoder:
-    """One code at a time: the same computation as `Generator`, with keys and values kept.
+    """A `Generator` with the given parameters, for one code at a time of images of some classes.
 
     Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
-
-    Args:
-      config: the architecture.
-      params: of a `Generator`.
-      classes: `[B]` int32.
-      dtype: type of the computation.
     """
 
-    def __init__(self, config: GeneratorConfig, params: Any, classes: jax.Array, dtype):
+    def __init__(
+        self, config: GeneratorConfig, params: Any, classes: jax.Array, dtype: layers.Dtype
+    ):
         self._config, self._classes, self._dtype = config, classes, dtype
-        self._module = Generator(config, dtype=dtype)
         # Casting once halves what each step reads where the type is half as wide.
         params = jax.tree.map_with_path(
             lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
@@ -303,50 +276,35 @@ class Decoder:
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]
-        self._params = params
-        self._first = self._apply(Generator.class_vectors, classes)
-        self._condition = self._apply(Generator.condition, self._first)
+        self._apply = functools.partial(Generator(config, dtype=dtype).apply, {"params": params})
+        self._first = self._apply(classes, method="class_vectors")
+        self._condition = self._apply(self._first, method="condition")
         self._rotation = rotation(config)
 
-    def _apply(self, method, *args):
-        return self._module.apply({"params": self._params}, *args, method=method)
-
     def empty_cache(self, length: int) -> list[layers.Cache]:
-        """One `layers.Cache` a block for `length` positions."""
+        """One `layers.Cache` of `length` positions for each block."""
         config = self._config
         shape = (len(self._classes), config.heads, length, config.width // config.heads)
         zeros = jnp.zeros(shape, self._dtype)
         return [layers.Cache(zeros, zeros)] * config.depth
 
     def step(self, codes: jax.Array, position: jax.Array, cache: list[layers.Cache]):
-        """Logits of the code after one position.
+        """Logits of the code after `position`, float32 `[B, K]`, and the cache with it included.
 
-        Args:
-          codes: `[B]`, the codes at `position`; at position 0 is the class, and they are not read.
-          position: scalar.
-          cache: of the positions before.
-
-        Returns:
-          float32 `[B, K]`, and the cache with this position in it.
+        `codes` `[B]` are those at `position`, a scalar. Position 0 is the class's, and they are not
+        read; `cache` holds the positions before.
         """
-        x = self._apply(Generator.code_vectors, codes[:, None], position[None])
+        x = self._apply(codes[:, None], position[None], method="code_vectors")
         x = jnp.where(position == 0, self._first, x)
         table = self._rotation
         if table is not None:
             table = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), position, 1)
-        block, updated = Block(self._config, dtype=self._dtype), []
-        for params, layer_cache in zip(self._blocks, cache, strict=True):
-            x, layer_cache = block.apply(
-                {"params": params},
-                x,
-                layer_cache,
-                position,
-                table,
-                self._condition,
-                method=Block.decode,
-            )
-            updated.append(layer_cache)
-        logits = self._apply(Generator.logits, x, self._first)
+        decode = functools.partial(Block(self._config, dtype=self._dtype).apply, method="decode")
+        updated = []
+        for params, kept in zip(self._blocks, cache, strict=True):
+            x, kept = decode({"params": params}, x, kept, position, table, self._condition)
+            updated.append(kept)
+        logits = self._apply(x, self._first, method="logits")
         return logits[:, 0].astype(jnp.float32), updated
 
 

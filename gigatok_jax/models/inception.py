@@ -1,10 +1,11 @@
 """The Inception-v3 of FID: the 2015 TensorFlow graph with 1008 outputs (Szegedy et al. 2015).
 
 It differs from later ones in its pooling branches: averages leave the padding out of the count, and
-the last block takes a maximum.
+the last block takes a maximum. Layers have their names in torchvision's Inception v3.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -32,16 +33,14 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.Conv(
+        x = layers.conv(
             self.features,
             self.kernel,
             strides=self.stride,
             padding=self.padding,
             use_bias=False,
+            trained=False,
             dtype=self.dtype,
-            kernel_init=layers.partitioned(
-                nn.initializers.lecun_normal(), None, None, "conv_in", "conv_out"
-            ),
             name="conv",
         )(x)
 
@@ -54,115 +53,108 @@ class Conv(nn.Module):
         return nn.relu(x * gain.astype(x.dtype) + (bias - mean * gain).astype(x.dtype))
 
 
-def _average(x):
-    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
-
-
-def _maximum(x):
-    return nn.max_pool(x, (3, 3), padding="SAME")
-
-
-def _shrink(x):
-    return nn.max_pool(x, (3, 3), strides=(2, 2))
-
-
-# A layer: its name in torchvision's Inception v3, width, kernel, and what is not the default.
-Layer = tuple
-# A block: name, and branches, each a sequence of layers, of pools, and of tuples of layers that
-# share an input and whose outputs are concatenated.
-_VALID = {"padding": "VALID"}
-_HALVE = {"padding": "VALID", "stride": 2}
-
-STEM = (
-    ("Conv2d_1a_3x3", 32, (3, 3), _HALVE),
-    ("Conv2d_2a_3x3", 32, (3, 3), _VALID),
-    ("Conv2d_2b_3x3", 64, (3, 3)),
-    _shrink,
-    ("Conv2d_3b_1x1", 80, (1, 1)),
-    ("Conv2d_4a_3x3", 192, (3, 3), _VALID),
-    _shrink,
+# The network is a nested structure. A list is a sequence, a tuple holds branches whose outputs are
+# concatenated, and the rest are pools and convolutions: partial `Conv`s with their names.
+AVERAGE = functools.partial(
+    nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
 )
+MAXIMUM = functools.partial(nn.max_pool, window_shape=(3, 3), padding="SAME")
+SHRINK = functools.partial(nn.max_pool, window_shape=(3, 3), strides=(2, 2))
+VALID, HALVE = {"padding": "VALID"}, {"padding": "VALID", "stride": 2}
 
 
-def _block_5x5(pool: int):
-    return (
-        [("branch1x1", 64, (1, 1))],
-        [("branch5x5_1", 48, (1, 1)), ("branch5x5_2", 64, (5, 5))],
-        [
-            ("branch3x3dbl_1", 64, (1, 1)),
-            ("branch3x3dbl_2", 96, (3, 3)),
-            ("branch3x3dbl_3", 96, (3, 3)),
-        ],
-        [_average, ("branch_pool", pool, (1, 1))],
+def _conv(name, features, height=1, width=1, options=None):
+    return functools.partial(Conv, features, (height, width), name=name, **(options or {}))
+
+
+def _block(name: str, *branches) -> tuple:
+    """Branches whose rows are arguments of `_conv`, or pools; rows in a tuple are a fork."""
+
+    def part(row):
+        if callable(row):
+            return row
+        if isinstance(row[0], tuple):
+            return tuple(map(part, row))
+        return _conv(f"{name}.branch{row[0]}", *row[1:])
+
+    return tuple([part(row) for row in branch] for branch in branches)
+
+
+def _block_5x5(name: str, pool: int) -> tuple:
+    return _block(
+        name,
+        [("1x1", 64)],
+        [("5x5_1", 48), ("5x5_2", 64, 5, 5)],
+        [("3x3dbl_1", 64), ("3x3dbl_2", 96, 3, 3), ("3x3dbl_3", 96, 3, 3)],
+        [AVERAGE, ("_pool", pool)],
     )
 
 
-def _block_7x7(width: int):
-    return (
-        [("branch1x1", 192, (1, 1))],
-        [
-            ("branch7x7_1", width, (1, 1)),
-            ("branch7x7_2", width, (1, 7)),
-            ("branch7x7_3", 192, (7, 1)),
-        ],
-        [
-            ("branch7x7dbl_1", width, (1, 1)),
-            ("branch7x7dbl_2", width, (7, 1)),
-            ("branch7x7dbl_3", width, (1, 7)),
-            ("branch7x7dbl_4", width, (7, 1)),
-            ("branch7x7dbl_5", 192, (1, 7)),
-        ],
-        [_average, ("branch_pool", 192, (1, 1))],
+def _block_7x7(name: str, width: int) -> tuple:
+    double = [("7x7dbl_1", width), ("7x7dbl_2", width, 7, 1), ("7x7dbl_3", width, 1, 7)]
+    return _block(
+        name,
+        [("1x1", 192)],
+        [("7x7_1", width), ("7x7_2", width, 1, 7), ("7x7_3", 192, 7, 1)],
+        [*double, ("7x7dbl_4", width, 7, 1), ("7x7dbl_5", 192, 1, 7)],
+        [AVERAGE, ("_pool", 192)],
     )
 
 
-def _block_fork(pool: Callable):
-    return (
-        [("branch1x1", 320, (1, 1))],
-        [
-            ("branch3x3_1", 384, (1, 1)),
-            (("branch3x3_2a", 384, (1, 3)), ("branch3x3_2b", 384, (3, 1))),
-        ],
-        [
-            ("branch3x3dbl_1", 448, (1, 1)),
-            ("branch3x3dbl_2", 384, (3, 3)),
-            (("branch3x3dbl_3a", 384, (1, 3)), ("branch3x3dbl_3b", 384, (3, 1))),
-        ],
-        [pool, ("branch_pool", 192, (1, 1))],
+def _block_fork(name: str, pool: functools.partial) -> tuple:
+    double = (("3x3dbl_3a", 384, 1, 3), ("3x3dbl_3b", 384, 3, 1))
+    return _block(
+        name,
+        [("1x1", 320)],
+        [("3x3_1", 384), (("3x3_2a", 384, 1, 3), ("3x3_2b", 384, 3, 1))],
+        [("3x3dbl_1", 448), ("3x3dbl_2", 384, 3, 3), double],
+        [pool, ("_pool", 192)],
     )
 
 
-BLOCKS = {
-    "Mixed_5b": _block_5x5(32),
-    "Mixed_5c": _block_5x5(64),
-    "Mixed_5d": _block_5x5(64),
-    "Mixed_6a": (
-        [("branch3x3", 384, (3, 3), _HALVE)],
-        [
-            ("branch3x3dbl_1", 64, (1, 1)),
-            ("branch3x3dbl_2", 96, (3, 3)),
-            ("branch3x3dbl_3", 96, (3, 3), _HALVE),
-        ],
-        [_shrink],
+UP_TO_SPATIAL = [  # "mixed_6" in the graph, whose output sFID reads
+    _conv("Conv2d_1a_3x3", 32, 3, 3, HALVE),
+    _conv("Conv2d_2a_3x3", 32, 3, 3, VALID),
+    _conv("Conv2d_2b_3x3", 64, 3, 3),
+    SHRINK,
+    _conv("Conv2d_3b_1x1", 80),
+    _conv("Conv2d_4a_3x3", 192, 3, 3, VALID),
+    SHRINK,
+    _block_5x5("Mixed_5b", 32),
+    _block_5x5("Mixed_5c", 64),
+    _block_5x5("Mixed_5d", 64),
+    _block(
+        "Mixed_6a",
+        [("3x3", 384, 3, 3, HALVE)],
+        [("3x3dbl_1", 64), ("3x3dbl_2", 96, 3, 3), ("3x3dbl_3", 96, 3, 3, HALVE)],
+        [SHRINK],
     ),
-    "Mixed_6b": _block_7x7(128),
-    "Mixed_6c": _block_7x7(160),
-    "Mixed_6d": _block_7x7(160),
-    "Mixed_6e": _block_7x7(192),
-    "Mixed_7a": (
-        [("branch3x3_1", 192, (1, 1)), ("branch3x3_2", 320, (3, 3), _HALVE)],
+    _block_7x7("Mixed_6b", 128),
+    _block_7x7("Mixed_6c", 160),
+    _block_7x7("Mixed_6d", 160),
+]
+AFTER_SPATIAL = [
+    _block_7x7("Mixed_6e", 192),
+    _block(
+        "Mixed_7a",
+        [("3x3_1", 192), ("3x3_2", 320, 3, 3, HALVE)],
         [
-            ("branch7x7x3_1", 192, (1, 1)),
-            ("branch7x7x3_2", 192, (1, 7)),
-            ("branch7x7x3_3", 192, (7, 1)),
-            ("branch7x7x3_4", 192, (3, 3), _HALVE),
+            ("7x7x3_1", 192),
+            ("7x7x3_2", 192, 1, 7),
+            ("7x7x3_3", 192, 7, 1),
+            ("7x7x3_4", 192, 3, 3, HALVE),
         ],
-        [_shrink],
+        [SHRINK],
     ),
-    "Mixed_7b": _block_fork(_average),
-    "Mixed_7c": _block_fork(_maximum),
-}
-SPATIAL_BLOCK = "Mixed_6d"  # "mixed_6" in the graph
+    _block_fork("Mixed_7b", AVERAGE),
+    _block_fork("Mixed_7c", MAXIMUM),
+]
+
+
+def layer_names() -> list[str]:
+    """Names of the convolutions, "Conv2d_1a_3x3" to "Mixed_7c.branch_pool", in order."""
+    parts = jax.tree.leaves([UP_TO_SPATIAL, AFTER_SPATIAL])
+    return [part.keywords["name"] for part in parts if part.func is Conv]
 
 
 class Inception(nn.Module):
@@ -177,51 +169,22 @@ class Inception(nn.Module):
         Returns:
           "pool" `[B, 2048]`; "spatial" `[B, 17 * 17 * 7]`, of sFID; "logits" `[B, 1008]`.
         """
-        x = self._sequence(STEM, x.astype(self.dtype), "")
-        for name, branches in BLOCKS.items():
-            outputs = [self._sequence(branch, x, f"{name}.") for branch in branches]
-            if name == SPATIAL_BLOCK:
-                spatial = outputs[0][..., :SPATIAL_CHANNELS]
-            x = jnp.concatenate(outputs, axis=-1)
+        x = self._run(UP_TO_SPATIAL, x.astype(self.dtype))
+        spatial = x[..., :SPATIAL_CHANNELS]
+        x = self._run(AFTER_SPATIAL, x)
         pool = x.astype(jnp.float32).mean((1, 2))
-        kernel_init = layers.partitioned(nn.initializers.lecun_normal(), "embed", "vocab")
-        bias_init = layers.partitioned(nn.initializers.zeros, "vocab")
-        head = nn.Dense(OUTPUTS, kernel_init=kernel_init, bias_init=bias_init, name="fc")
+        head = layers.dense(OUTPUTS, ("embed", "vocab"), dtype=jnp.float32, name="fc")
         return {
             "pool": pool,
             "spatial": spatial.astype(jnp.float32).reshape(len(x), -1),
             "logits": head(pool),
         }
 
-    def _sequence(self, parts: Sequence, x: jax.Array, prefix: str) -> jax.Array:
-        for part in parts:
-            if callable(part):
-                x = part(x)
-            elif isinstance(part[0], str):
-                x = self._layer(part, x, prefix)
-            else:
-                x = jnp.concatenate([self._layer(layer, x, prefix) for layer in part], axis=-1)
-        return x
-
-    def _layer(self, layer: Layer, x: jax.Array, prefix: str) -> jax.Array:
-        name, features, kernel, *rest = layer
-        options = rest[0] if rest else {}
-        return Conv(features, kernel, dtype=self.dtype, name=prefix + name, **options)(x)
-
-
-def layer_names() -> list[str]:
-    """Names of the convolutions, "Conv2d_1a_3x3" to "Mixed_7c.branch_pool", in order."""
-
-    def names(part):
-        if callable(part):
-            return []
-        return [part[0]] if isinstance(part[0], str) else [layer[0] for layer in part]
-
-    blocks = {"": (STEM,)} | {f"{name}.": branches for name, branches in BLOCKS.items()}
-    return [
-        prefix + name
-        for prefix, branches in blocks.items()
-        for branch in branches
-        for part in branch
-        for name in names(part)
-    ]
+    def _run(self, part: Any, x: jax.Array) -> jax.Array:
+        if isinstance(part, list):
+            for each in part:
+                x = self._run(each, x)
+            return x
+        if isinstance(part, tuple):
+            return jnp.concatenate([self._run(branch, x) for branch in part], axis=-1)
+        return part(dtype=self.dtype)(x) if part.func is Conv else part(x)

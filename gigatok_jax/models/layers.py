@@ -1,7 +1,10 @@
-"""The transformer stack that every model here is made of, with logical axis names throughout.
+"""The parts that every model here is made of: linear layers, attention, the transformer stack.
 
-Modules name *logical* axes only (`embed`, `heads`, `mlp`, ...); `training.partitioning` maps them
-to the mesh.  Parameters are float32; `dtype` is the type of the computation between them.
+Every parameter names its *logical* axes ("embed", "heads", "mlp", ...), which `sharding.RULES` maps
+to the devices. Parameters are float32; `dtype` is the type of the computation between them.
+
+A transformer's blocks are one `Block` whose parameters are stacked along a leading axis `layers`
+and scanned over, so that a stack of 48 compiles as fast as one of 6.
 """
 
 from collections.abc import Callable
@@ -11,11 +14,13 @@ from typing import Any, NamedTuple
 from einops import rearrange
 import flax.linen as nn
 import jax
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import sharding
+from gigatok_jax.models.convolution import conv_general_dilated
 
 Dtype = Any
 DTYPES = ("auto", "float32", "bfloat16")
@@ -47,7 +52,7 @@ def compute_dtype(name: str) -> Dtype:
       ValueError: the name is not one of `DTYPES`.
     """
     if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {DTYPES}, got {name!r}")
+        raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {name!r}")
     if name == "auto":
         return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
     return jnp.dtype(name)
@@ -67,14 +72,20 @@ def partitioned(init, *axes: str | None):
     return nn.with_logical_partitioning(init, axes)
 
 
-def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """Wraps `module` so that its activations are recomputed in the backward pass.
+def uniform(bound: float):
+    """Initializes in [-bound, bound); with bound = fan_in^-0.5, as PyTorch's Linear does."""
 
-    Args:
-      module: a Linen module class.
-      policy: "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
-        inputs, and what `keep` marks.
-      scanned: the module is the body of a scan, where XLA cannot merge the recomputation away.
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
+    """The class `module`, with its activations recomputed in the backward pass.
+
+    The policy "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
+    inputs and what `keep` marks. In a `scanned` body, XLA cannot merge the recomputation away.
     """
     if policy == "none":
         return module
@@ -86,16 +97,62 @@ def keep(arrays: Any) -> Any:
     return checkpoint_name(arrays, KEPT)
 
 
-def dense(features: int, axes: tuple[str | None, str | None], *, dtype: Dtype, name: str, **kwargs):
-    """A Linear layer whose `[in, out]` kernel carries the logical `axes`."""
-    kernel_init = kwargs.pop("kernel_init", default_init)
-    bias_init = kwargs.pop("bias_init", nn.initializers.zeros)
-    return nn.Dense(
+def dense(
+    features: int | tuple[int, ...],
+    axes: tuple[str | None, ...],
+    *,
+    axis: int | tuple[int, ...] = -1,
+    kernel_init: Callable = default_init,
+    bias_init: Callable = nn.initializers.zeros,
+    bias_axes: tuple[str | None, ...] | None = None,
+    dtype: Dtype,
+    name: str,
+    **kwargs,
+):
+    """A Linear layer, from `axis` to `features`, whose kernel carries the logical `axes`.
+
+    The bias carries those of the features, unless `bias_axes` say otherwise.
+    """
+    count = len(features) if isinstance(features, tuple) else 1
+    return nn.DenseGeneral(
         features,
+        axis,
         dtype=dtype,
         kernel_init=partitioned(kernel_init, *axes),
-        bias_init=partitioned(bias_init, axes[1]),
+        bias_init=partitioned(bias_init, *(bias_axes or axes[-count:])),
         promote_dtype=sharding.promote(*axes),
+        name=name,
+        **kwargs,
+    )
+
+
+def conv(
+    features: int,
+    size: int | tuple[int, int] = 3,
+    axes: tuple[str, str] = ("conv_in", "conv_out"),
+    *,
+    padding: Any = None,
+    trained: bool = True,
+    dtype: Dtype,
+    name: str,
+    **kwargs,
+):
+    """A convolution whose `[h, w, in, out]` kernel carries the logical `axes` on its last two.
+
+    `padding` keeps the extent by default. Only kernels that are `trained` need the weight gradient
+    that `convolution` puts into every backward pass.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    axes = (None, None, *axes)
+    return nn.Conv(
+        features,
+        (height, width),
+        padding=((height // 2,) * 2, (width // 2,) * 2) if padding is None else padding,
+        dtype=dtype,
+        kernel_init=partitioned(default_init, *axes),
+        bias_init=partitioned(nn.initializers.zeros, "norm"),
+        promote_dtype=sharding.promote(*axes),
+        conv_general_dilated=conv_general_dilated if trained else lax.conv_general_dilated,
         name=name,
         **kwargs,
     )
@@ -110,26 +167,6 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
         bias_init=partitioned(nn.initializers.zeros, "norm"),
         name=name,
     )
-
-
-def packed_xavier_uniform(width: int):
-    """Xavier-uniform bound of PyTorch's packed `[3W, W]` q/k/v matrix."""
-    bound = (6 / (4 * width)) ** 0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
-
-
-def torch_uniform(fan_in: int):
-    """PyTorch's default initialization of a Linear's or convolution's kernel and bias."""
-    bound = fan_in**-0.5
-
-    def init(key, shape, dtype=jnp.float32):
-        return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-    return init
 
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) -> jax.Array:
@@ -153,25 +190,17 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 class Cache(NamedTuple):
-    """Keys and values of one attention's positions, `[B, heads, T, head_dim]` each.
+    """Keys and values of one attention's positions, in an order that needs no transposition."""
 
-    Attention over them needs no transposition in this order.
-    """
-
-    keys: jax.Array
-    values: jax.Array
+    keys: jax.Array  # [B, heads, T, head_dim]
+    values: jax.Array  # [B, heads, T, head_dim]
 
 
 def rotary_table(positions: np.ndarray, head_dim: int, base: float = 10_000.0) -> np.ndarray:
-    """Cosines and sines of rotary position embeddings.
+    """Cosines and sines of rotary position embeddings, float32 `[T, head_dim / 2, 2]`.
 
-    Args:
-      positions: `[T, axes]`; each axis turns an equal share of the head's dimensions.
-      head_dim: a multiple of twice the number of axes.
-      base: of the geometric series of wave lengths.
-
-    Returns:
-      float32 `[T, head_dim / 2, 2]`, for pairs of neighbouring dimensions.
+    Each axis of the positions `[T, axes]` turns an equal share of the head's pairs of neighbouring
+    dimensions. `base` is that of the geometric series of wave lengths.
     """
     dims = head_dim // positions.shape[1]
     frequencies = base ** (-np.arange(0, dims, 2) / dims)
@@ -188,48 +217,28 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 class Attention(nn.Module):
-    """Multi-head attention with separate inputs for queries, keys and values.
-
-    Attributes:
-      width, heads: W, and the number of heads that it is divided into.
-      bias: whether the projections have biases.
-      kernel_init: of the query, key and value projections; None: PyTorch's, see
-        `packed_xavier_uniform`.
-      qk_norm: LayerNorm over the dimensions of each head's queries and keys.
-    """
+    """Multi-head attention with separate inputs for queries, keys and values."""
 
     width: int
-    heads: int
-    bias: bool = True
-    kernel_init: Callable | None = None
-    qk_norm: bool = False
+    heads: int  # that the width is divided into
+    bias: bool = True  # of all four projections
+    kernel_init: Callable | None = None  # of q, k and v; None: as PyTorch's packed matrix
+    qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        common = dict(dtype=self.dtype, use_bias=self.bias)
-        kernel_init = self.kernel_init or packed_xavier_uniform(self.width)
-
-        def project(name):
-            axes = ("embed", "heads", "head_dim")
-            return nn.DenseGeneral(
-                (self.heads, self.width // self.heads),
-                kernel_init=partitioned(kernel_init, *axes),
-                promote_dtype=sharding.promote(*axes),
-                bias_init=partitioned(nn.initializers.zeros, "heads", "head_dim"),
-                name=name,
-                **common,
-            )
-
-        self.query, self.key, self.value = project("query"), project("key"), project("value")
-        axes = ("heads", "head_dim", "embed")
-        self.out = nn.DenseGeneral(
-            self.width,
-            axis=(-2, -1),
-            kernel_init=partitioned(default_init, *axes),
-            promote_dtype=sharding.promote(*axes),
-            bias_init=partitioned(nn.initializers.zeros, "norm"),
-            name="out",
-            **common,
+        # Xavier-uniform of PyTorch's packed [3W, W] matrix.
+        init = self.kernel_init or uniform((6 / (4 * self.width)) ** 0.5)
+        linear = functools.partial(dense, use_bias=self.bias, dtype=self.dtype)
+        shape, axes = (self.heads, self.width // self.heads), ("heads", "head_dim")
+        project = functools.partial(linear, shape, ("embed", *axes), kernel_init=init)
+        self.query, self.key, self.value = (
+            project(name="query"),
+            project(name="key"),
+            project(name="value"),
+        )
+        self.out = linear(
+            self.width, (*axes, "embed"), axis=(-2, -1), bias_axes=("norm",), name="out"
         )
         if self.qk_norm:
             self.query_norm = layer_norm(dtype=self.dtype, name="query_norm")
@@ -243,42 +252,23 @@ class Attention(nn.Module):
             q, k = rotate(q, rotation), rotate(k, rotation)
         return q, k, v
 
-    def __call__(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        *,
-        causal: bool = False,
-        rotation: jax.Array | None = None,
-    ) -> jax.Array:
+    def __call__(self, query, key, value, *, causal: bool = False, rotation=None) -> jax.Array:
         """Maps `[B, T, W]`, `[B, S, W]`, `[B, S, W]` to `[B, T, W]`.
 
-        Args:
-          query, key, value: what is projected.
-          causal: position t sees keys up to t only.
-          rotation: `rotary_table` of all positions, or None.
+        `causal` lets position t see keys up to t only; `rotation` is the positions' `rotary_table`.
         """
         q, k, v = self._project(query, key, value, rotation)
         return self.out(dot_product_attention(q, k, v, is_causal=causal))
 
-    def decode(
-        self, x: jax.Array, cache: Cache, position: jax.Array, rotation: jax.Array | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """Causal self-attention of one more position, given those before it.
+    def decode(self, x, cache: Cache, position, rotation=None) -> tuple[jax.Array, Cache]:
+        """Causal self-attention of one more position `[B, 1, W]`, given those before it.
 
-        Args:
-          x: `[B, 1, W]`.
-          cache: of all positions; those from `position` on are not read.
-          position: scalar.
-          rotation: this position's row of the `rotary_table`, `[1, head_dim / 2, 2]`, or None.
-
-        Returns:
-          `[B, 1, W]`, and the cache with this position in it.
+        Returns its like, and the cache with `position`, a scalar, in it. What the cache holds from
+        there on is not read. `rotation` is this position's row of the `rotary_table`, if any.
         """
         q, k, v = self._project(x, x, x, rotation)
         q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
-        insert = jax.lax.dynamic_update_slice_in_dim
+        insert = lax.dynamic_update_slice_in_dim
         keys = insert(cache.keys, k.astype(cache.keys.dtype), position, axis=2)
         values = insert(cache.values, v.astype(cache.values.dtype), position, axis=2)
         scores = jnp.einsum("bhqd,bhtd->bhqt", q, keys, preferred_element_type=jnp.float32)
@@ -292,19 +282,13 @@ class Block(nn.Module):
     """Pre-norm transformer layer: self-attention, cross-attention if there is a memory, MLP.
 
     Positions are added to queries and keys only, as in DETR (paper, appendix C).
-
-    Attributes:
-      epsilon: of the norms.
-      layer_scale: gives each branch a learned gain a channel (DINOv2's LayerScale).
-      mlp_width: hidden width of the MLP; None: four times the input's.
-      activation: of the MLP, a key of `ACTIVATIONS`.
     """
 
     heads: int
-    epsilon: float = 1e-5
-    layer_scale: bool = False
-    mlp_width: int | None = None
-    activation: str = "gelu"
+    epsilon: float = 1e-5  # of the norms
+    layer_scale: bool = False  # DINOv2's learned gain of each channel of a branch
+    mlp_width: int | None = None  # None: four times the input's
+    activation: str = "gelu"  # of the MLP, a key of `ACTIVATIONS`
     dtype: Dtype = jnp.float32
 
     @nn.compact
@@ -342,40 +326,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned.
-
-    Compile time does not depend on the depth.
-
-    Attributes:
-      depth: number of blocks.
-      block: makes one, given a name; a `functools.partial` of its class.
-      remat: one of "none", "dots", "full".
-    """
+    """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned."""
 
     depth: int
-    block: functools.partial
-    remat: str = "none"
+    block: functools.partial  # a block's class with its options
+    remat: str = "none"  # see `remat`
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *shared, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Runs the stack.
+        """Maps `[B, T, W]` to the last layer's output, and those of the layers in `taps`.
 
-        Args:
-          x: `[B, T, W]`.
-          shared: what each block gets beside its input.
-          taps: layers, counted from 1, whose outputs are wanted (0: the input).
-
-        Returns:
-          The last layer's output `[B, T, W]`, and the outputs of the layers in `taps`.
+        Layers are counted from 1 (0: the input). Each gets what is `shared` beside its input.
         """
         block = remat(self.block.func, self.remat, scanned=True)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
             x = block(**self.block.keywords, name="block")(x, *shared)
-            # Selecting in the carry keeps one array a tap instead of every layer's output.
+            # Selecting in the carry keeps one array per tap instead of every layer's output.
             tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))
             return (x, tapped), None
 
@@ -390,34 +360,3 @@ class Transformer(nn.Module):
         carry = (x, (x,) * len(taps))
         (x, tapped), _ = scan(self, carry, jnp.arange(1, self.depth + 1), *shared)
         return x, tapped
-
-
-def pool_queries(grid: jax.Array, count: int) -> jax.Array:
-    """Multi-level average pooling that seeds the Q-Former's queries (paper, appendix C).
-
-    Args:
-      grid: `[B, H, W, C]`.
-      count: number of queries, a power of two.
-
-    Returns:
-      `[B, count, C]`: groups of 1, 1, 2, 4, ... count/2 block means, each read row-major.
-    """
-    groups = []
-    for group in range(count.bit_length()):
-        level = max(group - 1, 0)
-        rows, columns = query_blocks(level)
-        means = rearrange(grid, "b (r h) (c w) d -> b r c (h w) d", r=rows, c=columns).mean(
-            3, dtype=jnp.float32
-        )
-        groups.append(rearrange(means, "b r c d -> b (r c) d").astype(grid.dtype))
-    return jnp.concatenate(groups, axis=1)
-
-
-def query_blocks(level: int) -> tuple[int, int]:
-    """Rows and columns of blocks into which pooling level `level` splits the grid."""
-    return 2 ** (level // 2), 2 ** ((level + 1) // 2)
-
-
-def depth_to_space(x: jax.Array) -> jax.Array:
-    """`[B, H, W, 4C]` to `[B, 2H, 2W, C]`, channels ordered (row, column, channel): DCR."""
-    return rearrange(x, "b h w (r s c) -> b (h r) (w s) c", r=2, s=2)

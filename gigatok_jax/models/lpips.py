@@ -4,12 +4,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax import sharding
 from gigatok_jax.models import layers
 
 SHIFT = (-0.030, -0.088, -0.188)
 SCALE = (0.458, 0.448, 0.450)
-# Convolutions a stage; LPIPS reads each stage's last ReLU: relu1_2, 2_2, 3_3, 4_3, 5_3.
+# Widths of each stage's convolutions. LPIPS reads the last ReLU: relu1_2, 2_2, 3_3, 4_3, 5_3.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 
 
@@ -25,17 +24,8 @@ class VGG16(nn.Module):
             if stage > 1:
                 x = nn.max_pool(x, (2, 2), strides=(2, 2))
             for i, width in enumerate(widths, start=1):
-                axes = (None, None, "conv_in", "conv_out")
-                x = nn.Conv(
-                    width,
-                    (3, 3),
-                    padding=1,
-                    dtype=self.dtype,
-                    kernel_init=layers.partitioned(nn.initializers.he_normal(), *axes),
-                    promote_dtype=sharding.promote(*axes),
-                    name=f"conv{stage}_{i}",
-                )(x)
-                x = nn.relu(x)
+                name = f"conv{stage}_{i}"
+                x = nn.relu(layers.conv(width, trained=False, dtype=self.dtype, name=name)(x))
             features.append(x)
         return features
 
@@ -43,23 +33,20 @@ class VGG16(nn.Module):
 class LPIPS(nn.Module):
     """Distance `[B]` float32 between two batches of images `[B, H, W, 3]` in [-1, 1].
 
-    The reference leaves LPIPS's dropout active in training, by accident; there is none here.
+    The reference, by accident, leaves LPIPS's dropout active in training; here is none.
     """
 
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
         self.vgg = VGG16(self.dtype)
-        self.gains = [
-            self.param(f"lin{i}", layers.partitioned(nn.initializers.ones, "norm"), (widths[-1],))
-            for i, widths in enumerate(STAGES)
-        ]
+        ones = layers.partitioned(nn.initializers.ones, "norm")
+        self.gains = [self.param(f"lin{i}", ones, (w[-1],)) for i, w in enumerate(STAGES)]
 
     def features(self, images: jax.Array) -> list[jax.Array]:
         """Unit-normalized features of each stage, `[B, h, w, C]` float32."""
         x = (images - jnp.asarray(SHIFT)) / jnp.asarray(SCALE)
-        features = self.vgg(x.astype(self.dtype))
-        return [_unit(y.astype(jnp.float32)) for y in features]
+        return [_unit(y.astype(jnp.float32)) for y in self.vgg(x.astype(self.dtype))]
 
     def distance(self, first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
         """Distance of two images' `features`, `[B]`."""

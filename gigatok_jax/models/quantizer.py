@@ -1,4 +1,8 @@
-"""Vector quantization: exact code search in chunks, gradient rules, entropy, usage."""
+"""Vector quantization: the nearest code of each latent, the gradient past it, codebook usage.
+
+The distance matrix of a batch of B-L, 65,536 latents by 16,384 codes, would take 4 GiB. The search
+forms it a chunk of rows at a time, forward and backward, and is exact all the same.
+"""
 
 import math
 
@@ -10,25 +14,12 @@ import jax.numpy as jnp
 ENTROPY_TEMPERATURE = 0.01
 HISTORY_LENGTH = 65_536  # assignments over which codebook usage is measured
 CHUNK_ELEMENTS = 2**24  # largest piece of the distance matrix held at once: 64 MiB in float32
-GRADIENTS = ("straight_through", "rotation")
 
 
 def normalize(x: jax.Array) -> jax.Array:
     """Scales the last axis to unit length; a zero vector stays zero, as does its gradient."""
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
-
-
-def _distances(z: jax.Array, codebook: jax.Array) -> jax.Array:
-    """Squared distances `[M, K]` between rows of `[M, D]` and `[K, D]`, in full float32."""
-    product = jnp.einsum("md,kd->mk", z, codebook, precision=lax.Precision.HIGHEST)
-    return jnp.sum(z * z, -1)[:, None] + jnp.sum(codebook * codebook, -1) - 2 * product
-
-
-def _chunks(rows: int, codes: int, limit: int) -> int:
-    """Smallest divisor of `rows` that keeps a chunk within `limit`, or one row a chunk."""
-    wanted = min(math.ceil(rows * codes / limit), rows)
-    return next(n for n in range(wanted, rows + 1) if rows % n == 0)
 
 
 def search(
@@ -40,8 +31,6 @@ def search(
 ) -> tuple[jax.Array, jax.Array]:
     """Finds each latent's nearest code and, if asked, the entropy loss.
 
-    The distance matrix is formed a chunk of rows at a time, and again in the backward pass.
-
     Args:
       z: `[..., D]` float32.
       codebook: `[K, D]` float32.
@@ -49,18 +38,22 @@ def search(
       chunk_elements: bound on the elements of a chunk; a single row may exceed it.
 
     Returns:
-      Codes `[...]` int32 (the first one in a tie), and the entropy loss, a scalar:
-      mean of H(p) - H(mean of p), p = softmax(-distance / 0.01), over all latents.
+      Codes `[...]` int32 (the first one in a tie), and the entropy loss, a scalar: the mean of
+      H(p) over all latents minus H(mean of p), where p = softmax(-squared distance / 0.01).
     """
     codes, width = codebook.shape
     flat = z.reshape(-1, width)
     rows = flat.shape[0]
-    count = _chunks(rows, codes, chunk_elements)
+    # The fewest equal chunks within the bound, or single rows.
+    least = min(math.ceil(rows * codes / chunk_elements), rows)
+    count = next(n for n in range(least, rows + 1) if rows % n == 0)
     # Strided chunks: each takes rows from every device's contiguous shard of the batch.
     chunks = rearrange(flat, "(m n) d -> n m d", n=count)
 
     def step(carry, chunk):
-        distances = _distances(chunk, codebook)
+        product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
+        squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
+        distances = squares - 2 * product
         indices = jnp.argmin(distances, axis=-1).astype(jnp.int32)
         if not entropy:
             return carry, indices
@@ -81,14 +74,10 @@ def search(
 
 
 def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:
-    """Returns `quantized` in the forward pass, with a gradient to `z` in the backward pass.
+    """The code vectors `quantized`, nearest to `z`, with a gradient to `z` in the backward pass.
 
-    Args:
-      z: `[..., D]`.
-      quantized: `[..., D]`, the nearest code vectors.
-      rule: "straight_through" copies the gradient; "rotation" rotates it from the code's
-        direction to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the
-        Rotation Trick").
+    The rule "straight_through" copies the gradient. "rotation" rotates it from the code's direction
+    to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick").
     """
     if rule == "straight_through":
         return z + lax.stop_gradient(quantized - z)

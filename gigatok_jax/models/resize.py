@@ -35,10 +35,10 @@ def bicubic(images: jax.Array, size: int) -> jax.Array:
 
 @functools.lru_cache
 def _area_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights of PyTorch's area: means of all pixels that a target's touches."""
+    """`[target, length]` weights of PyTorch's area: means of all pixels that an output touches."""
     place = np.arange(length)
     first = np.arange(target)[:, None] * length // target
-    last = -(-(np.arange(target)[:, None] + 1) * length // target)
+    last = ((np.arange(target)[:, None] + 1) * length + target - 1) // target
     inside = (first <= place) & (place < last)
     return (inside / inside.sum(1, keepdims=True)).astype(np.float32)
 

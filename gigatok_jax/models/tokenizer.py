@@ -1,54 +1,74 @@
-"""The GigaTok image tokenizer: CNN, transformer, quantizer, transformer, CNN (paper, 4.1)."""
+"""The GigaTok image tokenizer (paper, 4.1): images to codes, and codes to images.
 
-import dataclasses
+The way of an image, with the shapes of the paper's B-L at 256 pixels:
+
+    image               [B, 256, 256, 3]    in [-1, 1]
+      CNN encoder       [B, 16, 16, 256]    features of a grid
+      transformer       [B, 256, 768]       N latent queries read the grid (1d), or a ViT on it (2d)
+      linear, linear    [B, 256, 8]         latents
+      nearest code      [B, 256]            codes, integers in [0, 16384)
+      look-up, linear   [B, 256, 256]       N code vectors
+      transformer       [B, 256, 1024]      16 x 16 queries read the latents (1d), or a ViT (2d)
+      conv              [B, 16, 16, 256]    features of a grid
+      CNN decoder       [B, 256, 256, 3]    image, not clipped
+
+An early layer of the second transformer also feeds the projector, whose output the semantic loss
+compares with a frozen teacher's features.
+"""
+
 import functools
 import math
+from typing import Annotated, Literal
 
 from einops import rearrange, repeat
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gigatok_jax import sharding
+from gigatok_jax.config import configclass
 from gigatok_jax.models import cnn, layers, quantizer
 
-INITS = ("reference", "fan_in")
 
-
-@dataclasses.dataclass(frozen=True)
+@configclass
 class TransformerSize:
     """Depth, heads and width of one transformer."""
 
-    depth: int
-    heads: int
-    width: int
+    depth: PositiveInt
+    heads: PositiveInt
+    width: PositiveInt
+
+    @model_validator(mode="after")
+    def _check(self):
+        if self.width % self.heads:
+            raise ValueError(f"width: expected a multiple of heads={self.heads}, got {self.width}")
+        return self
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class TokenizerConfig:
-    """Everything that determines a tokenizer's parameters and what it computes.
-
-    Raises ValueError, naming the field and what was expected, for a combination that cannot work.
-    """
+    """Everything that determines a tokenizer's parameters and what it computes."""
 
     encoder: TransformerSize
     decoder: TransformerSize
-    layout: str = "1d"  # "1d": Q-Former over latent queries; "2d": ViT over the grid
-    image_size: int = 256
-    latents: int = 256  # number of codes an image, N
-    base_channels: int = 128
-    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    residual_blocks: int = 2  # a level in the CNN encoder; the CNN decoder has one more
-    z_channels: int = 256
-    dropout: float = 0.0  # in the CNN's residual blocks
-    codebook_size: int = 16_384
-    code_dim: int = 8
-    normalize_codes: bool = True
-    gradient: str = "straight_through"  # or "rotation"
+    layout: Literal["1d", "2d"] = "1d"  # "1d": Q-Former over latent queries; "2d": ViT on the grid
+    image_size: PositiveInt = 256
+    latents: PositiveInt = 256  # codes per image, N
+    base_channels: PositiveInt = 128
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)  # one for each level of the CNN
+    residual_blocks: PositiveInt = 2  # per level of the CNN encoder; the CNN decoder has one more
+    z_channels: PositiveInt = 256
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # in the CNN's residual blocks
+    codebook_size: Annotated[int, Field(ge=2)] = 16_384
+    code_dim: PositiveInt = 8
+    normalize_codes: bool = True  # compare latents and codes on the unit sphere
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
-    semantic_dim: int = 768  # width of the teacher's features; 0: no projector
-    init: str = "reference"  # kernels of std 0.02; "fan_in": fan_in^-0.5, which narrow nets need
+    semantic_dim: NonNegativeInt = 768  # width of the teacher's features; 0: no projector
+    # Spread of initial kernels: "reference" 0.02, "fan_in" fan_in^-0.5, which narrow nets need.
+    init: Literal["reference", "fan_in"] = "reference"
 
     @property
     def factor(self) -> int:
@@ -62,109 +82,81 @@ class TokenizerConfig:
 
     @property
     def channels(self) -> tuple[int, ...]:
+        """Width of each level of the CNN."""
         return tuple(self.base_channels * m for m in self.channel_multipliers)
 
-    def __post_init__(self):
-        for name in ("encoder", "decoder"):
-            size = getattr(self, name)
-            if not isinstance(size, TransformerSize):  # a mapping, as read from a config file
-                size = TransformerSize(**size)
-                object.__setattr__(self, name, size)
-            if min(size.depth, size.heads, size.width) < 1 or size.width % size.heads:
-                raise ValueError(
-                    f"{name}: depth, heads and width must be positive and heads must divide "
-                    f"width, got {size.depth}/{size.heads}/{size.width}"
-                )
-        object.__setattr__(self, "channel_multipliers", tuple(self.channel_multipliers))
-        for name in ("base_channels", "z_channels", "residual_blocks", "code_dim", "latents"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-        if not self.channel_multipliers or min(self.channel_multipliers) < 1:
+    @model_validator(mode="after")
+    def _check(self):
+        if not self.channel_multipliers:
+            raise ValueError("channel_multipliers: expected at least one, got none")
+        if self.image_size % self.factor:
             raise ValueError(
-                f"channel_multipliers must be positive numbers, got {self.channel_multipliers}"
+                f"image_size: expected a multiple of {self.factor} (the CNN's down-sampling), got "
+                f"{self.image_size}"
             )
-        if self.image_size < self.factor or self.image_size % self.factor:
-            raise ValueError(
-                f"image_size must be a multiple of {self.factor} (the CNN's down-sampling), "
-                f"got {self.image_size}"
-            )
-        if self.layout not in ("1d", "2d"):
-            raise ValueError(f"layout must be '1d' or '2d', got {self.layout!r}")
-        if self.gradient not in quantizer.GRADIENTS:
-            raise ValueError(
-                f"gradient must be one of {quantizer.GRADIENTS}, got {self.gradient!r}"
-            )
-        if self.init not in INITS:
-            raise ValueError(f"init must be one of {INITS}, got {self.init!r}")
-        if self.codebook_size < 2:
-            raise ValueError(f"codebook_size must be at least 2, got {self.codebook_size}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
-        if self.semantic_dim < 0:
-            raise ValueError(f"semantic_dim must not be negative, got {self.semantic_dim}")
         if self.semantic_dim and not 1 <= self.semantic_layer <= self.decoder.depth:
             raise ValueError(
-                f"semantic_layer must be in 1..{self.decoder.depth} (the decoder's depth), "
-                f"got {self.semantic_layer}"
+                f"semantic_layer: expected 1..{self.decoder.depth} (the decoder's depth), got "
+                f"{self.semantic_layer}"
             )
         if self.layout == "2d" and self.latents != self.grid**2:
             raise ValueError(
-                f"latents must be {self.grid**2} (the {self.grid}x{self.grid} grid) in a 2d "
+                f"latents: expected {self.grid**2} (the {self.grid}x{self.grid} grid) in a 2d "
                 f"tokenizer, got {self.latents}"
             )
         if self.layout == "1d":
             if self.latents & (self.latents - 1):
                 raise ValueError(
-                    f"latents must be a power of two in a 1d tokenizer, got {self.latents}"
+                    f"latents: expected a power of two in a 1d tokenizer, got {self.latents}"
                 )
-            rows, columns = layers.query_blocks(max(self.latents.bit_length() - 2, 0))
+            rows, columns = _blocks(max(self.latents.bit_length() - 2, 0))
             if self.grid % rows or self.grid % columns:
                 raise ValueError(
                     f"latents: {self.latents} queries pool the {self.grid}x{self.grid} grid in "
                     f"{rows}x{columns} equal blocks, which do not divide it; use fewer latents "
                     f"or another image_size"
                 )
+        return self
+
+
+def _blocks(level: int) -> tuple[int, int]:
+    """Rows and columns of the blocks into which `pool_queries` splits the grid at a level."""
+    return 2 ** (level // 2), 2 ** ((level + 1) // 2)
+
+
+def pool_queries(grid: jax.Array, count: int) -> jax.Array:
+    """Multi-level average pooling that seeds the Q-Former's queries (paper, appendix C).
+
+    Maps `[B, H, W, C]` to `[B, count, C]`, count a power of two: groups of 1, 1, 2, 4, ...,
+    count / 2 block means, each group read row-major.
+    """
+    groups = []
+    for group in range(count.bit_length()):
+        rows, columns = _blocks(max(group - 1, 0))
+        blocks = rearrange(grid, "b (r h) (c w) d -> b (r c) (h w) d", r=rows, c=columns)
+        groups.append(blocks.mean(2, dtype=jnp.float32).astype(grid.dtype))
+    return jnp.concatenate(groups, axis=1)
 
 
 @flax.struct.dataclass
 class TokenizerOutput:
-    """What a training step needs from one forward pass.
+    """What a training step needs from one forward pass; losses are scalars and not weighted."""
 
-    Attributes:
-      reconstruction: `[B, H, W, 3]` float32.
-      codes: `[B, N]` int32.
-      codebook_loss, commitment_loss, entropy_loss: scalars, unweighted but for the 0.25 that
-        belongs to the commitment loss.
-      semantic_features: `[B, grid*grid, semantic_dim]` float32, or None without a projector.
-      direct: `[B, H, W, 3]`, the CNN decoder on the CNN encoder's own features, or None.
-      feature_loss: mean squared error of the decoder transformer's grid against the (constant)
-        CNN encoder features, or None.
-    """
-
-    reconstruction: jax.Array
-    codes: jax.Array
+    reconstruction: jax.Array  # [B, H, W, 3] float32
+    codes: jax.Array  # [B, N] int32
     codebook_loss: jax.Array
-    commitment_loss: jax.Array
+    commitment_loss: jax.Array  # with the factor 0.25 that belongs to it
     entropy_loss: jax.Array
-    semantic_features: jax.Array | None
-    direct: jax.Array | None
-    feature_loss: jax.Array | None
-
-
-def _codebook_init(normalized: bool):
-    def init(key, shape, dtype=jnp.float32):
-        bound = 1 / shape[0]
-        codebook = jax.random.uniform(key, shape, dtype, -bound, bound)
-        return quantizer.normalize(codebook) if normalized else codebook
-
-    return init
+    semantic_features: jax.Array | None  # [B, grid*grid, semantic_dim] float32
+    direct: jax.Array | None  # [B, H, W, 3], the CNN decoder on the CNN encoder's own features
+    feature_loss: jax.Array | None  # of the decoder's grid against the constant encoder's, squared
 
 
 class TokenTransformer(nn.Module):
-    """One of the tokenizer's two transformers, from `[B, S, z]` to `[B, T, z or W]`.
+    """One of the tokenizer's two transformers, from `[B, S, z]` to `[B, T, W]`.
 
     In the 1d layout, queries attend to the embedded input as memory (a Q-Former): the encoder
-    pools its queries from the grid, the decoder starts all of them as the first token.  In the 2d
+    pools its queries from the grid, the decoder starts all of them as the first token. In the 2d
     layout it is a plain ViT over the grid.
     """
 
@@ -196,13 +188,11 @@ class TokenTransformer(nn.Module):
                 x, tapped = stack(queries, x, grid_positions, latent_positions, taps=taps)
             else:
                 grid = rearrange(x, "b (h w) c -> b h w c", h=config.grid)
-                queries = layers.pool_queries(grid, config.latents)
-                queries = layers.dense(
-                    size.width, ("embed", "embed_out"), dtype=self.dtype, name="query"
-                )(queries)
+                axes = ("embed", "embed_out")
+                query = layers.dense(size.width, axes, dtype=self.dtype, name="query")
+                queries = query(pool_queries(grid, config.latents))
                 x, tapped = stack(queries, x, latent_positions, grid_positions, taps=taps)
-        x = layers.layer_norm(dtype=self.dtype, name="norm_out")(x)
-        return x, tapped
+        return layers.layer_norm(dtype=self.dtype, name="norm_out")(x), tapped
 
 
 class Projector(nn.Module):
@@ -213,27 +203,19 @@ class Projector(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        width = x.shape[-1]
-        axes = ("embed", "mlp")
-        x = nn.silu(layers.dense(4 * width, axes, dtype=self.dtype, name="in")(x))
-        x = nn.silu(layers.dense(4 * width, ("mlp", None), dtype=self.dtype, name="hidden")(x))
+        hidden = 4 * x.shape[-1]
+        x = nn.silu(layers.dense(hidden, ("embed", "mlp"), dtype=self.dtype, name="in")(x))
+        x = nn.silu(layers.dense(hidden, ("mlp", None), dtype=self.dtype, name="hidden")(x))
         x = layers.dense(self.features, ("mlp", None), dtype=self.dtype, name="out")(x)
         return x.astype(jnp.float32)
 
 
 class Tokenizer(nn.Module):
-    """Image to codes and back.
-
-    Attributes:
-      config: the architecture.
-      remat: "none", "dots" or "full", for CNN blocks and transformer layers.
-      dtype: type of the computation; parameters, norms' statistics, the code search and all
-        outputs are float32.
-    """
+    """Image to codes and back; see the top of this file."""
 
     config: TokenizerConfig
-    remat: str = "none"
-    dtype: layers.Dtype = jnp.float32
+    remat: str = "none"  # of CNN blocks and transformer layers, see `layers.remat`
+    dtype: layers.Dtype = jnp.float32  # norms' statistics, code search, outputs: always float32
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -247,20 +229,23 @@ class Tokenizer(nn.Module):
         )
 
         def torch_default(features, fan_in, name):
-            init = layers.torch_uniform(fan_in)
-            return layers.dense(
-                features, (None, None), dtype=dtype, name=name, kernel_init=init, bias_init=init
-            )
+            init = layers.uniform(fan_in**-0.5)
+            options = {"kernel_init": init, "bias_init": init, "dtype": dtype}
+            return layers.dense(features, (None, None), **options, name=name)
+
+        def codebook_init(key, shape):
+            codebook = layers.uniform(1 / shape[0])(key, shape)
+            return quantizer.normalize(codebook) if config.normalize_codes else codebook
 
         self.quant_conv = torch_default(config.code_dim, config.z_channels, "quant_conv")
         self.codebook = self.param(
             "codebook",
-            layers.partitioned(_codebook_init(config.normalize_codes), "vocab", None),
+            layers.partitioned(codebook_init, "vocab", None),
             (config.codebook_size, config.code_dim),
         )
         self.post_quant_conv = torch_default(config.z_channels, config.code_dim, "post_quant_conv")
         self.decoder = TokenTransformer(config, decoder=True, remat=self.remat, dtype=dtype)
-        self.decoder_out = cnn.conv(config.z_channels, dtype=dtype, name="decoder_out")
+        self.decoder_out = layers.conv(config.z_channels, dtype=dtype, name="decoder_out")
         if config.semantic_dim:
             self.projector = Projector(config.semantic_dim, dtype)
         self.cnn_decoder = cnn.Decoder(config.channels, config.residual_blocks, **common)
@@ -279,13 +264,11 @@ class Tokenizer(nn.Module):
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Codes `[B, N]` int32 of images `[B, H, W, 3]` in [-1, 1]."""
-        z, codebook = self._code_space(self.latents(images))
-        return quantizer.search(z, codebook)[0]
+        return quantizer.search(self._unit(self.latents(images)), self._unit(self.codebook))[0]
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Images `[B, H, W, 3]` float32, not clipped, of codes `[B, N]`."""
-        grid, _ = self._decode_grid(self._look_up(codes))
-        return self.cnn_decoder(grid).astype(jnp.float32)
+        return self.cnn_decoder(self.decoder_grid(codes)).astype(jnp.float32)
 
     def decoder_features(self, codes: jax.Array, layer: int) -> jax.Array:
         """Output of the decoder transformer's `layer` (from 1), `[B, grid*grid, W]` float32."""
@@ -305,14 +288,12 @@ class Tokenizer(nn.Module):
     ) -> TokenizerOutput:
         """The training forward pass on `[B, H, W, 3]` images in [-1, 1].
 
-        Args:
-          images: the batch.
-          entropy: whether to compute the entropy loss.
-          auxiliary: whether to compute the older recipe's direct image and feature loss.
+        The entropy loss is 0 without `entropy`. `auxiliary` adds what only the older recipe needs,
+        the direct image and the feature loss.
         """
         config = self.config
         features = self.cnn_features(images)
-        z, codebook = self._code_space(self._latents(features))
+        z, codebook = self._unit(self._latents(features)), self._unit(self.codebook)
         codes, entropy_loss = quantizer.search(z, codebook, entropy=entropy)
         q = codebook[codes]
         codebook_loss = jnp.mean((q - jax.lax.stop_gradient(z)) ** 2)
@@ -338,26 +319,19 @@ class Tokenizer(nn.Module):
         return self.encoder(rearrange(features, "b h w c -> b (h w) c"))[0]
 
     def _latents(self, features):
-        x = self.encoder_out(self._encode(features))
-        return self.quant_conv(x).astype(jnp.float32)
+        return self.quant_conv(self.encoder_out(self._encode(features))).astype(jnp.float32)
 
-    def _code_space(self, z):
-        """Latents and codebook as they are compared: on the unit sphere, if so configured."""
-        if self.config.normalize_codes:
-            return quantizer.normalize(z), quantizer.normalize(self.codebook)
-        return z, self.codebook
+    def _unit(self, vectors):
+        """Latents or codes as they are compared: on the unit sphere, if so configured."""
+        return quantizer.normalize(vectors) if self.config.normalize_codes else vectors
 
     def _look_up(self, codes):
-        codebook = self.codebook
-        if self.config.normalize_codes:
-            codebook = quantizer.normalize(codebook)
-        return codebook[codes]
+        return self._unit(self.codebook)[codes]
 
     def _decode_grid(self, quantized, taps=()):
         x = self.post_quant_conv(quantized.astype(self.dtype))
         x, tapped = self.decoder(x, taps)
-        x = rearrange(x, "b (h w) c -> b h w c", h=self.config.grid)
-        return self.decoder_out(x), tapped
+        return self.decoder_out(rearrange(x, "b (h w) c -> b h w c", h=self.config.grid)), tapped
 
 
 def init_params(module: Tokenizer, key: jax.Array):
@@ -366,14 +340,12 @@ def init_params(module: Tokenizer, key: jax.Array):
     params = module.init(key, jnp.zeros((1, size, size, 3)))["params"]
     if module.config.init == "reference":
         return params
-    # Those that the reference draws in their own way keep it.
-    packed = {"self_attention", "cross_attention"}
 
     def rescale(path, kernel):
         names = [entry.key for entry in path if hasattr(entry, "key")]
-        if names[-1] != "kernel":
-            return kernel
-        if names[-2].endswith("quant_conv") or (packed & set(names) and names[-2] != "out"):
+        # The kernels whose spread is not 0.02 in the reference keep it.
+        packed = {"self_attention", "cross_attention"} & set(names) and names[-2] != "out"
+        if names[-1] != "kernel" or names[-2].endswith("quant_conv") or packed:
             return kernel
         shape = kernel.shape[1:-1] if "layers" in names else kernel.shape[:-1]
         return kernel * (math.prod(shape) ** -0.5 / layers.INIT_STD)

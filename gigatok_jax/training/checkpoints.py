@@ -4,13 +4,12 @@ import pathlib
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers as policies
 
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, first_line
 
 
 class Restored(NamedTuple):
-    """What `Checkpoints.restore` gives back."""
+    """A checkpoint's content; `progress` is what JSON can hold."""
 
     step: int
     state: Any
@@ -18,13 +17,13 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """Checkpoints under a directory, one a step, each complete or not there.
+    """Checkpoints in a directory, one per step, each complete or absent.
 
     Args:
-      directory: created if missing.
-      keep_last: number of newest checkpoints kept.
-      keep_every: checkpoints of multiples of this many steps are kept for good; 0: none.
-      read_only: nothing under the directory is touched; another run may be at work there.
+      directory: created if it is missing.
+      keep_last: number of newest checkpoints to keep.
+      keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
+      read_only: changes nothing in the directory, where another run may be at work.
     """
 
     def __init__(
@@ -35,17 +34,14 @@ class Checkpoints:
         keep_every: int = 0,
         read_only: bool = False,
     ):
-        keep = [policies.LatestN(keep_last)]
-        if keep_every:
-            keep.append(policies.EveryNSteps(keep_every))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=None if read_only else keep_last,
+            keep_period=keep_every or None,
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
         self._manager = ocp.CheckpointManager(
-            directory.absolute(),
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=not read_only,
-                read_only=read_only,
-            ),
-            item_names=("state", "progress"),
+            directory.absolute(), options=options, item_names=("state", "progress")
         )
 
     @property
@@ -59,13 +55,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Copies `state` to the host and returns; files are written in the background.
-
-        Args:
-          step: updates made so far.
-          state: pytree of arrays.
-          progress: what JSON can hold.
-        """
+        """Copies `state` to the host and returns; files are written in the background."""
         if step == self.latest:
             return
         items = ocp.args.Composite(
@@ -74,14 +64,18 @@ class Checkpoints:
         self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
-        """A checkpoint, or None where there is none; all processes of a run call this together.
+        """Restores a checkpoint; every process of the run calls this.
 
         Args:
-          abstract_state: shapes, types and shardings to restore to.
-          step: which one; None: the newest.
+          abstract_state: shapes, types and shardings to restore to, which may differ from those
+            that were saved.
+          step: the checkpoint; None: the newest.
+
+        Returns:
+          The checkpoint, or None where it does not exist.
 
         Raises:
-          UserError: it is damaged, or that of another state.
+          UserError: it is damaged, or belongs to another model.
         """
         step = self.latest if step is None else step
         if step not in self.steps:
@@ -92,10 +86,9 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises half a dozen types, bare ones too
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise UserError(
-                f"{self._manager.directory / str(step)}: unreadable checkpoint, or of another "
-                f"model ({reason})"
+                f"{self._manager.directory / str(step)}: checkpoint is damaged, or of another "
+                f"model ({first_line(error)})"
             ) from error
         return Restored(step, restored.state, restored.progress)
 
@@ -104,6 +97,6 @@ class Checkpoints:
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees what writing took."""
+        """Waits, and frees the threads that write."""
         self.wait()
         self._manager.close()

@@ -1,149 +1,295 @@
-"""Training of a generator: state, loss and step."""
+"""Training of a generator on a tokenizer's codes (paper, 4.2): configuration, step, evaluation."""
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+import math
+import pathlib
+from typing import Annotated, Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+import numpy as np
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gigatok_jax import pictures
+from gigatok_jax import bundles, pictures, sampling, sharding
+from gigatok_jax.config import configclass, from_mapping
+from gigatok_jax.data import codes as stored
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import read_json
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
-from gigatok_jax.training import losses, optimizer
-from gigatok_jax.training.accumulation import mean_gradients
-from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.training import losses
+from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
+from gigatok_jax.training.task import BundleContent, RunConfig, Task, mean_gradients, update
+
+COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples of each
+
+
+@configclass(kw_only=True)
+class GeneratorRun(RunConfig):
+    """A generator's training run."""
+
+    model: GeneratorConfig
+    optimizer: OptimizerConfig = OptimizerConfig(
+        schedule="warmup_stable_decay",
+        warmup_epochs=1.0,
+        weight_decay=0.05,
+        decayed="matrices",
+        clip=1.0,
+    )
+    task: Literal["generator"] = "generator"
+    epochs: PositiveFloat = 300.0
+    batch_size: PositiveInt = 256
+    # Bundle or workdir of the tokenizer that made the codes. Stored codes can be trained on without
+    # it, but then there are no pictures.
+    tokenizer: str = ""
+    # Fraction of the images whose class is hidden, so that guidance can be used.
+    class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    # Workdir and step of another run. This run starts from that checkpoint, and its rate decays
+    # over the steps that remain: by default a quarter of those made, a fifth of the whole.
+    branch_from: str = ""
+    branch_step: NonNegativeInt = 0
+    sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # of the pictures
+
+    @model_validator(mode="after")
+    def _check_branch(self):
+        if bool(self.branch_from) != bool(self.branch_step):
+            raise ValueError(
+                "branch_from: expected it together with branch_step, got "
+                f"{self.branch_from!r} and {self.branch_step}"
+            )
+        if self.branch_from and self.optimizer.schedule != "warmup_stable_decay":
+            raise ValueError(
+                "optimizer.schedule: expected warmup_stable_decay in a run that branches off, got "
+                f"{self.optimizer.schedule!r}"
+            )
+        if self.branch_from and self.total_steps <= self.branch_step:
+            raise ValueError(
+                f"steps: expected more than branch_step={self.branch_step}, got {self.total_steps}"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        if self.branch_from and not self.steps:
+            return self.branch_step + max(self.branch_step // 4, 1)
+        return super().total_steps
+
+    @property
+    def resolved_optimizer(self) -> OptimizerConfig:
+        resolved = super().resolved_optimizer
+        if not self.branch_from:
+            return resolved
+        share = (self.total_steps - self.branch_step) / self.total_steps
+        return dataclasses.replace(resolved, decay_share=share)
+
+    def open_task(self) -> "GeneratorTask":
+        from_codes = self.data.source == "codes"
+        if not from_codes and not self.tokenizer:
+            raise UserError(
+                "config.tokenizer: expected the bundle or workdir of the tokenizer that encodes "
+                "the images, or config.data.source=codes, got ''"
+            )
+        tokenizer = None
+        if self.tokenizer:
+            tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
+            for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
+                expected, got = getattr(tokenizer.config, theirs), getattr(self.model, name)
+                if got != expected:
+                    raise UserError(
+                        f"config.model.{name}: expected {expected}, as in tokenizer "
+                        f"{self.tokenizer}, got {got}"
+                    )
+        fingerprint = tokenizer.fingerprint if tokenizer else None
+        if from_codes:
+            info = stored.find_info(self.data.path)
+            info.check(
+                codes=self.model.codes,
+                codebook_size=self.model.codebook_size,
+                tokenizer=fingerprint,
+            )
+            fingerprint = info.tokenizer
+        if self.branch_from:
+            _check_branch_point(self)
+        return GeneratorTask(
+            self,
+            tokenizer.config if tokenizer else None,
+            frozen=tokenizer.weights["params"] if tokenizer else None,
+            fingerprint=fingerprint,
+        )
+
+
+def _check_branch_point(run: GeneratorRun) -> None:
+    """Rejects another model's run, and a step outside its constant phase.
+
+    A run that has already branched off does not need the other one: its files may be gone.
+    """
+    path = pathlib.Path(run.branch_from) / "config.json"
+    if not path.exists():
+        return
+    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
+    if other.model != run.model:
+        raise UserError(
+            f"config.model: {run.model}, but the run in {run.branch_from} has {other.model}"
+        )
+    schedule = other.resolved_optimizer
+    first = schedule.warmup_steps
+    last = math.floor((1 - schedule.decay_share) * other.total_steps)
+    if not first <= run.branch_step <= last:
+        raise UserError(
+            f"config.branch_step: expected a step of the constant phase of {run.branch_from}, "
+            f"{first} to {last}, got {run.branch_step}"
+        )
 
 
 @flax.struct.dataclass
 class GeneratorState:
-    """All that a run needs to go on, but for the data's position.
+    """Everything that a run needs to resume, except its position in the data."""
 
-    Attributes:
-      step: updates made so far.
-      key: data of the random key from which each step folds its own.
-      params, optimizer: of the generator.
-      average: moving average of `params`, or None.
-    """
-
-    step: jax.Array
-    key: jax.Array
+    step: jax.Array  # updates made so far
+    key: jax.Array  # data of the random key from which each step derives its own
     params: Any
     optimizer: Any
-    average: Any
+    average: Any  # moving average of `params`, or None
 
 
-@dataclasses.dataclass(frozen=True)
-class GeneratorTraining:
+class GeneratorTask(Task):
     """The pure functions of a generator's training.
 
-    Attributes:
-      model: the generator's architecture.
-      optimizer: AdamW and its schedule.
-      steps: length of the schedule.
-      class_dropout: share of the images whose class is hidden.
-      accumulate: parts that a batch is divided into, one after the other.
-      average_decay: of the moving average of the weights; 0 keeps none.
-      remat: see `gigatok_jax.models.layers.remat`.
-      dtype: type of the computation.
-      tokenizer: architecture of the tokenizer that encodes images, where batches hold images.
+    Args:
+      run: the configuration.
+      tokenizer: architecture of the tokenizer, or None where only stored codes are read.
+      frozen: the tokenizer's parameters.
+      fingerprint: of the tokenizer that made the codes.
     """
 
-    model: GeneratorConfig
-    optimizer: OptimizerConfig
-    steps: int
-    class_dropout: float = 0.1
-    accumulate: int = 1
-    average_decay: float = 0.0
-    remat: str = "none"
-    dtype: layers.Dtype = jnp.float32
-    tokenizer: TokenizerConfig | None = None
+    def __init__(
+        self,
+        run: GeneratorRun,
+        tokenizer: TokenizerConfig | None = None,
+        *,
+        frozen: Any = None,
+        fingerprint: str | None = None,
+    ):
+        self.run, self.tokenizer, self.frozen = run, tokenizer, frozen
+        self.image_size = tokenizer.image_size if tokenizer else 0
+        self.identity = {"tokenizer": fingerprint}
+        self.dtype = layers.compute_dtype(run.dtype)
+        self.class_count = run.model.classes  # classes of the data, once they are known
+        if run.branch_from:
+            self.branch = (run.branch_from, run.branch_step)
+
+    def check_data(self, batches) -> None:
+        self.class_count = len(batches.class_names)
+        if self.class_count > self.run.model.classes:
+            raise UserError(
+                f"config.model.classes: expected at least {self.class_count}, the number of the "
+                f"data's classes, got {self.run.model.classes}"
+            )
 
     def init(self, key: jax.Array) -> GeneratorState:
-        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
+        run = self.run
         params_key, step_key = jax.random.split(key)
-        none = jnp.zeros((1, 0), jnp.int32)
-        params = Generator(self.model).init(params_key, none, jnp.zeros(1, jnp.int32))["params"]
+        no_codes, one_class = jnp.zeros((1, 0), jnp.int32), jnp.zeros(1, jnp.int32)
+        params = Generator(run.model).init(params_key, no_codes, one_class)["params"]
+        adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
         return GeneratorState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(step_key),
             params=params,
-            optimizer=optimizer.optimizer(self.optimizer, self.steps).init(params),
-            average=jax.tree.map(jnp.copy, params) if self.average_decay else None,
+            optimizer=adamw.init(params),
+            average=jax.tree.map(jnp.copy, params) if run.average_decay else None,
         )
 
-    def phase(self, step: int) -> None:
-        """All steps are one compilation."""
-        del step
-
     def step(
-        self, state: GeneratorState, batch: Mapping[str, jax.Array], frozen: Any, phase: None
+        self, state: GeneratorState, batch: Mapping[str, jax.Array], frozen: Any, phase: None = None
     ) -> tuple[GeneratorState, dict[str, jax.Array]]:
         """One update.
 
         Args:
           state: before the update.
           batch: "label", int32 `[B]`, and "codes", int32 `[B, N]`, or "image", uint8
-            `[B, H, W, 3]`.
+            `[B, H, W, 3]`, which the tokenizer encodes.
           frozen: the tokenizer's parameters, or None.
-          phase: see `phase`.
+          phase: unused; all steps are one compilation.
 
         Returns:
-          The next state, and scalars: the mean cross entropy `total`, the gradient's norm before
-          clipping, the norm of the new parameters, the learning rate.
+          The next state, and scalars: the mean cross entropy "total", norms, the learning rate.
         """
-        del phase
+        run, model = self.run, self.run.model
+
+        def loss(params, carry, part, key):
+            codes, labels = part
+            class_key, dropout_key = jax.random.split(key)
+            hidden = jax.random.bernoulli(class_key, run.class_dropout, labels.shape)
+            classes = jnp.where(hidden, model.null_class, labels)
+            module = Generator(model, train=True, remat=run.remat, dtype=self.dtype)
+            logits = module.apply(
+                {"params": params}, codes[:, :-1], classes, rngs={"dropout": dropout_key}
+            )
+            value = losses.cross_entropy(logits, codes).mean()
+            return value, ({"total": value}, carry, None)
+
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
-        data = (self.codes(batch, frozen), batch["label"])
+        data = (batch_codes(batch, self.tokenizer, frozen, self.dtype), batch["label"])
         gradients, metrics, _, _ = mean_gradients(
-            self._loss, self.accumulate, state.params, None, data, key
+            loss, run.accumulate, state.params, None, data, key
         )
-        adamw = optimizer.optimizer(self.optimizer, self.steps)
-        updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if self.average_decay:
-            average = optimizer.moving_average(average, params, self.average_decay, state.step)
-        metrics |= {
-            "gradient_norm": optax.tree.norm(gradients),
-            "parameter_norm": optax.tree.norm(params),
-            "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
-        }
+        params, optimizer_state, average, more = update(
+            run, state.params, gradients, state.optimizer, state.average, state.step
+        )
         state = state.replace(
             step=state.step + 1, params=params, optimizer=optimizer_state, average=average
         )
-        return state, metrics
+        return state, metrics | more
 
-    def validation_loss(
-        self, params: Any, batch: Mapping[str, jax.Array], frozen: Any
-    ) -> jax.Array:
-        """See the function of this name."""
-        codes = self.codes(batch, frozen)
-        return validation_loss(self.model, params, codes, batch["label"], self.dtype)
+    def measure(self, state, batch, frozen):
+        """The validation loss of each image."""
+        codes = batch_codes(batch, self.tokenizer, frozen, self.dtype)
+        params = params_for_use(state)
+        loss = validation_loss(self.run.model, params, codes, batch["label"], self.dtype)
+        return {"loss": loss}, ()
 
-    def codes(self, batch: Mapping[str, jax.Array], frozen: Any) -> jax.Array:
-        """The batch's codes, int32 `[B, N]`, by the frozen tokenizer where it holds images."""
-        return batch_codes(batch, self.tokenizer, frozen, self.dtype)
+    def pictures(self, state, shown, frozen, mesh) -> dict[str, np.ndarray]:
+        """Samples, one class per column."""
+        if self.tokenizer is None:
+            return {}
+        run = self.run
+        classes = np.arange(COLUMNS) * self.class_count // COLUMNS
+        classes = jnp.asarray(np.tile(classes, ROWS))
+        keys = jax.random.split(jax.random.key(run.seed), len(classes))
+        codes = sampling.sample(
+            run.model, params_for_use(state), classes, keys, run.sampling, self.dtype
+        )
+        codes = np.asarray(sharding.replicate(mesh, codes))
+        images = np.asarray(self._decode(mesh)(frozen, codes))
+        return {"samples": pictures.grid(np.split(images, ROWS))}
 
-    def decode(self, frozen: Any, codes: jax.Array) -> jax.Array:
-        """The tokenizer's images of codes `[B, N]`, uint8 `[B, H, W, 3]`."""
-        module = Tokenizer(self.tokenizer, dtype=self.dtype)
-        return pictures.to_uint8(module.apply({"params": frozen}, codes, method=Tokenizer.decode))
+    def _decode(self, mesh):
+        """The tokenizer's decoder, compiled once: codes `[B, N]` to uint8 images."""
+        if self._compiled_decode is None:
+            module = Tokenizer(self.tokenizer, dtype=self.dtype)
 
-    def _loss(self, params, carry, data, key):
-        """In the form that `accumulation.mean_gradients` takes."""
-        codes, labels = data
-        class_key, dropout_key = jax.random.split(key)
-        hidden = jax.random.bernoulli(class_key, self.class_dropout, labels.shape)
-        classes = jnp.where(hidden, self.model.null_class, labels)
-        module = Generator(self.model, train=True, remat=self.remat, dtype=self.dtype)
-        rngs = {"dropout": dropout_key}
-        logits = module.apply({"params": params}, codes[:, :-1], classes, rngs=rngs)
-        value = losses.cross_entropy(logits, codes).mean()
-        return value, ({"total": value}, carry, None)
+            def decode(params, codes):
+                images = module.apply({"params": params}, codes, method=Tokenizer.decode)
+                return pictures.to_uint8(images)
+
+            self._compiled_decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
+        return self._compiled_decode
+
+    _compiled_decode = None
+
+    def bundle(self, state) -> BundleContent:
+        made_by = {
+            "run": dataclasses.asdict(self.run),
+            "step": int(state.step),
+            "tokenizer": self.identity["tokenizer"],
+        }
+        weights = {"params": params_for_use(state)}
+        return BundleContent("generator", self.run.model, weights, made_by)
 
 
 def batch_codes(
@@ -152,7 +298,7 @@ def batch_codes(
     params: Any,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
-    """A batch's "codes", int32 `[B, N]`, or those of its "image", encoded by the tokenizer."""
+    """A batch's "codes", int32 `[B, N]`, or those that the tokenizer gives its "image"."""
     if "codes" in batch:
         return batch["codes"]
     images = pictures.to_float(batch["image"])
@@ -167,7 +313,7 @@ def validation_loss(
     labels: jax.Array,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
-    """Mean cross entropy of each image's codes, the class given, float32 `[B]` (paper, 3.1).
+    """Mean cross entropy of each image's codes, given its class, float32 `[B]` (paper, 3.1).
 
     Args:
       model: the generator's architecture.
@@ -181,5 +327,5 @@ def validation_loss(
 
 
 def params_for_use(state: GeneratorState) -> Any:
-    """The averaged weights where there are some, else the last."""
+    """The averaged weights, or the last ones where no average is kept."""
     return state.params if state.average is None else state.average

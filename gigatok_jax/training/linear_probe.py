@@ -1,23 +1,175 @@
-"""Training of a linear probe: a frozen network's features to classes (paper, 3.1 and F)."""
+"""A linear probe of a frozen network's features (paper, 3.1 and appendix F)."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+import functools
+import math
+from typing import Any, Literal
 
 import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-import optax
+from pydantic import NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from gigatok_jax import bundles, pictures
+from gigatok_jax.config import configclass
+from gigatok_jax.data import codes as stored
+from gigatok_jax.errors import UserError
 from gigatok_jax.models import layers
-from gigatok_jax.models.batch_norm import BatchNorm
-from gigatok_jax.training import accumulation, losses, optimizer
-from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.norms import BatchNorm
+from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.training import losses, task
+from gigatok_jax.training.generator import batch_codes
+from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
+from gigatok_jax.training.task import BundleContent, RunConfig, Task
+
+
+@configclass(kw_only=True)
+class LinearProbeRun(RunConfig):
+    """A linear probe's run; the recipe is that of MAE's linear probing."""
+
+    optimizer: OptimizerConfig = OptimizerConfig(
+        algorithm="lars", rate=None, final_rate=0.0, warmup_epochs=10.0, weight_decay=0.0, clip=0.0
+    )
+    task: Literal["linear_probe"] = "linear_probe"
+    epochs: PositiveFloat = 90.0
+    batch_size: PositiveInt = 16_384
+    evaluation_images: PositiveInt = 50_000
+    # Images at once through the frozen network, over all devices; a divisor of larger batches.
+    feature_batch_size: PositiveInt = 1_024
+    # What is probed, averaged over tokens. "generator": the output of one of its layers for the
+    # null class and all codes but the last (paper, 3.1). "encoder": the encoder transformer's
+    # output after its last LayerNorm, of width W (appendix F). "latents": before the quantizer, of
+    # width D. "decoder": the output of a layer of the decoder transformer.
+    features: Literal["generator", "encoder", "latents", "decoder"] = "generator"
+    # From 1. 0: the generator's middle layer, or the decoder layer of the semantic loss.
+    layer: NonNegativeInt = 0
+    tokenizer: str = ""  # bundle or workdir; not needed for a generator's features of stored codes
+    generator: str = ""
+
+    @model_validator(mode="after")
+    def _check_probe(self):
+        if self.average_decay:
+            raise ValueError(f"average_decay: expected 0 in a probe, got {self.average_decay}")
+        if self.accumulate != 1:
+            raise ValueError(
+                "accumulate: expected 1 in a linear probe, whose batches are divided by "
+                f"feature_batch_size, got {self.accumulate}"
+            )
+        if self.batch_size > self.feature_batch_size and self.batch_size % self.feature_batch_size:
+            raise ValueError(
+                f"feature_batch_size: expected a divisor of batch_size={self.batch_size}, got "
+                f"{self.feature_batch_size}"
+            )
+        return self
+
+    def open_task(self) -> "LinearProbeTask":
+        dtype = layers.compute_dtype(self.dtype)
+        tokenizer = None
+        if self.data.source != "codes" or self.features != "generator":
+            if not self.tokenizer:
+                raise UserError("config.tokenizer: expected a tokenizer's bundle or workdir")
+            tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
+        if self.features == "generator":
+            probed = _generator_features(self, tokenizer, dtype)
+        else:
+            probed = _tokenizer_features(self, tokenizer, dtype)
+        return LinearProbeTask(self, probed, tokenizer.config.image_size if tokenizer else 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Probed:
+    """A frozen network and what is taken from it."""
+
+    apply: Callable[[Any, Mapping[str, jax.Array]], jax.Array]  # frozen arrays, batch -> [B, W]
+    width: int  # W
+    frozen: Any = None
+    description: str = ""
+    fingerprint: str = ""
+
+
+def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
+    if not run.generator:
+        raise UserError("config.generator: expected a generator's bundle or workdir")
+    bundle = bundles.load(run.generator, "generator", GeneratorConfig)
+    config, made_by = bundle.config, bundle.made_by.get("tokenizer")
+    if run.data.source == "codes":
+        info = stored.find_info(run.data.path)
+        info.check(codes=config.codes, codebook_size=config.codebook_size, tokenizer=made_by)
+    elif made_by not in (None, tokenizer.fingerprint):
+        raise UserError(
+            f"config.tokenizer: {run.tokenizer} is not the tokenizer that the generator was "
+            "trained on"
+        )
+    layer = _chosen_layer(run, config.depth // 2, config.depth)
+    module = Generator(config, dtype=dtype)
+    encoder = tokenizer.config if tokenizer else None
+
+    def apply(frozen, batch):
+        codes = batch_codes(batch, encoder, frozen["tokenizer"], dtype)
+        classes = jnp.full(len(codes), config.null_class)
+        variables = {"params": frozen["generator"]}
+        features = module.apply(variables, codes[:, :-1], classes, layer, method=Generator.features)
+        return features.mean(1)
+
+    return Probed(
+        apply,
+        config.width,
+        frozen={
+            "generator": bundle.weights["params"],
+            "tokenizer": tokenizer.weights["params"] if tokenizer else None,
+        },
+        description=f"generator, output of layer {layer} of {config.depth}, width {config.width}",
+        fingerprint=bundle.fingerprint,
+    )
+
+
+def _tokenizer_features(run: LinearProbeRun, tokenizer: bundles.Bundle, dtype) -> Probed:
+    if run.data.source == "codes":
+        raise UserError("config.data.source: expected images for a tokenizer's features")
+    config, module = tokenizer.config, Tokenizer(tokenizer.config, dtype=dtype)
+    if run.features == "decoder":
+        layer = _chosen_layer(run, config.semantic_layer, config.decoder.depth)
+        width, text = config.decoder.width, f"decoder, output of layer {layer}"
+    elif run.layer:
+        raise UserError(
+            f"config.layer: the {run.features} features have no layers, got {run.layer}"
+        )
+    elif run.features == "encoder":
+        method, width = Tokenizer.encoder_features, config.encoder.width
+        text = "encoder, output after the last LayerNorm"
+    else:
+        method, width, text = Tokenizer.latents, config.code_dim, "latents before the quantizer"
+
+    def apply(frozen, batch):
+        variables = {"params": frozen["tokenizer"]}
+        if run.features == "decoder":
+            codes = batch_codes(batch, config, frozen["tokenizer"], dtype)
+            features = module.apply(variables, codes, layer, method=Tokenizer.decoder_features)
+        else:
+            features = module.apply(variables, pictures.to_float(batch["image"]), method=method)
+        return features.mean(1)
+
+    return Probed(
+        apply,
+        width,
+        frozen={"tokenizer": tokenizer.weights["params"]},
+        description=f"{text}, width {width}",
+        fingerprint=tokenizer.fingerprint,
+    )
+
+
+def _chosen_layer(run: LinearProbeRun, default: int, depth: int) -> int:
+    layer = run.layer or max(default, 1)
+    if layer > depth:
+        raise UserError(f"config.layer: expected 1 to {depth}, got {layer}")
+    return layer
 
 
 class LinearProbe(nn.Module):
-    """BatchNorm without gain and bias (eps 1e-6), and a Linear: `[B, W]` to logits `[B, C]`."""
+    """BatchNorm without gain and bias (eps 1e-6), then a Linear: `[B, W]` to logits `[B, C]`."""
 
     classes: int
 
@@ -35,119 +187,110 @@ class LinearProbe(nn.Module):
 
 @flax.struct.dataclass
 class LinearProbeState:
-    """All that a run needs to go on, but for the data's position.
+    """Everything that a run needs to resume, except its position in the data."""
 
-    Attributes:
-      step: updates made so far.
-      params, optimizer: of the head.
-      batch_stats: running statistics of the features.
-    """
-
-    step: jax.Array
+    step: jax.Array  # updates made so far
     params: Any
     optimizer: Any
-    batch_stats: Any
+    batch_stats: Any  # running statistics of the features
 
 
-@dataclasses.dataclass(frozen=True)
-class LinearProbeTraining:
-    """The pure functions of a probe's training.
+class LinearProbeTask(Task):
+    """The pure functions of a linear probe's training.
 
-    Attributes:
-      features: frozen arrays and a batch to features, float32 `[B, W]`.
-      width: W.
-      classes: C.
-      optimizer: LARS and its schedule.
-      steps: length of the schedule.
-      feature_batch_size: images at once through `features`; divides a larger batch.
+    Args:
+      run: the configuration.
+      probed: the frozen network.
+      image_size: of the images that it sees, in pixels; 0 for stored codes.
+      classes: number of classes; `check_data` sets it to that of the data.
     """
 
-    features: Callable[[Any, Mapping[str, jax.Array]], jax.Array]
-    width: int
-    classes: int
-    optimizer: OptimizerConfig
-    steps: int
-    feature_batch_size: int
+    def __init__(
+        self, run: LinearProbeRun, probed: Probed, image_size: int = 0, classes: int = 1_000
+    ):
+        self.run, self.probed, self.frozen = run, probed, probed.frozen
+        self.image_size = image_size
+        self.identity = {"features": probed.description, "networks": probed.fingerprint}
+        self.module = LinearProbe(classes)
+
+    def check_data(self, batches) -> None:
+        self.module = LinearProbe(len(batches.class_names))
 
     def init(self, key: jax.Array) -> LinearProbeState:
-        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
-        features = jnp.zeros((2, self.width))
-        variables = LinearProbe(self.classes).init(key, features, train=True)
+        run = self.run
+        features = jnp.zeros((2, self.probed.width))
+        variables = self.module.init(key, features, train=True)
+        lars = make_optimizer(run.resolved_optimizer, run.total_steps)
         return LinearProbeState(
             step=jnp.zeros((), jnp.int32),
             params=variables["params"],
-            optimizer=optimizer.optimizer(self.optimizer, self.steps).init(variables["params"]),
+            optimizer=lars.init(variables["params"]),
             batch_stats=variables["batch_stats"],
         )
 
-    def phase(self, step: int) -> None:
-        """All steps are one compilation."""
-        del step
-
     def step(
-        self, state: LinearProbeState, batch: Mapping[str, jax.Array], frozen: Any, phase: None
+        self,
+        state: LinearProbeState,
+        batch: Mapping[str, jax.Array],
+        frozen: Any,
+        phase: None = None,
     ) -> tuple[LinearProbeState, dict[str, jax.Array]]:
         """One update.
 
         Args:
           state: before the update.
-          batch: what `features` reads, and "label", int32 `[B]`.
+          batch: what the frozen network reads, and "label", int32 `[B]`.
           frozen: the frozen networks.
-          phase: see `phase`.
+          phase: unused; all steps are one compilation.
 
         Returns:
-          The next state, and scalars: the mean cross entropy `total`, the batch's accuracy, the
-          gradient's norm, the learning rate.
+          The next state, and scalars: the mean cross entropy "total", the batch's "accuracy",
+          norms, the learning rate.
         """
-        del phase
         features = jax.lax.stop_gradient(self._features(frozen, batch))
         labels = batch["label"]
 
         def loss(params):
             variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, updated = LinearProbe(self.classes).apply(
+            logits, updated = self.module.apply(
                 variables, features, train=True, mutable=["batch_stats"]
             )
             return losses.cross_entropy(logits, labels).mean(), (logits, updated["batch_stats"])
 
-        (value, (logits, batch_stats)), gradients = jax.value_and_grad(loss, has_aux=True)(
-            state.params
+        gradient = jax.value_and_grad(loss, has_aux=True)
+        (value, (logits, batch_stats)), gradients = gradient(state.params)
+        params, optimizer_state, _, more = task.update(
+            self.run, state.params, gradients, state.optimizer, None, state.step
         )
-        lars = optimizer.optimizer(self.optimizer, self.steps)
-        updates, optimizer_state = lars.update(gradients, state.optimizer, state.params)
-        metrics = {
-            "total": value,
-            "accuracy": jnp.mean(logits.argmax(-1) == labels),
-            "gradient_norm": optax.tree.norm(gradients),
-            "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
-        }
-        state = LinearProbeState(
-            step=state.step + 1,
-            params=optax.apply_updates(state.params, updates),
-            optimizer=optimizer_state,
-            batch_stats=batch_stats,
-        )
-        return state, metrics
+        state = LinearProbeState(state.step + 1, params, optimizer_state, batch_stats)
+        return state, {"total": value, "accuracy": jnp.mean(logits.argmax(-1) == labels)} | more
 
-    def judge(
-        self, state: LinearProbeState, batch: Mapping[str, jax.Array], frozen: Any
-    ) -> dict[str, jax.Array]:
-        """Held-out "accuracy", "top5_accuracy" and "loss" of each image, float32 `[B]`."""
+    def measure(self, state, batch, frozen):
+        """Top-1 and top-5 accuracy and the loss of each image."""
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        features = self._features(frozen, batch)
-        logits = LinearProbe(self.classes).apply(variables, features, train=False)
+        logits = self.module.apply(variables, self._features(frozen, batch), train=False)
         labels = batch["label"]
         rank = jnp.sum(logits > jnp.take_along_axis(logits, labels[:, None], 1), axis=1)
-        return {
+        values = {
             "accuracy": (rank == 0).astype(jnp.float32),
             "top5_accuracy": (rank < 5).astype(jnp.float32),
             "loss": losses.cross_entropy(logits, labels),
         }
+        return values, ()
 
     def _features(self, frozen: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """`features` of a batch, part after part: LARS's batches are larger than a network's."""
-        parts = -(-len(batch["label"]) // self.feature_batch_size)
+        """Features `[B, W]`, computed in parts: LARS's batches are too large for the network."""
+        parts = math.ceil(len(batch["label"]) / self.run.feature_batch_size)
         if parts == 1:
-            return self.features(frozen, batch)
-        divided = accumulation.divide(batch, parts)
-        return accumulation.join(jax.lax.map(lambda part: self.features(frozen, part), divided))
+            return self.probed.apply(frozen, batch)
+        apply = functools.partial(self.probed.apply, frozen)
+        return task.join(jax.lax.map(apply, task.split(batch, parts)))
+
+    def bundle(self, state) -> BundleContent:
+        weights = {"params": state.params, "batch_stats": state.batch_stats}
+        made_by = {
+            "run": dataclasses.asdict(self.run),
+            "step": int(state.step),
+            "features": self.probed.description,
+        }
+        return BundleContent("linear_probe", None, weights, made_by)

@@ -1,115 +1,219 @@
-"""The training loop of every task: state, data, steps, metrics, checkpoints, in that order."""
+"""The training loop of every task.
+
+`train` reads top to bottom in the order in which things happen: devices, task, data, workdir,
+state, steps. A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, `tensorboard/`,
+`pictures/` and, at the end, `bundle/`.
+"""
 
 import collections
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 import contextlib
 import dataclasses
 import functools
+import json
 import logging
 import pathlib
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import flax.linen as nn
+import flax.traverse_util
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import distributed, sharding
-from gigatok_jax.data.pipeline import Batches, prefetch_to_device
+from gigatok_jax import bundles, distributed, sharding
+from gigatok_jax.config import from_mapping
+from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
+from gigatok_jax.files import read_json, write_json
 from gigatok_jax.training.checkpoints import Checkpoints, Restored
+from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
 
 logger = logging.getLogger(__name__)
 
-STEPS_IN_FLIGHT = 2  # enough to keep a device busy while the host prepares the next step
+STEPS_IN_FLIGHT = 2  # keeps a device busy while the host prepares the next step
+
+# Fields that decide what a checkpoint contains, by the beginning of their path. Of the average,
+# only whether it is kept does.
+STRUCTURE = ("config.task", "config.model", "config.objective.discriminator")
+AVERAGE = "config.average_decay"
 
 
-@dataclasses.dataclass(frozen=True)
-class LoopConfig:
-    """How often things happen, in steps.
+def train(run: RunConfig, workdir: pathlib.Path) -> None:
+    """Trains to the end, resuming from the newest checkpoint in `workdir` if it has one.
 
-    Attributes:
-      log_every: metrics, averaged since the last time.
-      evaluate_every: held-out metrics and pictures; they also come at the end. 0: only then.
-      checkpoint_every: asynchronous checkpoints; one also comes at the end. 0: only then.
-      keep_last: newest checkpoints that are kept.
-      keep_every: checkpoints of its multiples are kept for good; 0: of none.
+    Args:
+      run: what to train.
+      workdir: where the run lives; created if it is missing.
+
+    Raises:
+      UserError: configuration, data, weights or the content of `workdir` cannot work.
+      RunStopped: a metric became non-finite (nothing is saved), or a signal stopped the run (after
+        a checkpoint).
     """
+    if not run.steps and not getattr(run, "branch_from", ""):
+        logger.info("%g epochs are %d steps", run.epochs, run.total_steps)
 
-    log_every: int = 50
-    evaluate_every: int = 5_000
-    checkpoint_every: int = 5_000
-    keep_last: int = 2
-    keep_every: int = 0
+    # What can be rejected without reading anything comes first.
+    try:
+        mesh = sharding.make_mesh(run.mesh)
+        sharding.check_batch(run.batch_size, run.accumulate, mesh)
+        block = sharding.batch_block(mesh)
+    except ValueError as error:
+        raise UserError(f"config.{error}") from error
 
-    def __post_init__(self):
-        for name in ("log_every", "keep_last"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("evaluate_every", "checkpoint_every", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+    # The workdir is claimed only after networks and data have been opened: a run that cannot work
+    # leaves nothing behind.
+    task = run.open_task()
+    batches = pipeline.train_batches(run.data, task.image_size, run.batch_size, run.seed, *block)
+    task.check_data(batches)
+    held_out = HeldOut(task, mesh)
+    _claim_workdir(workdir, run)
+
+    config, steps = run.loop, run.total_steps
+    with contextlib.ExitStack() as stack:
+        stack.callback(batches.close)
+        # Frozen networks are placed once; as host arrays they would be copied at every step.
+        shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
+        frozen = sharding.put(task.frozen, shardings)
+        checkpoints = Checkpoints(
+            workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
+        )
+        stack.callback(checkpoints.close)
+
+        # The state: from the newest checkpoint, from another run's, or fresh.
+        abstract = abstract_state(task, mesh)
+        restored = checkpoints.restore(abstract)
+        origin = workdir
+        if restored is None and task.branch:
+            origin = pathlib.Path(task.branch[0])
+            restored = _restore_branch(task, abstract)
+        if restored is None:
+            start, state, unlogged = 0, fresh_state(task, abstract, run.seed), []
+        else:
+            start, state, progress = restored
+            for name, value in task.identity.items():
+                if progress["identity"].get(name) != value:
+                    raise UserError(f"{origin}: checkpoint was trained with a different {name}")
+            batches.set_state(progress["batches"])
+            unlogged = progress["unlogged"]
+            logger.info("resuming from step %d in %s", start, origin)
+
+        telemetry = None
+        if distributed.is_main():
+            telemetry = Telemetry(workdir, start)  # drops rows of steps after `start`
+            stack.callback(telemetry.close)
+        meter = Meter(unlogged)
+
+        def save(step, state):
+            # A checkpoint must never contain values that are not finite: a run that resumes from
+            # it could not recover.
+            meter.check(step, checkpoints.latest)
+            progress = {
+                "batches": device_batches.get_state(),
+                # Steps since the last log: a run that resumes logs the same means as one that never
+                # stopped. Copied, because the list grows while the checkpoint is written.
+                "unlogged": list(meter.rows),
+                "identity": dict(task.identity),
+            }
+            checkpoints.save(step, state, progress)
+
+        def evaluate(step, state):
+            metrics, pictures = held_out(state, frozen)  # on all processes
+            if telemetry:
+                telemetry.scalars(step, metrics)
+                telemetry.pictures(step, pictures)
+                logger.info("step %d: %s", step, _describe(metrics))
+            meter.restart_clock()
+
+        def due(every, step):
+            return (every and step % every == 0) or step == steps
+
+        # A checkpoint comes before the evaluation of the same step. If the run was killed between
+        # the two, the evaluation is missing; only process 0 knows.
+        missing = start > 0 and due(config.evaluate_every, start)
+        if missing and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
+            evaluate(start, state)
+
+        step_function = jit_step(task, state, mesh)
+        device_batches = pipeline.prefetch_to_device(
+            batches, functools.partial(sharding.put_batch, mesh)
+        )
+        stop = stack.enter_context(distributed.stop_signals())
+        if telemetry and start < steps:
+            logger.info("compiling the step; on a CPU this can take minutes")
+        silent = None if telemetry else True  # None: silent unless on a terminal
+        bar = stack.enter_context(
+            tqdm(initial=start, total=steps, unit="step", disable=silent, mininterval=1)
+        )
+        for step in range(start + 1, steps + 1):
+            batch = meter.wait(device_batches)
+            state, metrics = step_function(state, batch, frozen, phase=task.phase(step - 1))
+            meter.add(metrics, len(batch["label"]))
+            bar.update()
+
+            # Metrics are fetched here only; fetching at each step would stall the devices.
+            if due(config.log_every, step):
+                row = meter.row(step, checkpoints.latest)
+                if advice := task.advise({"step": step} | row):
+                    logger.warning("step %d: %s", step, advice)
+                if telemetry:
+                    telemetry.scalars(step, row)
+                    bar.set_postfix_str(
+                        f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}"
+                    )
+                    if bar.disable:
+                        logger.info("step %d/%d: %s", step, steps, _describe(row))
+
+            # The checkpoint comes first, so that an evaluation that fails costs no steps.
+            if due(config.checkpoint_every, step):
+                save(step, state)
+
+            if due(config.evaluate_every, step):
+                meter.check(step, checkpoints.latest)  # weights that are not finite stop the run
+                evaluate(step, state)
+
+            # Last, when everything else of this step is done. All processes agree on the step.
+            if stop.after(step) and step < steps:
+                save(step, state)
+                bundles.save(workdir / "bundle", *task.bundle(state))
+                raise RunStopped(
+                    f"stopped by {stop.signal} after step {step} of {steps}; everything is saved, "
+                    "and the same command resumes from there"
+                )
+        bundles.save(workdir / "bundle", *task.bundle(state))
 
 
-class Training(Protocol):
-    """The pure functions of a task; see `training.tokenizer.TokenizerTraining`."""
-
-    steps: int
-
-    def init(self, key: jax.Array) -> Any: ...
-
-    def phase(self, step: int) -> Hashable: ...
-
-    def step(self, state, batch, frozen, phase) -> tuple[Any, dict[str, jax.Array]]: ...
-
-
-@dataclasses.dataclass(frozen=True)
-class Job:
-    """A task with all that the loop needs to run it.
-
-    Attributes:
-      training: the pure functions.
-      frozen: arrays that each step gets beside the state.
-      batches: this process's batches, an iterator with `get_state` and `set_state`.
-      evaluate: state and frozen arrays to held-out metrics and pictures.
-      advise: one log row to a warning, or None.
-      finish: called with the last state of a complete or cleanly stopped run.
-      identity: what a checkpoint must agree in with a run that goes on from it, by name.
-      branch: another run's workdir and a step, from whose checkpoint a fresh run starts, or None.
-    """
-
-    training: Training
-    frozen: Any
-    batches: Batches
-    evaluate: Callable[[Any, Any], tuple[Mapping[str, float], Mapping[str, np.ndarray]]]
-    advise: Callable[[Mapping[str, float]], str | None]
-    finish: Callable[[Any], None]
-    identity: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    branch: tuple[pathlib.Path, int] | None = None
-
-
-def abstract_state(training: Training, mesh: jax.sharding.Mesh) -> Any:
+def abstract_state(task: Task, mesh: jax.sharding.Mesh) -> Any:
     """Shapes, types and shardings of a task's state; nothing is allocated."""
-    boxed = jax.eval_shape(training.init, jax.random.key(0))
+    boxed = jax.eval_shape(task.init, jax.random.key(0))
     return sharding.abstract(nn.meta.unbox(boxed), sharding.state_shardings(boxed, mesh))
 
 
-def jit_step(training: Training, state: Any, mesh: jax.sharding.Mesh) -> Callable:
-    """The compiled step, `(state, batch, frozen, *, phase) -> (state, metrics)`.
+def fresh_state(task: Task, abstract: Any, seed: int) -> Any:
+    """A new state, created sharded: no device ever holds all of it."""
 
-    It takes over the memory of the state that it gets.
+    def init(key):
+        return nn.meta.unbox(task.init(key))
 
-    Args:
-      training: the task's functions.
-      state: arrays, or their shapes, whose shardings the next state has too.
-      mesh: what it runs on.
+    shardings = jax.tree.map(lambda array: array.sharding, abstract)
+    # It runs once. On CPU, optimizing its hundreds of random generators would take a minute.
+    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
+
+
+def jit_step(task: Task, state: Any, mesh: jax.sharding.Mesh) -> Callable:
+    """The compiled `(state, batch, frozen, *, phase) -> (state, metrics)`.
+
+    The input state is donated: do not use it after the call. `state` may be abstract; its shardings
+    are those of the next state.
     """
 
     def step(state, batch, frozen, *, phase):
         with sharding.use(mesh):
-            return training.step(state, batch, frozen, phase)
+            return task.step(state, batch, frozen, phase)
 
     return jax.jit(
         step,
@@ -119,160 +223,47 @@ def jit_step(training: Training, state: Any, mesh: jax.sharding.Mesh) -> Callabl
     )
 
 
-def fresh_state(training: Training, abstract: Any, seed: int) -> Any:
-    """A new state, created sharded: no device ever holds all of it."""
-
-    def init(key):
-        return nn.meta.unbox(training.init(key))
-
-    shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    # It runs once: on CPU, optimizing its hundreds of random generators would take a minute.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
-
-
-def run(
-    job: Job,
-    config: LoopConfig,
-    mesh: jax.sharding.Mesh,
-    workdir: pathlib.Path,
-    seed: int,
-    *,
-    shard_frozen: bool = False,
-):
-    """Trains to the end, going on from the newest checkpoint in `workdir` if there is one.
-
-    Args:
-      job: what to train.
-      config: how often things happen.
-      mesh: where arrays lie.
-      workdir: where the run lives.
-      seed: of a fresh state.
-      shard_frozen: see `sharding.MeshConfig`.
-
-    Raises:
-      RunStopped: a loss became non-finite (nothing is saved), or the process was asked to stop
-        (everything is saved).
-      UserError: a checkpoint is damaged, or there is none to branch off from.
-    """
-    with contextlib.ExitStack() as stack:
-        # Once for the whole run, on every device; a step would move host arrays each time.
-        shardings = sharding.frozen_shardings(job.frozen, mesh, shard=shard_frozen)
-        frozen = sharding.put(job.frozen, shardings)
-        job = dataclasses.replace(job, frozen=frozen)
-        checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
-        )
-        stack.callback(checkpoints.close)
-        stack.callback(job.batches.close)
-        abstract = abstract_state(job.training, mesh)
-        restored = checkpoints.restore(abstract) or _branch(job, abstract)
-        if restored is None:
-            start, state, unlogged = 0, fresh_state(job.training, abstract, seed), []
-        else:
-            start, state, progress = restored
-            origin = workdir if checkpoints.latest is not None else job.branch[0]
-            for name, value in job.identity.items():
-                if progress["identity"].get(name) != value:
-                    raise UserError(f"{origin}: its checkpoint is of another {name}")
-            job.batches.set_state(progress["batches"])
-            unlogged = progress["unlogged"]
-            logger.info("going on from step %d in %s", start, workdir)
-        telemetry = Telemetry(workdir, start) if distributed.is_main() else None
-        if telemetry:
-            stack.callback(telemetry.close)
-        stop = stack.enter_context(distributed.stop_signals())
-        _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged)
-
-
-def _branch(job: Job, abstract: Any) -> Restored | None:
-    """The checkpoint of another run that a fresh one starts from, its metrics left there."""
-    if job.branch is None:
-        return None
-    workdir, step = job.branch
-    checkpoints = Checkpoints(workdir / "checkpoints", read_only=True)
+def _restore_branch(task: Task, abstract: Any) -> Restored:
+    """The checkpoint of another run that this one starts from; its metrics stay there."""
+    workdir, step = task.branch
+    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
     restored = checkpoints.restore(abstract, step)
-    steps = ", ".join(map(str, checkpoints.steps)) or "(none)"
+    steps = ", ".join(map(str, checkpoints.steps)) or "none"
     checkpoints.close()
     if restored is None:
-        raise UserError(f"{workdir}: has checkpoints of steps {steps}, not of {step}")
-    progress = restored.progress | {"unlogged": []}
-    logger.info("branching off from step %d of %s", step, workdir)
-    return restored._replace(progress=progress)
+        raise UserError(f"{workdir}: expected a checkpoint of step {step}, found {steps}")
+    return restored._replace(progress=restored.progress | {"unlogged": []})
 
 
-def _run(job, config, mesh, checkpoints, telemetry, stop, start, state, unlogged):
-    steps = job.training.steps
-    step_function = jit_step(job.training, state, mesh)
-    batches = prefetch_to_device(job.batches, functools.partial(sharding.put_batch, mesh))
-    meter = _Meter(unlogged)
-    bar = tqdm(
-        initial=start, total=steps, unit="step", disable=None if telemetry else True, mininterval=1
-    )
-
-    def save(step):
-        meter.check(step, checkpoints.latest)
-        # A copy: it is written in the background, while rows go on being added.
-        unlogged = list(meter.rows)
-        progress = {"batches": batches.get_state(), "unlogged": unlogged}
-        checkpoints.save(step, state, progress | {"identity": dict(job.identity)})
-
-    def log(step):
-        row = meter.row(step, checkpoints.latest)
-        advice = job.advise({"step": step} | row)
-        if advice:
-            logger.warning("step %d: %s", step, advice)
-        if telemetry:
-            telemetry.scalars(step, row)
-            bar.set_postfix_str(f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}")
-            if bar.disable:
-                logger.info("step %d/%d: %s", step, steps, _describe(row))
-
-    def evaluate(step):
-        metrics, pictures = job.evaluate(state, job.frozen)
-        if telemetry:
-            telemetry.scalars(step, metrics)
-            telemetry.pictures(step, pictures)
-            logger.info("step %d: %s", step, _describe(metrics))
-        meter.restart_clock()
-
-    def due(every, step):
-        return (every and step % every == 0) or step == steps
-
-    if telemetry and start < steps:
-        logger.info("compiling the step; on a CPU this can take minutes")
-    with bar:
-        # A kill may have come between this checkpoint and the end of its evaluation.
-        resumed = checkpoints.latest == start and due(config.evaluate_every, start)
-        if resumed and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
-            evaluate(start)
-        for step in range(start + 1, steps + 1):
-            batch = meter.wait(batches)
-            state, metrics = step_function(
-                state, batch, job.frozen, phase=job.training.phase(step - 1)
-            )
-            meter.add(metrics, len(batch["label"]))
-            bar.update()
-            if due(config.log_every, step):
-                log(step)
-            # First, so that an evaluation that fails costs no steps.
-            if due(config.checkpoint_every, step):
-                save(step)
-            if due(config.evaluate_every, step):
-                meter.check(step, checkpoints.latest)
-                evaluate(step)
-            if stop.after(step) and step < steps:
-                save(step)
-                job.finish(state)
-                raise RunStopped(
-                    f"stopped by {stop.signal} after step {step} of {steps}; all is saved, and the "
-                    "same command goes on from there"
-                )
-        job.finish(state)
+def _claim_workdir(workdir: pathlib.Path, run: RunConfig) -> None:
+    """Writes `config.json`; rejects a workdir whose checkpoints have another structure."""
+    path = workdir / "config.json"
+    record = json.loads(json.dumps(dataclasses.asdict(run)))
+    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
+        old = read_json(path, "the run there")
+        if old.get("task") == run.task:
+            # Options added after the run was created are missing from its config.json; it had
+            # their defaults.
+            old = dataclasses.asdict(from_mapping(type(run), old, f"{path}: config"))
+        old, new = (_flat(json.loads(json.dumps(mapping))) for mapping in (old, record))
+        for name in sorted(old.keys() | new.keys()):
+            before, now = old.get(name), new.get(name)
+            if before == now:
+                continue
+            if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
+                raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
+            logger.warning("%s: %r, was %r when this run started", name, now, before)
+    distributed.barrier("config", working=True)  # every process has read the old one
+    if distributed.is_main():
+        write_json(path, record)
 
 
-class _Meter:
-    """Collects metrics on the device and brings them over together, so that steps overlap.
+def _flat(mapping: dict[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
+
+
+class Meter:
+    """Collects metrics on the devices and fetches many at once, so that steps overlap.
 
     Attributes:
       rows: one dictionary of floats for each step since the last log.
@@ -296,10 +287,11 @@ class _Meter:
         self._pending.append(metrics)
         self._images += images
         if len(self._pending) > STEPS_IN_FLIGHT:
+            # Without a limit the host would run ahead, and its batches would fill the memory.
             jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT])
 
     def check(self, step: int, checkpoint: int | None) -> None:
-        """Fetches what is pending; raises RunStopped where a value is not finite."""
+        """Fetches pending metrics; raises RunStopped if one is not finite."""
         fetched = jax.device_get(list(self._pending))
         first = step - len(fetched) + 1
         self._pending.clear()
@@ -315,7 +307,10 @@ class _Meter:
             self.rows.append(row)
 
     def row(self, step: int, checkpoint: int | None) -> dict[str, float]:
-        """Means since the last call, with rates; a metric that some steps lack is over the rest."""
+        """Means and rates since the last call.
+
+        A metric that some steps lack (a term that starts later) is averaged over the others.
+        """
         self.check(step, checkpoint)
         values = collections.defaultdict(list)
         for row in self.rows:
@@ -323,10 +318,8 @@ class _Meter:
                 values[name].append(value)
         elapsed = max(time.monotonic() - self._since, 1e-9)
         result = {name: float(np.mean(v)) for name, v in values.items()}
-        result |= {
-            "images_per_second": self._images / elapsed,
-            "input_wait": self._waited / elapsed,
-        }
+        result["images_per_second"] = self._images / elapsed
+        result["input_wait"] = self._waited / elapsed
         self.rows = []
         self.restart_clock()
         return result

@@ -2,69 +2,54 @@
 
 import dataclasses
 import math
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-SCHEDULES = ("cosine", "warmup_stable_decay", "constant")
-ALGORITHMS = ("adamw", "lars")
-DECAYED = ("all", "matrices")
-TRUST = 1e-3  # of LARS: length of an update, as a share of its parameter's, at rate 1
+from gigatok_jax.config import configclass
+
+TRUST = 1e-3  # LARS: norm of an update relative to its parameter's norm, at rate 1
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class OptimizerConfig:
-    """An optimizer and its schedule; the defaults are the tokenizer's.
+    """An optimizer and its schedule; the defaults are the tokenizer's."""
 
-    Attributes:
-      algorithm: "adamw", or "lars" (You et al. 2017), which scales each matrix's update to a share
-        of the matrix's norm.
-      rate: base learning rate.
-      final_rate: where the cosine ends.
-      schedule: "cosine" over all steps, "warmup_stable_decay" (constant, then to 0), "constant".
-      warmup_steps: linear from 1 % of the base rate.
-      decay_share: share of all steps over which "warmup_stable_decay" decays.
-      b1, b2: Adam's momenta; b1 is LARS's too.
-      weight_decay: of AdamW decoupled, times the rate; of LARS a part of the gradient.
-      decayed: parameters that it applies to: "all", or "matrices", not norms' gains and biases.
-      clip: largest global norm of the gradient; 0: any.
-    """
+    # LARS (You et al. 2017) scales each matrix's update relative to the norm of the matrix.
+    algorithm: Literal["adamw", "lars"] = "adamw"
+    rate: PositiveFloat | None = 1e-4  # peak learning rate; None: base_rate * batch_size / 256
+    base_rate: PositiveFloat = 0.1
+    final_rate: NonNegativeFloat = 1e-5  # where the cosine ends
+    # "warmup_stable_decay" is constant and then decays to 0.
+    schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
+    warmup_steps: NonNegativeInt | None = None  # linear from 1 % of the rate; None: warmup_epochs
+    warmup_epochs: NonNegativeFloat = 0.0
+    decay_share: Fraction = 0.2  # fraction of all steps over which "warmup_stable_decay" decays
+    b1: Fraction = 0.9  # momentum, of LARS too
+    b2: Fraction = 0.95
+    weight_decay: NonNegativeFloat = 1e-4  # decoupled in AdamW, part of the gradient in LARS
+    decayed: Literal["all", "matrices"] = "all"  # "matrices" leaves out biases and norms' gains
+    clip: NonNegativeFloat = 10.0  # maximum global norm of the gradient; 0 turns clipping off
 
-    algorithm: str = "adamw"
-    rate: float = 1e-4
-    final_rate: float = 1e-5
-    schedule: str = "cosine"
-    warmup_steps: int = 0
-    decay_share: float = 0.2
-    b1: float = 0.9
-    b2: float = 0.95
-    weight_decay: float = 1e-4
-    decayed: str = "all"
-    clip: float = 10.0
-
-    def __post_init__(self):
-        if self.algorithm not in ALGORITHMS:
-            raise ValueError(f"algorithm must be one of {ALGORITHMS}, got {self.algorithm!r}")
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"schedule must be one of {SCHEDULES}, got {self.schedule!r}")
-        if self.decayed not in DECAYED:
-            raise ValueError(f"decayed must be one of {DECAYED}, got {self.decayed!r}")
-        if not self.rate > 0:
-            raise ValueError(f"rate must be positive, got {self.rate}")
-        for name in ("final_rate", "warmup_steps", "weight_decay", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("b1", "b2", "decay_share"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+    def resolve(self, batch_size: int, epoch_images: int) -> "OptimizerConfig":
+        """The same with `rate` and `warmup_steps` as numbers: both follow the batch size."""
+        rate, warmup = self.rate, self.warmup_steps
+        if rate is None:
+            rate = self.base_rate * batch_size / 256
+        if warmup is None:
+            warmup = int(self.warmup_epochs * epoch_images / batch_size)
+        return dataclasses.replace(self, rate=rate, warmup_steps=warmup)
 
 
-def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Learning rate of step 0, 1, ... of `steps` (`tests/data/parity/schedules.npz`).
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """The learning rate at step 0, 1, ... of `steps` (`tests/data/parity/schedules.npz`).
 
-    The reference sets the rate after each step, so that its very first runs at the full base
-    rate; here the schedule holds from the first step on.
+    The reference sets the rate after each step, so that its very first step runs at the full base
+    rate. Here the schedule holds from the first step on.
     """
     warmup = config.warmup_steps
 
@@ -86,55 +71,56 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return rate
 
 
-def optimizer(config: OptimizerConfig, steps: int, start: int = 0) -> optax.GradientTransformation:
-    """The clipped gradient, and the algorithm's update of it.
+def make_optimizer(
+    config: OptimizerConfig, steps: int, start: int = 0
+) -> optax.GradientTransformation:
+    """Gradient clipping followed by the algorithm.
 
     Args:
-      config: its settings.
+      config: resolved settings, see `OptimizerConfig.resolve`.
       steps: length of the schedule.
-      start: the run's step that its first update belongs to.
+      start: step of the run at which the optimizer makes its first update.
     """
-    rate = schedule(config, steps)
+    schedule = learning_rate(config, steps)
 
-    def shifted(count):
-        return rate(start + count)
+    def rate(count):
+        return schedule(start + count)
 
-    decayed = _matrices if config.decayed == "matrices" else None
+    decayed = is_matrix if config.decayed == "matrices" else None
     if config.algorithm == "adamw":
         algorithm = optax.adamw(
-            shifted,
-            b1=config.b1,
-            b2=config.b2,
-            weight_decay=config.weight_decay,
-            mask=decayed,
+            rate, b1=config.b1, b2=config.b2, weight_decay=config.weight_decay, mask=decayed
         )
     else:
-        # As MAE's linear probing has it: the rate multiplies the momentum, not what goes into it.
+        # The order is that of MAE's linear probing: the rate scales the momentum, not its input.
         algorithm = optax.chain(
             optax.add_decayed_weights(config.weight_decay, mask=decayed),
-            optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), _matrices),
+            optax.masked(optax.scale_by_trust_ratio(trust_coefficient=TRUST), is_matrix),
             optax.trace(config.b1),
-            optax.scale_by_learning_rate(shifted),
+            optax.scale_by_learning_rate(rate),
         )
     clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
     return optax.chain(*clip, algorithm)
 
 
-def _matrices(params):
-    """Which parameters have two or more dimensions, told by name: layers are stacked here."""
+def is_matrix(params: Any) -> Any:
+    """Whether each parameter has two or more dimensions in a single layer.
 
-    def is_matrix(path, _):
-        names = [entry.key for entry in path if hasattr(entry, "key")]  # boxes have none
+    Decided by name: layers are stacked here, so that even biases have two dimensions.
+    """
+
+    def decide(path, _):
+        names = [entry.key for entry in path if hasattr(entry, "key")]  # boxes have no key
         return names[-1] not in ("scale", "bias")
 
-    return jax.tree.map_with_path(is_matrix, params)
+    return jax.tree.map_with_path(decide, params)
 
 
-def moving_average(average, params, decay: float, step):
-    """Exponential moving average of the weights after step number `step`, from 0.
+def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """The exponential moving average of the weights after step number `step` (from 0).
 
-    The reference's decay is constant.  Here it grows towards that value, (1 + step) / (10 + step)
-    at most, so that short runs leave their first weights behind.
+    The reference's decay is constant. Here it grows towards that value as (1 + step) / (10 + step):
+    short runs leave their first weights behind.
     """
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

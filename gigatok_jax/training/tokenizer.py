@@ -1,77 +1,73 @@
-"""Training of a tokenizer: state, objective and step."""
+"""Training of a tokenizer: configuration, losses, step and evaluation (paper, 4 and appendix C).
+
+The step trains two players in turn. `tokenizer_loss` reconstructs the batch and adds up the terms
+of the objective; from `disc_start` on, one of them is the discriminator's opinion of the
+reconstructions. `discriminator_loss` then trains the discriminator on the same reconstructions.
+"""
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
+import logging
+import math
+from typing import Any, Literal
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gigatok_jax import metrics, pictures
-from gigatok_jax.models import discriminators, layers, quantizer, vit
+from gigatok_jax import frozen, metrics, pictures
+from gigatok_jax.config import configclass
+from gigatok_jax.errors import UserError
+from gigatok_jax.models import discriminators, layers, norms, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
-from gigatok_jax.training import diffaug, losses, optimizer
-from gigatok_jax.training.accumulation import mean_gradients
-from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training import diffaug, losses
+from gigatok_jax.training.optimizer import make_optimizer
+from gigatok_jax.training.task import (
+    BundleContent,
+    Decay,
+    RunConfig,
+    Task,
+    mean_gradients,
+    update,
+)
 
-PERCEPTUAL = ("lpips", "teacher")
-DISCRIMINATORS = ("patchgan", "dino")
+logger = logging.getLogger(__name__)
+
+SHOWN = 8  # images across a picture of reconstructions
 
 
-@dataclasses.dataclass(frozen=True)
+@configclass
 class ObjectiveConfig:
-    """Weights of the loss terms and what they are measured with.
+    """Weights of the loss terms, and the networks that measure them.
 
-    At weight 0 the terms that cost something (perceptual, adversarial, entropy, semantic) are not
-    computed; the others stay in the metrics.
-
-    Attributes:
-      l2, perceptual, adversarial, codebook, commitment, entropy, semantic: weights; the
-        commitment loss has its 0.25 inside.
-      perceptual_distance: "lpips", or "teacher": the distance of the semantic teacher's features.
-      teacher: name of the semantic teacher (see `gigatok_jax.teachers`).
-      discriminator: "patchgan", or "dino": heads on a frozen DINO's features of augmented images.
-      disc_start: step from which the discriminator trains and judges.
-      discriminator_channels: widths of PatchGAN's layers.
-      patchgan_groups: parts of a batch that PatchGAN's BatchNorm normalises apart, the same on any
-        mesh; the reference's are what each GPU had.
-      auxiliary_steps: first steps that train the CNN decoder on the CNN encoder's features too,
-        and the decoder transformer to reproduce them (the older recipe's 15,000).
+    Terms that cost time (perceptual, adversarial, entropy, semantic) are not computed at weight 0.
+    The others stay in the metrics.
     """
 
-    l2: float = 1.0
-    perceptual: float = 1.0
-    adversarial: float = 0.5
-    codebook: float = 1.0
-    commitment: float = 1.0
-    entropy: float = 0.0
-    semantic: float = 0.5
-    perceptual_distance: str = "lpips"
-    teacher: str = "dinov2_vitb14"
-    discriminator: str = "patchgan"
-    disc_start: int = 20_000
-    discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)
-    patchgan_groups: int = 1
-    auxiliary_steps: int = 0
-
-    def __post_init__(self):
-        terms = ("l2", "perceptual", "adversarial", "codebook", "commitment", "entropy", "semantic")
-        for name in (*terms, "disc_start", "auxiliary_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.patchgan_groups < 1:
-            raise ValueError(f"patchgan_groups must be positive, got {self.patchgan_groups}")
-        if self.perceptual_distance not in PERCEPTUAL:
-            raise ValueError(
-                f"perceptual_distance must be one of {PERCEPTUAL}, got {self.perceptual_distance!r}"
-            )
-        if self.discriminator not in DISCRIMINATORS:
-            raise ValueError(
-                f"discriminator must be one of {DISCRIMINATORS}, got {self.discriminator!r}"
-            )
+    l2: NonNegativeFloat = 1.0
+    perceptual: NonNegativeFloat = 1.0
+    adversarial: NonNegativeFloat = 0.5
+    codebook: NonNegativeFloat = 1.0
+    commitment: NonNegativeFloat = 1.0  # of a loss that contains a factor of 0.25
+    entropy: NonNegativeFloat = 0.0
+    semantic: NonNegativeFloat = 0.5
+    # "teacher" measures the distance between features of the semantic teacher.
+    perceptual_distance: Literal["lpips", "teacher"] = "lpips"
+    teacher: str = "dinov2_vitb14"  # the semantic teacher, see `gigatok_jax.frozen`
+    # "dino": trained heads on features that a frozen DINO computes from augmented images.
+    discriminator: Literal["patchgan", "dino"] = "patchgan"
+    disc_start: NonNegativeInt = 20_000  # first step of the discriminator
+    discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)  # widths of PatchGAN's layers
+    # Parts of a batch that PatchGAN's BatchNorm normalizes separately, on any mesh. In the
+    # reference, each GPU normalized its own images.
+    patchgan_groups: PositiveInt = 1
+    # First steps that also train the CNN decoder on the CNN encoder's features, and the decoder
+    # transformer to reproduce them: 15,000 in the older recipe.
+    auxiliary_steps: NonNegativeInt = 0
 
     @property
     def needs_teacher(self) -> bool:
@@ -86,17 +82,71 @@ class ObjectiveConfig:
         return self.adversarial > 0 and self.discriminator == "dino"
 
 
-@dataclasses.dataclass(frozen=True)
-class Phase:
-    """What distinguishes one compilation of the step from another."""
+@configclass(kw_only=True)
+class TokenizerRun(RunConfig):
+    """A tokenizer's training run."""
 
-    adversarial: bool
-    auxiliary: bool
+    model: TokenizerConfig
+    objective: ObjectiveConfig = ObjectiveConfig()
+    task: Literal["tokenizer"] = "tokenizer"
+    average_decay: Decay = 0.9999
+    usage_floor: NonNegativeFloat = 0.1  # warn when codebook usage is below this ...
+    usage_patience: PositiveInt = 1_000  # ... for this many steps
+
+    @model_validator(mode="after")
+    def _check_objective(self):
+        objective, channels = self.objective, self.objective.discriminator_channels
+        if self.data.source == "codes":
+            raise ValueError("data.source: expected images for a tokenizer, got 'codes'")
+        if objective.semantic > 0 and not self.model.semantic_dim:
+            raise ValueError("model.semantic_dim: expected a width with objective.semantic, got 0")
+        part = self.batch_size // self.accumulate
+        if objective.needs_dino:
+            norms.batch_groups(part)
+        if part % objective.patchgan_groups:
+            raise ValueError(
+                f"objective.patchgan_groups: expected a divisor of batch_size={self.batch_size} "
+                f"over accumulate={self.accumulate}, got {objective.patchgan_groups}"
+            )
+        patchgan = objective.adversarial > 0 and objective.discriminator == "patchgan"
+        extent = self.model.image_size >> (len(channels) - 1)  # input of the last two layers
+        if len(channels) < 2 or min(channels) < 1 or (patchgan and extent < 3):
+            raise ValueError(
+                "objective.discriminator_channels: expected at least 2 widths, all but the last "
+                f"halving an image of {self.model.image_size} pixels to 3 or more, got {channels}"
+            )
+        return self
+
+    def open_task(self) -> "TokenizerTask":
+        objective = self.objective
+        if objective.adversarial and objective.disc_start >= self.total_steps:
+            logger.warning(
+                "the run has %d steps and no discriminator: it would start at step "
+                "objective.disc_start=%d",
+                self.total_steps,
+                objective.disc_start,
+            )
+        teacher, networks = None, Frozen()
+        if objective.needs_teacher:
+            teacher, params = frozen.load_teacher(objective.teacher)
+            if objective.semantic and teacher.width != self.model.semantic_dim:
+                raise UserError(
+                    f"config.model.semantic_dim: expected {teacher.width}, the width of teacher "
+                    f"{objective.teacher}, got {self.model.semantic_dim}"
+                )
+            # The teacher sees as many patches as the tokenizer's grid has cells.
+            params["positions"] = vit.resize_positions(params["positions"], self.model.grid)
+            networks = networks.replace(teacher=params)
+        if objective.needs_lpips:
+            networks = networks.replace(lpips=frozen.load_lpips())
+        if objective.needs_dino:
+            networks = networks.replace(dino=frozen.load_dino())
+        return TokenizerTask(self, teacher, frozen=networks)
 
 
 @flax.struct.dataclass
 class Frozen:
-    """Networks that training reads and never changes; None where the objective has no use."""
+    """Networks that training reads and never changes; None where the objective needs none."""
 
     teacher: Any = None
     lpips: Any = None
@@ -105,93 +155,80 @@ class Frozen:
 
 @flax.struct.dataclass
 class TokenizerState:
-    """All that a run needs to go on, but for the data's position.
+    """Everything that a run needs to resume, except its position in the data."""
 
-    Attributes:
-      step: updates made so far.
-      key: data of the random key from which each step folds its own.
-      params, optimizer: of the tokenizer.
-      average: moving average of `params`, or None.
-      history: last 65,536 codes assigned.
-      discriminator: its parameters, and its running statistics or singular vectors.
-      discriminator_optimizer: its optimizer's state.
-    """
-
-    step: jax.Array
-    key: jax.Array
+    step: jax.Array  # updates made so far
+    key: jax.Array  # data of the random key from which each step derives its own
     params: Any
     optimizer: Any
-    average: Any
-    history: jax.Array
-    discriminator: Any
+    average: Any  # moving average of `params`, or None
+    history: jax.Array  # the last 65,536 codes assigned
+    discriminator: Any  # its parameters, and running statistics or singular vectors
     discriminator_optimizer: Any
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenizerTraining:
+class Phase:
+    """What distinguishes one compilation of the step from another."""
+
+    adversarial: bool
+    auxiliary: bool
+
+
+class TokenizerTask(Task):
     """The pure functions of a tokenizer's training.
 
-    Attributes:
-      model: the tokenizer's architecture.
-      objective: the loss.
-      optimizer: of both the tokenizer and the discriminator.
-      steps: length of the schedule.
-      accumulate: parts that a batch is divided into, one after the other.
-      average_decay: of the moving average of the weights; 0 keeps none.
-      remat: see `gigatok_jax.models.layers.remat`.
-      dtype: type of the computation.
-      teacher: the semantic teacher's architecture, where there is one.
-      dino: architecture of the frozen network that the dino discriminator judges by.
+    Args:
+      run: the configuration.
+      teacher: architecture of the semantic teacher, if the objective needs one.
+      frozen: parameters of the frozen networks.
+      dino: architecture of the network under the "dino" discriminator.
     """
 
-    model: TokenizerConfig
-    objective: ObjectiveConfig
-    optimizer: OptimizerConfig
-    steps: int
-    accumulate: int = 1
-    average_decay: float = 0.0
-    remat: str = "none"
-    dtype: layers.Dtype = jnp.float32
-    teacher: vit.ViTConfig | None = None
-    dino: vit.ViTConfig = vit.DINO["dino_vits16"]
-
-    @property
-    def tokenizer(self) -> Tokenizer:
-        return Tokenizer(self.model, self.remat, self.dtype)
-
-    @property
-    def discriminator(self) -> discriminators.PatchGAN | discriminators.DinoHeads:
-        if self.objective.discriminator == "dino":
-            return discriminators.DinoHeads(self.dtype)
-        objective = self.objective
-        return discriminators.PatchGAN(
-            objective.discriminator_channels, objective.patchgan_groups, self.dtype
-        )
+    def __init__(
+        self,
+        run: TokenizerRun,
+        teacher: vit.ViTConfig | None = None,
+        *,
+        frozen: Frozen | None = None,
+        dino: vit.ViTConfig = vit.DINO["dino_vits16"],
+    ):
+        self.run, self.frozen = run, Frozen() if frozen is None else frozen
+        self.image_size = run.model.image_size
+        self.teacher, self.dino = teacher, dino
+        self.dtype = layers.compute_dtype(run.dtype)
+        self.tokenizer = Tokenizer(run.model, run.remat, self.dtype)
+        objective = run.objective
+        if objective.discriminator == "dino":
+            self.discriminator = discriminators.DinoHeads(self.dtype)
+        else:
+            self.discriminator = discriminators.PatchGAN(
+                objective.discriminator_channels, objective.patchgan_groups, self.dtype
+            )
 
     def init(self, key: jax.Array) -> TokenizerState:
-        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
+        run, size = self.run, self.image_size
         tokenizer_key, discriminator_key, step_key = jax.random.split(key, 3)
-        judged = jnp.zeros((1, self.model.image_size, self.model.image_size, 3))
-        if self.objective.discriminator == "dino":
+        judged = jnp.zeros((1, size, size, 3))
+        if run.objective.discriminator == "dino":
             depths = len(vit.quarters(self.dino))
             judged = jnp.zeros((depths, 1, self.dino.grid**2, self.dino.width))
         params = init_params(self.tokenizer, tokenizer_key)
         discriminator = self.discriminator.init(discriminator_key, judged)
-        adamw = optimizer.optimizer(self.optimizer, self.steps)
+        adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(step_key),
             params=params,
             optimizer=adamw.init(params),
-            average=jax.tree.map(jnp.copy, params) if self.average_decay else None,
+            average=jax.tree.map(jnp.copy, params) if run.average_decay else None,
             history=quantizer.empty_history(),
             discriminator=discriminator,
             discriminator_optimizer=adamw.init(discriminator["params"]),
         )
 
     def phase(self, step: int) -> Phase:
-        """Which compilation step number `step` needs."""
-        objective = self.objective
+        objective = self.run.objective
         return Phase(
             adversarial=objective.adversarial > 0 and step >= objective.disc_start,
             auxiliary=step < objective.auxiliary_steps,
@@ -205,187 +242,213 @@ class TokenizerTraining:
         Args:
           state: before the update.
           batch: "image", uint8 `[B, H, W, 3]`.
-          frozen: what the objective measures with.
+          frozen: parameters of the frozen networks.
           phase: see `phase`; static under `jit`.
 
         Returns:
-          The next state, and scalars: each loss term unweighted, their weighted sum `total`,
-          gradient norms before clipping, norms of the new parameters (a checkpoint follows only
-          where all scalars are finite), the learning rate, the codebook's usage.
+          The next state, and scalars: each loss term unweighted, their weighted sum "total",
+          norms, the learning rate, and the codebook's usage.
         """
-        images = pictures.to_float(batch["image"])
+        run = self.run
+        images = pictures.to_float(batch["image"])  # [B, H, W, 3] in [-1, 1]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def loss(params, discriminator, images, key):
-            return self._loss(params, discriminator, images, frozen, phase, key)
+        def tokenizer_loss(params, discriminator, images, key):
+            return self.tokenizer_loss(params, discriminator, images, frozen, phase, key)
 
         gradients, metrics, discriminator, outputs = mean_gradients(
-            loss, self.accumulate, state.params, state.discriminator, images, key
+            tokenizer_loss, run.accumulate, state.params, state.discriminator, images, key
         )
-        adamw = optimizer.optimizer(self.optimizer, self.steps)
-        updates, optimizer_state = adamw.update(gradients, state.optimizer, state.params)
-        params = optax.apply_updates(state.params, updates)
-        average = state.average
-        if self.average_decay:
-            average = optimizer.moving_average(average, params, self.average_decay, state.step)
+        params, optimizer_state, average, more = update(
+            run, state.params, gradients, state.optimizer, state.average, state.step
+        )
         history = quantizer.update_history(state.history, outputs["codes"])
-        metrics |= {
-            "gradient_norm": optax.tree.norm(gradients),
-            "parameter_norm": optax.tree.norm(params),
-            "learning_rate": optimizer.schedule(self.optimizer, self.steps)(state.step),
-            "codebook_usage": quantizer.codebook_usage(history, self.model.codebook_size),
-        }
-        state = state.replace(
+        metrics |= more
+        metrics["codebook_usage"] = quantizer.codebook_usage(history, run.model.codebook_size)
+        next_state = state.replace(
             step=state.step + 1,
             params=params,
             optimizer=optimizer_state,
             average=average,
             history=history,
         )
-        if phase.adversarial:
-            pair = (images, outputs["reconstruction"])
-            state, more = self._update_discriminator(state, discriminator, pair, frozen, key)
-            metrics |= more
-        return state, metrics
+        if not phase.adversarial:
+            return next_state, metrics
 
-    def reconstruct(
-        self, state: TokenizerState, images: jax.Array, frozen: Frozen
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Reconstructions of uint8 `[B, H, W, 3]`, and how near they are, `[B]` a metric."""
-        module, variables = self.tokenizer, {"params": weights_for_use(state)["params"]}
-        codes = module.apply(variables, pictures.to_float(images), method=Tokenizer.encode)
-        floats = module.apply(variables, codes, method=Tokenizer.decode)
-        values = {}
-        if self.objective.perceptual:
-            real = self._real_features(pictures.to_float(images), frozen)
-            values["perceptual"] = self._perceptual(real, floats, frozen)
-        outputs = pictures.to_uint8(floats)
-        values |= {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
-        return outputs, values
+        # The discriminator learns from the reconstructions that the tokenizer was just trained on:
+        # they were made before its update, as in the reference, and need no second forward pass.
+        # Its running statistics start from where the tokenizer's pass left them.
+        def discriminator_loss(params, statistics, pair, key):
+            return self.discriminator_loss(params, statistics, *pair, frozen, key)
 
-    def _loss(self, params, discriminator, images, frozen, phase, key):
-        """Weighted sum of the terms, in the form that `accumulation.mean_gradients` takes."""
-        objective = self.objective
-        real = self._real_features(images, frozen)
+        pair = (images, outputs["reconstruction"])
+        params = discriminator["params"]
+        gradients, more, statistics, _ = mean_gradients(
+            discriminator_loss, run.accumulate, params, discriminator["batch_stats"], pair, key
+        )
+        # It warms up when it starts, but then follows the run's schedule.
+        adamw = make_optimizer(
+            run.resolved_optimizer, run.total_steps, start=run.objective.disc_start
+        )
+        updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
+        params = optax.apply_updates(params, updates)
+        metrics |= more | {
+            "discriminator_gradient_norm": optax.tree.norm(gradients),
+            "discriminator_parameter_norm": optax.tree.norm(params),
+        }
+        next_state = next_state.replace(
+            discriminator={"params": params, "batch_stats": statistics},
+            discriminator_optimizer=optimizer_state,
+        )
+        return next_state, metrics
+
+    def tokenizer_loss(
+        self,
+        params: Any,
+        discriminator: Any,
+        images: jax.Array,
+        frozen: Frozen,
+        phase: Phase,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any, dict[str, jax.Array]]]:
+        """The weighted sum of the loss terms, in the form that `mean_gradients` takes."""
+        objective = self.run.objective
         out = self.tokenizer.apply(
             {"params": params},
             images,
             entropy=objective.entropy > 0,
             auxiliary=phase.auxiliary,
-            rngs={"dropout": key} if self.model.dropout else {},
+            rngs={"dropout": key} if self.run.model.dropout else {},
         )
+        # Features of the input are computed once and shared by all terms.
+        real = self._real_features(images, frozen)
         terms = {
             "l2": jnp.mean((out.reconstruction - images) ** 2),
             "codebook": out.codebook_loss,
             "commitment": out.commitment_loss,
         }
-        weights = {"l2": objective.l2, "codebook": objective.codebook}
-        weights["commitment"] = objective.commitment
-
-        def add(name, weight, value):
-            if weight:
-                terms[name], weights[name] = value(), weight
-
-        def perceptual(fake):
-            return self._perceptual(real, fake, frozen).mean()
-
-        def adversarial(fake, draw):
-            nonlocal discriminator
-            part = jax.random.fold_in(key, draw)
-            logits, discriminator = self._judge(discriminator, fake, frozen, part)
-            return losses.hinge_generator(logits)
-
-        add("entropy", objective.entropy, lambda: out.entropy_loss)
-        add("perceptual", objective.perceptual, lambda: perceptual(out.reconstruction))
-        if self.model.semantic_dim:
-            add(
-                "semantic",
-                objective.semantic,
-                lambda: losses.semantic(out.semantic_features, real["semantic"]),
-            )
+        weights = {
+            "l2": objective.l2,
+            "codebook": objective.codebook,
+            "commitment": objective.commitment,
+        }
+        if objective.entropy:
+            terms["entropy"], weights["entropy"] = out.entropy_loss, objective.entropy
+        if objective.perceptual:
+            terms["perceptual"] = self._perceptual(real, out.reconstruction, frozen).mean()
+            weights["perceptual"] = objective.perceptual
+        if objective.semantic and self.run.model.semantic_dim:
+            terms["semantic"] = losses.semantic(out.semantic_features, real["semantic"])
+            weights["semantic"] = objective.semantic
         if phase.adversarial:
-            add("adversarial", objective.adversarial, lambda: adversarial(out.reconstruction, 0))
+            # Every pass through the discriminator moves its running statistics, so the order of the
+            # passes matters: reconstructions, then the auxiliary images, then (in its own update)
+            # real images and reconstructions. The statistics are handed from one to the next.
+            logits, discriminator = self._judge(
+                discriminator, out.reconstruction, frozen, jax.random.fold_in(key, 0)
+            )
+            terms["adversarial"] = losses.hinge_generator(logits)
+            weights["adversarial"] = objective.adversarial
         if phase.auxiliary:
+            # The older recipe's shortcut: the CNN decoder on the CNN encoder's own features.
             terms["auxiliary_l2"] = jnp.mean((out.direct - images) ** 2)
             terms["auxiliary_feature"] = out.feature_loss
             weights |= {"auxiliary_l2": objective.l2, "auxiliary_feature": 1.0}
-            add("auxiliary_perceptual", objective.perceptual, lambda: perceptual(out.direct))
+            if objective.perceptual:
+                terms["auxiliary_perceptual"] = self._perceptual(real, out.direct, frozen).mean()
+                weights["auxiliary_perceptual"] = objective.perceptual
             if phase.adversarial:
-                weight = objective.adversarial
-                add("auxiliary_adversarial", weight, lambda: adversarial(out.direct, 1))
+                logits, discriminator = self._judge(
+                    discriminator, out.direct, frozen, jax.random.fold_in(key, 1)
+                )
+                terms["auxiliary_adversarial"] = losses.hinge_generator(logits)
+                weights["auxiliary_adversarial"] = objective.adversarial
         total = sum(weights[name] * value for name, value in terms.items())
         outputs = {"codes": out.codes, "reconstruction": out.reconstruction}
         return total, ({"total": total} | terms, discriminator, outputs)
 
-    def _judge(self, discriminator, images, frozen, key):
-        """Training-mode logits, and the discriminator with its statistics moved on.
+    def discriminator_loss(
+        self,
+        params: Any,
+        statistics: Any,
+        images: jax.Array,
+        reconstructions: jax.Array,
+        frozen: Frozen,
+        key: jax.Array,
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], Any, None]]:
+        """The hinge loss on images and reconstructions, in the form that `mean_gradients` takes.
 
-        The key draws what the dino discriminator sees of the images.
+        No gradient reaches the tokenizer: reconstructions are inputs here.
         """
-        judged = images
-        if self.objective.discriminator == "dino":
-            judged = self._dino_features(images, frozen, key)
-        logits, updated = self.discriminator.apply(
-            discriminator, judged, train=True, mutable=["batch_stats"]
-        )
-        return logits, discriminator | jax.lax.stop_gradient(updated)
-
-    def _dino_features(self, images, frozen, key):
-        """Features `[L, B, T, C]` of augmented images, from the depths that the heads judge."""
-        augmentation, crop = jax.random.split(key)
-        images = diffaug.augment(images, augmentation)
-        images = discriminators.dino_inputs(images, self.dino, crop)
-        return vit.ViT(self.dino, self.remat, self.dtype).apply(
-            {"params": frozen.dino}, images, vit.quarters(self.dino), method=vit.ViT.readouts
-        )
-
-    def _update_discriminator(self, state, discriminator, pair, frozen, key):
-        """Trains the discriminator, as the tokenizer left it, on images and reconstructions."""
-
-        def loss(params, statistics, pair, key):
-            images, fake = pair
-            keys = [jax.random.fold_in(key, draw) for draw in (2, 3)]  # 0 and 1: the tokenizer's
-            trained = {"params": params, "batch_stats": statistics}
-            logits_real, updated = self._judge(trained, images, frozen, keys[0])
-            logits_fake, updated = self._judge(updated, fake, frozen, keys[1])
-            value = losses.hinge_discriminator(logits_real, logits_fake)
-            metrics = {
-                "discriminator": value,
-                "logits_real": logits_real.mean(),
-                "logits_fake": logits_fake.mean(),
-            }
-            return self.objective.adversarial * value, (metrics, updated["batch_stats"], None)
-
-        params = discriminator["params"]
-        gradients, metrics, statistics, _ = mean_gradients(
-            loss, self.accumulate, params, discriminator["batch_stats"], pair, key
-        )
-        adamw = optimizer.optimizer(self.optimizer, self.steps, start=self.objective.disc_start)
-        updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
-        params = optax.apply_updates(params, updates)
-        metrics |= {
-            "discriminator_gradient_norm": optax.tree.norm(gradients),
-            "discriminator_parameter_norm": optax.tree.norm(params),
+        # Keys 0 and 1 are the tokenizer's: the two players see different augmentations.
+        real_key, fake_key = (jax.random.fold_in(key, number) for number in (2, 3))
+        discriminator = {"params": params, "batch_stats": statistics}
+        logits_real, discriminator = self._judge(discriminator, images, frozen, real_key)
+        logits_fake, discriminator = self._judge(discriminator, reconstructions, frozen, fake_key)
+        value = losses.hinge_discriminator(logits_real, logits_fake)
+        metrics = {
+            "discriminator": value,
+            "logits_real": logits_real.mean(),
+            "logits_fake": logits_fake.mean(),
         }
-        state = state.replace(
-            discriminator={"params": params, "batch_stats": statistics},
-            discriminator_optimizer=optimizer_state,
-        )
-        return state, metrics
+        weighted = self.run.objective.adversarial * value
+        return weighted, (metrics, discriminator["batch_stats"], None)
 
-    def _real_features(self, images, frozen):
-        """What the frozen networks make of the input, computed once a step."""
+    def measure(self, state, batch, frozen):
+        """PSNR, SSIM and perceptual distance of each image; and the first images, for a picture."""
+        images, variables = batch["image"], {"params": weights_for_use(state)["params"]}
+        codes = self.tokenizer.apply(variables, pictures.to_float(images), method=Tokenizer.encode)
+        decoded = self.tokenizer.apply(variables, codes, method=Tokenizer.decode)
+        outputs = pictures.to_uint8(decoded)
+        values = {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
+        if self.run.objective.perceptual:
+            real = self._real_features(pictures.to_float(images), frozen)
+            values["perceptual"] = self._perceptual(real, decoded, frozen)
+        return values, (images[:SHOWN], outputs[:SHOWN])
+
+    def pictures(self, state, shown, frozen, mesh) -> dict[str, np.ndarray]:
+        """Held-out images over their reconstructions."""
+        return {"reconstruction": pictures.grid(shown)}
+
+    def advise(self, row: Mapping[str, float]) -> str | None:
+        """Warns, once, when codebook usage stays low: collapse is the usual failure of training."""
+        run, step, usage = self.run, row["step"], row["codebook_usage"]
+        # A short history cannot contain every code.
+        assigned = min(step * run.batch_size * run.model.latents, quantizer.HISTORY_LENGTH)
+        reachable = 1 - math.exp(-assigned / run.model.codebook_size)
+        if usage >= run.usage_floor * reachable:
+            self._low_since, self._warned = None, False
+            return None
+        self._low_since = step if self._low_since is None else self._low_since
+        if self._warned or step - self._low_since < run.usage_patience:
+            return None
+        self._warned = True
+        return (
+            f"only {usage:.1%} of the {run.model.codebook_size} codes have been in use since step "
+            f"{self._low_since}: the codebook may have collapsed. What helps: "
+            "objective.entropy=0.005, a longer optimizer.warmup_steps, a lower optimizer.rate, "
+            "model.gradient='rotation', a larger batch_size or a smaller model.codebook_size"
+        )
+
+    _low_since, _warned = None, False
+
+    def bundle(self, state) -> BundleContent:
+        made_by = {"run": dataclasses.asdict(self.run), "step": int(state.step)}
+        return BundleContent("tokenizer", self.run.model, weights_for_use(state), made_by)
+
+    def _real_features(self, images, frozen) -> dict[str, Any]:
+        """What the frozen networks see in the input."""
         features = {}
-        if self.objective.needs_lpips:
+        if self.run.objective.needs_lpips:
             features["lpips"] = self._lpips(frozen, LPIPS.features, images)
-        if self.objective.needs_teacher:
+        if self.run.objective.needs_teacher:
             tokens, tapped = self._teacher_features(images, frozen)
             features |= {"semantic": tokens.astype(jnp.float32), "tapped": tapped}
         return jax.lax.stop_gradient(features)
 
-    def _perceptual(self, real, fake, frozen):
-        """Distance of the reconstructions from the input, `[B]`."""
-        if self.objective.perceptual_distance == "lpips":
+    def _perceptual(self, real, fake, frozen) -> jax.Array:
+        """Distance of the images `fake` from the input, `[B]`."""
+        if self.run.objective.perceptual_distance == "lpips":
             features = self._lpips(frozen, LPIPS.features, fake)
             return self._lpips(frozen, LPIPS.distance, real["lpips"], features)
         return losses.feature_distance(real["tapped"], self._teacher_features(fake, frozen)[1])
@@ -394,17 +457,35 @@ class TokenizerTraining:
         return LPIPS(self.dtype).apply({"params": frozen.lpips}, *args, method=method)
 
     def _teacher_features(self, images, frozen):
-        """Final patch tokens `[B, T, C]`, and those of the perceptual distance's depths."""
+        """Final patch tokens `[B, T, C]`, and those at the depths of the perceptual distance."""
         taps = ()
-        if self.objective.perceptual_distance == "teacher":
+        if self.run.objective.perceptual_distance == "teacher":
             taps = vit.quarters(self.teacher)
-        images = vit.preprocess(images, self.teacher, self.model.grid)
-        module = vit.ViT(self.teacher, self.remat, self.dtype)
-        _, tokens, tapped = module.apply({"params": frozen.teacher}, images, taps)
+        inputs = vit.preprocess(images, self.teacher, self.run.model.grid)
+        module = vit.ViT(self.teacher, self.run.remat, self.dtype)
+        _, tokens, tapped = module.apply({"params": frozen.teacher}, inputs, taps)
         return tokens, tapped
+
+    def _judge(self, discriminator, images, frozen, key):
+        """The discriminator's logits, and the discriminator with its statistics updated.
+
+        `key` augments what the "dino" discriminator sees.
+        """
+        if self.run.objective.discriminator == "dino":
+            augmentation, crop = jax.random.split(key)
+            images = diffaug.augment(images, augmentation)
+            inputs = discriminators.dino_inputs(images, self.dino, crop)
+            module = vit.ViT(self.dino, self.run.remat, self.dtype)
+            images = module.apply(  # features [L, B, T, C] from the depths that the heads read
+                {"params": frozen.dino}, inputs, vit.quarters(self.dino), method=vit.ViT.readouts
+            )
+        logits, updated = self.discriminator.apply(
+            discriminator, images, train=True, mutable=["batch_stats"]
+        )
+        return logits, discriminator | jax.lax.stop_gradient(updated)
 
 
 def weights_for_use(state: TokenizerState) -> dict[str, Any]:
-    """The averaged weights where there are some, else the last, and the usage history."""
+    """The averaged weights (the last ones where no average is kept), and the usage history."""
     params = state.params if state.average is None else state.average
     return {"params": params, "history": state.history}

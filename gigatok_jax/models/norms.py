@@ -1,4 +1,9 @@
-"""BatchNorms, whose statistics are those of the global batch, or of fixed parts of it."""
+"""Norms that Flax lacks: statistics that remat keeps, PyTorch's running ones, parts of a batch.
+
+Statistics are float32 whatever the type of the computation.
+"""
+
+import math
 
 from einops import rearrange
 import flax.linen as nn
@@ -9,24 +14,60 @@ import jax.numpy as jnp
 from gigatok_jax.models import layers
 
 GROUP = 8  # most samples that share statistics in a `LocalBatchNorm`
+ones = layers.partitioned(nn.initializers.ones, "norm")
+zeros = layers.partitioned(nn.initializers.zeros, "norm")
+
+
+def group_count(channels: int) -> int:
+    """32 groups, or fewer where a narrow network would have fewer than 4 channels in a group.
+
+    Groups of one channel would take an image's mean colour out of every feature.
+    """
+    return math.gcd(32, max(channels // 4, 1))
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm of `[B, H, W, C]`, eps 1e-6, all in float32.
+
+    Under rematerialization its statistics are kept: they are small, and computing them takes a pass
+    over the input.
+    """
+
+    affine: bool = True  # whether to learn gains and offsets
+    silu: bool = False  # whether SiLU follows
+    dtype: layers.Dtype = jnp.float32  # of the output
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        channels = x.shape[-1]
+        x = x.astype(jnp.float32)
+
+        def mean(x):
+            """Mean of each channel's group, `[B, 1, 1, C]`; over pixels first, which is faster."""
+            means = rearrange(x.mean((1, 2)), "b (g c) -> b g c", g=group_count(channels))
+            means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
+            return means.reshape(-1, 1, 1, channels)
+
+        center, square = layers.keep((mean(x), mean(x * x)))
+        scale = lax.rsqrt(jnp.maximum(square - center * center, 0) + 1e-6)
+        if self.affine:
+            scale *= self.param("scale", ones, (channels,))
+        x = (x - center) * scale
+        if self.affine:
+            x += self.param("bias", zeros, (channels,))
+        return (nn.silu(x) if self.silu else x).astype(self.dtype)
 
 
 class BatchNorm(nn.Module):
     """BatchNorm with PyTorch's running statistics: momentum 0.1, unbiased variance.
 
-    Under `jit` the statistics are those of the global batch on any mesh; the reference, under
-    data parallelism, normalised each device's share on its own, as `groups` do.
-
-    Attributes:
-      groups: parts of the batch, side by side and equally large, that are normalised apart in
-        training; the running statistics are those of the first.
-      epsilon: added to the variance.
-      affine: whether there are a gain and a bias.
+    Under `jit` the statistics are those of the global batch on any mesh. The reference, under data
+    parallelism, normalizes each device's share by itself; `groups` do the same.
     """
 
-    groups: int = 1
+    groups: int = 1  # equal parts of a training batch; the first one's statistics are kept
     epsilon: float = 1e-5
-    affine: bool = True
+    affine: bool = True  # whether to learn gains and offsets
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
@@ -39,7 +80,7 @@ class BatchNorm(nn.Module):
         scale, bias = 1.0, 0.0
         if self.affine:
             scale = self.param("scale", layers.partitioned(scale_init, "norm"), (width,))
-            bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
+            bias = self.param("bias", zeros, (width,))
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, (width,))
         running_var = self.variable("batch_stats", "var", jnp.ones, (width,))
         if train:
@@ -65,10 +106,10 @@ def batch_groups(batch_size: int) -> int:
     Raises:
       ValueError: the groups would differ in size.
     """
-    groups = -(-batch_size // GROUP)
+    groups = math.ceil(batch_size / GROUP)
     if batch_size % groups:
         raise ValueError(
-            f"batch_size must split into equal groups of at most {GROUP} images for the dino "
+            f"batch_size: expected equal groups of at most {GROUP} images for the dino "
             f"discriminator, got {batch_size}"
         )
     return groups
@@ -85,8 +126,7 @@ class LocalBatchNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         width, groups = x.shape[-1], batch_groups(len(x))
-        scale = self.param("scale", layers.partitioned(nn.initializers.ones, "norm"), (width,))
-        bias = self.param("bias", layers.partitioned(nn.initializers.zeros, "norm"), (width,))
+        scale, bias = self.param("scale", ones, (width,)), self.param("bias", zeros, (width,))
         y = rearrange(x.astype(jnp.float32), "(g n) t w -> g (n t) w", g=groups)
         mean, var = y.mean(1, keepdims=True), y.var(1, keepdims=True)
         y = (y - mean) * lax.rsqrt(var + 1e-6) * scale + bias

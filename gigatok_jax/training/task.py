@@ -1,0 +1,300 @@
+"""What all training tasks share: the run's configuration, the task's interface, accumulation.
+
+A *run* is a configuration. A *task* turns it into pure functions of arrays (`init`, `step`,
+`measure`), plus the few things that only the task knows: its frozen networks, its pictures, its
+bundle. `training.loop` does the rest, the same for every task.
+"""
+
+import collections
+from collections.abc import Callable, Hashable, Mapping
+import math
+from typing import Annotated, Any, Literal, NamedTuple
+
+from einops import rearrange
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from gigatok_jax import distributed, sharding
+from gigatok_jax.config import configclass
+from gigatok_jax.data import pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import optimizer
+from gigatok_jax.training.optimizer import OptimizerConfig
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+@configclass
+class LoopConfig:
+    """How often things happen, in steps."""
+
+    log_every: PositiveInt = 50  # metrics, averaged since the last time
+    evaluate_every: NonNegativeInt = 5_000  # held-out metrics and pictures; 0: only at the end
+    checkpoint_every: NonNegativeInt = 5_000  # 0: only at the end
+    keep_last: PositiveInt = 2  # number of newest checkpoints to keep
+    keep_every: NonNegativeInt = 0  # also keep checkpoints at multiples of this; 0: none
+
+
+@configclass(kw_only=True)
+class RunConfig:
+    """The settings that every training run has."""
+
+    data: DataConfig = DataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    loop: LoopConfig = LoopConfig()
+    mesh: MeshConfig = MeshConfig()
+    epochs: PositiveFloat = 100.0  # passes over `epoch_images`
+    epoch_images: PositiveInt = 1_280_000
+    steps: NonNegativeInt = 0  # length of the run; 0: from `epochs` and `batch_size`
+    batch_size: PositiveInt = 128  # images per step, over all devices
+    # Splits each batch into this many parts, one after the other, to save memory. What is computed
+    # over a batch (entropy loss, BatchNorm of the discriminator) is then computed over each part.
+    accumulate: PositiveInt = 1
+    seed: int = 0
+    average_decay: Decay = 0.0  # moving average of weights; 0: none
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # "auto": bfloat16, float32 on CPU
+    # Activations to recompute in the backward pass: "dots" recomputes what lies between products
+    # with weights (mostly faster than storing it), "full" everything inside a block.
+    remat: Literal["none", "dots", "full"] = "dots"
+    evaluation_images: PositiveInt = 512  # held-out images per evaluation
+
+    @model_validator(mode="after")
+    def _check_lengths(self):
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"accumulate: expected a divisor of batch_size={self.batch_size}, got "
+                f"{self.accumulate}"
+            )
+        if self.resolved_optimizer.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"optimizer.warmup_steps: expected fewer than the run's {self.total_steps} steps, "
+                f"got {self.resolved_optimizer.warmup_steps}; set it with "
+                "--config.optimizer.warmup_steps"
+            )
+        return self
+
+    @property
+    def total_steps(self) -> int:
+        return self.steps or math.ceil(self.epochs * self.epoch_images / self.batch_size)
+
+    @property
+    def resolved_optimizer(self) -> OptimizerConfig:
+        return self.optimizer.resolve(self.batch_size, self.epoch_images)
+
+    def open_task(self) -> "Task":
+        """The run's task, its frozen networks read from disk.
+
+        Raises:
+          UserError: weights are missing, or do not fit the configuration.
+        """
+        raise NotImplementedError
+
+
+class BundleContent(NamedTuple):
+    """The arguments of `bundles.save` that depend on the task."""
+
+    kind: str
+    config: Any
+    weights: Any
+    made_by: dict[str, Any]
+
+
+class Task:
+    """One kind of training.
+
+    Attributes:
+      run: the configuration.
+      frozen: arrays that each step receives beside the state, or None.
+      image_size: side of the images that batches hold, in pixels; 0 for stored codes.
+      identity: values that a checkpoint must agree on with the run that resumes from it, by name.
+      branch: workdir and step of another run to start from, or None.
+    """
+
+    run: RunConfig
+    frozen: Any = None
+    image_size: int = 0
+    identity: Mapping[str, str | None] = {}
+    branch: tuple[str, int] | None = None
+
+    def init(self, key: jax.Array) -> Any:
+        """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
+        raise NotImplementedError
+
+    def phase(self, step: int) -> Hashable:
+        """Identifies the compilation of `step` that step number `step` needs."""
+        return None
+
+    def step(
+        self, state: Any, batch: Mapping[str, jax.Array], frozen: Any, phase: Hashable
+    ) -> tuple[Any, dict[str, jax.Array]]:
+        """One update: the next state, and scalar metrics."""
+        raise NotImplementedError
+
+    def measure(
+        self, state: Any, batch: Mapping[str, jax.Array], frozen: Any
+    ) -> tuple[dict[str, jax.Array], Any]:
+        """Held-out metrics of each image, `[B]` by name, and arrays for `pictures`."""
+        raise NotImplementedError
+
+    def pictures(self, state: Any, shown: Any, frozen: Any, mesh: Any) -> dict[str, np.ndarray]:
+        """Pictures uint8 `[H, W, 3]`; `shown` is what `measure` returned for the first batch."""
+        return {}
+
+    def advise(self, row: Mapping[str, float]) -> str | None:
+        """A warning that follows from logged metrics, or None."""
+        return None
+
+    def bundle(self, state: Any) -> BundleContent:
+        """What the run's bundle contains."""
+        raise NotImplementedError
+
+    def check_data(self, batches: pipeline.Batches) -> None:
+        """Raises UserError if the data do not fit the model."""
+
+
+def update(
+    run: RunConfig, params: Any, gradients: Any, optimizer_state: Any, average: Any, step: jax.Array
+) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
+    """One optimizer step: new parameters, optimizer state and average, and what to log of them."""
+    config = run.resolved_optimizer
+    algorithm = optimizer.make_optimizer(config, run.total_steps)
+    updates, optimizer_state = algorithm.update(gradients, optimizer_state, params)
+    params = optax.apply_updates(params, updates)
+    if run.average_decay:
+        average = optimizer.moving_average(average, params, run.average_decay, step)
+    metrics = {
+        "gradient_norm": optax.tree.norm(gradients),  # before clipping
+        # Logged because the loop saves no checkpoint after a metric that is not finite.
+        "parameter_norm": optax.tree.norm(params),
+        "learning_rate": optimizer.learning_rate(config, run.total_steps)(step),
+    }
+    return params, optimizer_state, average, metrics
+
+
+def split(batch: Any, parts: int) -> Any:
+    """A pytree of `[B, ...]` as `[parts, B / parts, ...]`.
+
+    Image i goes to part i mod `parts`: contiguous parts would each lie on a few devices only.
+    """
+    return jax.tree.map(lambda x: rearrange(x, "(b p) ... -> p b ...", p=parts), batch)
+
+
+def join(parts: Any) -> Any:
+    """Undoes `split`."""
+    return jax.tree.map(lambda x: rearrange(x, "p b ... -> (b p) ..."), parts)
+
+
+def mean_gradients(
+    loss: Callable[..., tuple[jax.Array, tuple[dict[str, jax.Array], Any, Any]]],
+    parts: int,
+    params: Any,
+    carry: Any,
+    batch: Any,
+    key: jax.Array,
+) -> tuple[Any, dict[str, jax.Array], Any, Any]:
+    """The gradient of a loss over a batch that is computed in parts, one after the other.
+
+    Args:
+      loss: function of `(params, carry, part, key)` that returns a scalar and `(metrics, carry,
+        outputs)`: metrics are means over the part, `carry` goes on to the next part (running
+        statistics), and outputs have a leading batch axis.
+      parts: number of parts.
+      params: what the gradient is taken of.
+      carry: what the first part receives.
+      batch: pytree of arrays `[B, ...]`, B a multiple of `parts`.
+      key: random key; each part gets one of its own.
+
+    Returns:
+      Gradients and metrics (means over all parts), the last carry, and outputs `[B, ...]` in the
+      batch's order.
+    """
+    gradient = jax.grad(loss, has_aux=True)
+    if parts == 1:
+        gradients, (metrics, carry, outputs) = gradient(params, carry, batch, key)
+        return gradients, metrics, carry, outputs
+
+    def add(state, part):
+        totals, carry = state
+        gradients, (metrics, carry, outputs) = gradient(params, carry, *part)
+        return (jax.tree.map(jnp.add, totals, (gradients, metrics)), carry), outputs
+
+    divided = (split(batch, parts), jax.random.split(key, parts))
+    first = jax.tree.map(lambda x: x[0], divided)
+    gradients, (metrics, _, _) = jax.eval_shape(gradient, params, carry, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
+    (totals, carry), outputs = jax.lax.scan(add, (zeros, carry), divided)
+    gradients, metrics = jax.tree.map(lambda x: x / parts, totals)
+    return gradients, metrics, carry, join(outputs)
+
+
+class HeldOut:
+    """Evaluates a task on its run's held-out images."""
+
+    def __init__(self, task: Task, mesh: jax.sharding.Mesh):
+        self._task, self._mesh, run = task, mesh, task.run
+        shardings = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
+        self._measure = jax.jit(task.measure, out_shardings=shardings)
+        self._batches = pipeline.eval_batches(
+            run.data, task.image_size, run.batch_size, *sharding.batch_block(mesh)
+        )
+
+    def __call__(self, state: Any, frozen: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+        """Means of the held-out metrics, and pictures.
+
+        Raises:
+          UserError: none of the images can be read.
+        """
+        shown = None
+
+        def measure(batch):
+            nonlocal shown
+            batch = sharding.put_batch(self._mesh, batch)
+            values, arrays = self._measure(state, batch, frozen)
+            shown = arrays if shown is None else shown
+            return jax.tree.map(sharding.local_block, values)
+
+        self._batches.set_state({"next_batch": 0})
+        with self._batches:
+            means = held_out_means(measure, self._batches, self._task.run.evaluation_images)
+        pictures = self._task.pictures(state, jax.device_get(shown), frozen, self._mesh)
+        return {f"held_out/{name}": value for name, value in means.items()}, pictures
+
+
+def held_out_means(
+    measure: Callable[[dict[str, np.ndarray]], Mapping[str, Any]],
+    batches: Any,
+    images: int,
+) -> dict[str, float]:
+    """Means over the first `images` readable images of one pass, of all processes together.
+
+    Args:
+      measure: function of this process's arrays ("image" or "codes", and "label") to values of
+        each image, `[B/P]` by name.
+      batches: this process's batches, see `pipeline.eval_batches`.
+      images: maximum number of images.
+
+    Raises:
+      UserError: none of the images can be read.
+    """
+    sums, count = collections.Counter(), 0
+    for batch in batches:
+        values = measure({k: batch[k] for k in ("image", "codes", "label") if k in batch})
+        rows = {name: np.asarray(value, np.float64) for name, value in values.items()}
+        gathered = distributed.gather_rows(rows | {k: batch[k] for k in ("index", "valid")})
+        # Sorted by index, so that the mean does not depend on which process read which image. Rows
+        # are unique because processes along `tensor` read the same block.
+        index, first = np.unique(gathered["index"], return_index=True)
+        keep = first[gathered["valid"][first] & (index >= 0)][: images - count]
+        for name in rows:
+            sums[name] += float(gathered[name][keep].sum())
+        count += len(keep)
+        if count >= images:
+            break
+    if not count:
+        raise UserError("none of the held-out images can be read")
+    return {name: total / count for name, total in sums.items()}
