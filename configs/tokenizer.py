@@ -13,7 +13,7 @@ from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 def get_config(argument="s_s"):
     name, *variants = argument.split(",")
-    recipe = recipes.tokenizer_recipe(name)
+    recipe = recipes.lookup(name, recipes.TOKENIZERS, "tokenizer")
     # What the paper recommends for every size (appendix C): warm-up and entropy loss. The weights
     # released up to B-L had 15,000 steps of shortcut losses instead.
     older = "released" in variants and name != "xl_xxl"

@@ -251,7 +251,7 @@ def tokenizer_from_torch(
       ValueError: the tensors are those of another architecture.
     """
     config = recipes.tokenizer_model(name)
-    weights = convert.tokenizer_from_torch(_tensors(checkpoint), config)
+    weights = convert.from_torch("tokenizer", _tensors(checkpoint), config)
     return PretrainedTokenizer(config, weights, dtype)
 
 
@@ -263,7 +263,7 @@ def generator_from_torch(
     Arguments and errors are those of `tokenizer_from_torch`.
     """
     config = recipes.generator_model(name)
-    weights = convert.generator_from_torch(_tensors(checkpoint), config)
+    weights = convert.from_torch("generator", _tensors(checkpoint), config)
     return PretrainedGenerator(config, weights, dtype)
 
 

@@ -1,65 +1,46 @@
-"""Bundles: a directory with weights, `config.json` and what made them, all that using one needs."""
+"""Bundles: directories that hold a network's weights and all that is needed to use them.
 
-from collections.abc import Mapping
+`config.json` holds the kind of network, its architecture, and what made the weights.
+`model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel".  Large
+models are divided as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., and
+`model.safetensors.index.json` says which file holds which array.
+"""
+
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import json
 import pathlib
 from typing import Any, NamedTuple
 
+from flax.traverse_util import flatten_dict, unflatten_dict
 import jax
+from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
+import safetensors.numpy
 
 from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
-from gigatok_jax.errors import UserError
-from gigatok_jax.files import write_json
+from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.files import read_json, write_json, write_safetensors
 
-FORMAT = 1
+FORMAT = 2
+INDEX = "model.safetensors.index.json"
+FILE_BYTES = 5 * 10**9  # at most, but for a larger single array
 
 
 class Bundle(NamedTuple):
-    """A bundle's content.
+    """A bundle's content."""
 
-    Attributes:
-      config: the architecture.
-      weights: nested dictionaries of NumPy arrays.
-      made_by: what made it.
-    """
-
-    config: Any
-    weights: dict[str, Any]
-    made_by: dict[str, Any]
+    config: Any  # the architecture
+    weights: dict[str, Any]  # nested dictionaries of NumPy arrays: "params", and what else there is
+    made_by: dict[str, Any]  # what made it
 
     @property
     def fingerprint(self) -> str:
         """See `fingerprint`."""
         return fingerprint(self.weights["params"])
-
-
-def save(
-    directory: pathlib.Path, kind: str, config: Any, weights: Any, made_by: Mapping[str, Any]
-) -> None:
-    """Writes a bundle, replacing one that is there only when it is complete.
-
-    All processes of a run call this, and each writes the parts of arrays that it holds.
-
-    Args:
-      directory: where.
-      kind: "tokenizer", "dinov2", "lpips", ...
-      config: the architecture, a dataclass, or None where there is only one.
-      weights: pytree of arrays.
-      made_by: what made it, as JSON can hold it.
-    """
-    config = dataclasses.asdict(config) if config is not None else {}
-    with distributed.replacing(directory) as aside:
-        aside = aside.absolute()
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(aside / "weights", weights)
-        record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
-        if distributed.is_main():
-            write_json(aside / "config.json", record)
 
 
 def fingerprint(params: Any) -> str:
@@ -72,78 +53,134 @@ def fingerprint(params: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def load(directory: str | pathlib.Path, kind: str, config_type: type | None = None) -> Bundle:
-    """Reads a bundle, its arrays whole in the memory of each process.
+def save(
+    directory: pathlib.Path,
+    kind: str,
+    config: Any,
+    weights: Mapping[str, Any],
+    made_by: Mapping[str, Any],
+    *,
+    file_bytes: int = FILE_BYTES,
+) -> None:
+    """Writes a bundle; an existing one is replaced only once the new one is complete.
 
-    All processes of a run call this together: one reads for all, and Orbax waits for each.
+    All processes of a run call this together. Arrays that are sharded over processes are gathered
+    one at a time, and process 0 writes them, so that it holds one file's arrays at most.
+
+    Args:
+      directory: where.
+      kind: "tokenizer", "dinov2", "lpips", ...
+      config: the architecture, a dataclass, or None where there is only one.
+      weights: nested dictionaries of arrays.
+      made_by: what made it, as JSON can hold it.
+      file_bytes: the largest size of a file.
+    """
+    flat = flatten_dict(weights, sep="/")
+    parts: list[list[str]] = [[]]
+    size = 0
+    for name, array in flat.items():
+        size += array.nbytes
+        if parts[-1] and size > file_bytes:
+            parts.append([])
+            size = array.nbytes
+        parts[-1].append(name)
+    files = [f"model-{i + 1:05d}-of-{len(parts):05d}.safetensors" for i in range(len(parts))]
+    if len(parts) == 1:
+        files = ["model.safetensors"]
+    config = dataclasses.asdict(config) if config is not None else {}
+    record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
+
+    with distributed.replacing(directory) as aside:
+        if distributed.is_main():
+            aside.mkdir()
+            write_json(aside / "config.json", record)
+            if len(parts) > 1:
+                places = {
+                    name: file for file, part in zip(files, parts, strict=True) for name in part
+                }
+                total = sum(array.nbytes for array in flat.values())
+                index = {"metadata": {"total_size": total}, "weight_map": places}
+                write_json(aside / INDEX, index)
+        for file, part in zip(files, parts, strict=True):
+            arrays = {name: _gather(flat[name]) for name in part}
+            if distributed.is_main():
+                write_safetensors(aside / file, arrays)
+
+
+def _gather(array: Any) -> np.ndarray | None:
+    """The whole array in process 0, None in the others."""
+    if isinstance(array, jax.Array):
+        # Not the array itself is read: it would keep its value on the host as long as it lives.
+        if array.is_fully_replicated:
+            array = array.addressable_data(0)
+        elif array.is_fully_addressable:
+            array = array.copy()
+        else:
+            array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array, order="C") if distributed.is_main() else None
+
+
+def load(
+    directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None = None
+) -> Bundle:
+    """Reads a bundle; in a run of several processes each reads it on its own.
 
     Args:
       directory: of the bundle, or the workdir of the run that wrote it.
-      kind: what it must hold.
-      config_type: the architecture's dataclass; None leaves the mapping of the file.
+      kind: what it must hold, or several kinds that it may hold.
+      config_type: the architecture's dataclass; None returns the file's mapping.
+
+    Returns:
+      The bundle; floating types are float32.
 
     Raises:
-      UserError: there is no bundle, or one of another kind.
+      UserError: there is no bundle, it is damaged, or it is of another kind.
     """
-    directory = _find(pathlib.Path(directory))
-    config, made_by = _describe(directory, kind, config_type)
-    path = (directory / "weights").absolute()
+    directory, config, made_by = _describe(directory, kind, config_type)
+    places, arrays = {}, {}
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            stored = checkpointer.metadata(path).item_metadata.tree
-            # Orbax takes types and shapes from these; they have no memory.
-            abstract = jax.tree.map(
-                lambda array: np.broadcast_to(np.zeros((), array.dtype), array.shape), stored
-            )
-            weights = checkpointer.restore(path, abstract)
-    except Exception as error:  # Orbax raises half a dozen types for damaged files, bare ones too
-        reason = str(error).splitlines() or [type(error).__name__]
-        raise UserError(f"{path}: unreadable weights ({reason[0]})") from error
+        if (directory / INDEX).exists():
+            places = json.loads((directory / INDEX).read_text())["weight_map"]
+        for file in sorted(set(places.values())) or ["model.safetensors"]:
+            arrays |= safetensors.numpy.load_file(directory / file)
+        if missing := places.keys() - arrays.keys():
+            raise ValueError(f"{min(missing)} is missing")
+        for name, array in arrays.items():
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                arrays[name] = array.astype(np.float32, copy=False)
+        weights = unflatten_dict(arrays, sep="/")
+    except Exception as error:  # damaged files raise half a dozen types
+        raise UserError(f"{directory}: unreadable weights ({first_line(error)})") from error
     return Bundle(config, weights, made_by)
 
 
-def load_config(directory: str | pathlib.Path, kind: str, config_type: type) -> Any:
+def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:
     """Reads a bundle's architecture only; arguments and errors are those of `load`."""
-    return _describe(_find(pathlib.Path(directory)), kind, config_type)[0]
+    return _describe(directory, kind, config_type)[1]
 
 
-def _describe(directory: pathlib.Path, kind: str, config_type: type | None):
-    """A bundle's architecture, and what made it."""
-    record = read_config(directory)
-    if record["kind"] != kind:
-        raise UserError(f"{directory}: holds a {record['kind']}, expected a {kind}")
-    config = record["config"]
-    if config_type is not None:
-        config = from_mapping(config_type, config, f"{directory}/config.json: config")
-    return config, record["made_by"]
-
-
-def _find(directory: pathlib.Path) -> pathlib.Path:
-    """The bundle that `directory` is, or holds, as a run's workdir does."""
+def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None):
+    """The bundle that `directory` is or holds, its architecture, and what made it."""
+    directory = pathlib.Path(directory)
     if (directory / "bundle").is_dir():
-        return directory / "bundle"
-    if (directory / "checkpoints").is_dir():
+        directory /= "bundle"
+    elif (directory / "checkpoints").is_dir():
         raise UserError(
             f"{directory}: this run has written no bundle yet; it does at its end, and when it is "
             "stopped by SIGTERM"
         )
-    return directory
-
-
-def read_config(directory: pathlib.Path) -> dict[str, Any]:
-    """A bundle's `config.json`: "format", "kind", "config", "made_by".
-
-    Raises:
-      UserError: `directory` is not a bundle.
-    """
     path = directory / "config.json"
     try:
-        record = json.loads(path.read_text())
+        record = read_json(path, "a bundle")
     except OSError:
         raise UserError(f"{directory}: not a bundle, it has no config.json") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})") from None
     whole = isinstance(record, dict) and record.keys() >= {"kind", "config", "made_by"}
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not a bundle's description (format {FORMAT})")
-    return record
+    kinds = [kind] if isinstance(kind, str) else kind
+    if record["kind"] not in kinds:
+        raise UserError(f"{directory}: holds a {record['kind']}, expected a {' or '.join(kinds)}")
+    config = record["config"]
+    if config_type is not None:
+        config = from_mapping(config_type, config, f"{path}: config")
+    return directory, config, record["made_by"]

@@ -394,11 +394,9 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     if to_torch:
         if len(sources) != 1:
             raise UserError(f"--from: expected one bundle, got {sources}")
-        converters.bundle_to_torch(kind[0], sources[0], pathlib.Path(out))
+        converters.to_file(kind[0], sources[0], pathlib.Path(out))
     else:
-        converters.torch_to_bundle(
-            kind[0], sources, pathlib.Path(out), architecture=model, weights=weights
-        )
+        converters.to_bundle(kind[0], sources, pathlib.Path(out), model=model, weights=weights)
     print(out)
 
 
@@ -407,11 +405,12 @@ def weights(names: list[str]) -> None:
 
     Downloads published weights into the cache (GIGATOK_CACHE), checks them and converts them.
     """
+    from gigatok_jax.weights import convert as converters
     from gigatok_jax.weights import fetch
 
     if len(names) != 2 or names[0] != "fetch":
         raise UserError(f"expected: weights fetch NAME, with NAME of {', '.join(fetch.PUBLISHED)}")
-    print(fetch.fetch_bundle(names[1]))
+    print(converters.fetch_bundle(names[1]))
 
 
 def demo(workdir: str, tokenizer, probe) -> None:

@@ -10,16 +10,16 @@ import shutil
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy
 
 from gigatok_jax.errors import UserError
 
 
 def cache_dir() -> pathlib.Path:
-    """`$GIGATOK_CACHE`, or `gigatok_jax` under `$XDG_CACHE_HOME` or `~/.cache`."""
-    if chosen := os.environ.get("GIGATOK_CACHE"):
-        return pathlib.Path(chosen).expanduser()
+    """`$GIGATOK_CACHE`, or `gigatok_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(parent).expanduser() / "gigatok_jax"
+    return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
 
 def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
@@ -31,14 +31,14 @@ def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Yields a path beside `path` to write a file or directory to, then renames it to `path`.
 
-    What is written is removed if the block raises; what stood at `path` stays until the end.
+    If the block raises, what it wrote is removed and what stood at `path` stays.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
         yield aside
-        if path.is_dir():
+        if path.is_dir():  # which no rename replaces
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             aside.rename(path)
@@ -52,12 +52,29 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             aside.unlink(missing_ok=True)
 
 
-def read_json(path: pathlib.Path, describes: str) -> Any:
-    """What `write_json` wrote.
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    with replacing(path) as aside:
+        aside.write_text(json.dumps(value, indent=2) + "\n")
 
-    Raises:
-      UserError: it is damaged; the message says what the file `describes`.
-    """
+
+def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    with replacing(path) as aside, aside.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes C-contiguous arrays, not aside."""
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        safetensors.numpy.save_file(arrays, path)
+    except safetensors.SafetensorError as error:  # a full disk, for example
+        raise OSError(f"{path}: cannot be written ({error})") from error
+    path.chmod(mode)  # the library leaves files that only their owner can read
+
+
+def read_json(path: pathlib.Path, describes: str) -> Any:
+    """The content of a JSON file, or a UserError that says what the file `describes`."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
@@ -67,16 +84,16 @@ def read_json(path: pathlib.Path, describes: str) -> Any:
 def claim(
     path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
 ) -> None:
-    """Writes `record`, or refuses a place where another one is.
+    """Writes to `path` what lies beside it, unless something else lies there.
 
     Args:
-      path: a JSON file that says what lies beside it.
-      record: what will lie there.
-      describes: what that is, for messages.
-      write: False only refuses.
+      path: a JSON file.
+      record: what made, or will make, the content of the directory.
+      describes: that content, for messages.
+      write: False only checks.
 
     Raises:
-      UserError: it says something else; the message names the first field that differs.
+      UserError: another record is there; the message names the first field that differs.
     """
     if path.exists():
         refuse_other(path.parent, read_json(path, describes), record, describes)
@@ -87,32 +104,19 @@ def claim(
 def refuse_other(
     directory: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
 ) -> None:
-    """Raises UserError for the first field of `new`, as JSON holds it, that differs in `old`.
-
-    A field that `old` lacks is one that the program did not have yet.
-    """
-    for name, value in json.loads(json.dumps(new)).items():
+    """Raises UserError for the first field that differs; fields that `old` lacks are newer."""
+    for name, value in json.loads(json.dumps(new)).items():  # as JSON returns them
         if name in old and old[name] != value:
             raise UserError(
-                f"{directory}: holds {describes} made with another {name}: {old.get(name)!r}, "
+                f"{directory}: holds {describes} made with another {name}: {old[name]!r}, "
                 f"not {value!r}"
             )
 
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
-    """Sixteen hex digits of files' names below `root`, sizes and times of change."""
+    """Sixteen hex digits of files' names below `root`, their sizes and times of change."""
     digest = hashlib.sha256()
     for name in names:
         found = (root / name).stat()
         digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0"))
     return digest.hexdigest()[:16]
-
-
-def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    with replacing(path) as aside, aside.open("wb") as file:
-        np.savez(file, **arrays)
-
-
-def write_json(path: str | os.PathLike, value: Any) -> None:
-    with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")

@@ -125,7 +125,7 @@ def test_checkpoint_loads_alike_from_tensors_and_from_a_file(tmp_path, monkeypat
     config = tiny.config()
     monkeypatch.setitem(recipes.TOKENIZERS, "small", types.SimpleNamespace(model=config))
     weights = tiny.weights(config)
-    tensors = convert.tokenizer_to_torch(weights, config)
+    tensors = convert.to_torch("tokenizer", weights, config)
     path = tmp_path / "checkpoint.safetensors"
     torch_files.write(path, tensors)
     one, other = gt.tokenizer_from_torch(tensors, "small"), gt.tokenizer_from_torch(path, "small")
@@ -136,7 +136,7 @@ def test_checkpoint_loads_alike_from_tensors_and_from_a_file(tmp_path, monkeypat
 
 
 def test_checkpoint_of_another_architecture_is_rejected(monkeypatch):
-    tensors = convert.tokenizer_to_torch(tiny.weights(tiny.config()), tiny.config())
+    tensors = convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
     other = types.SimpleNamespace(model=tiny.config(z_channels=16))
     monkeypatch.setitem(recipes.TOKENIZERS, "small", other)
     with pytest.raises(ValueError, match=r"^tensor '"):

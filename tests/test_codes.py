@@ -20,6 +20,7 @@ from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
+from gigatok_jax.models import generator
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.weights import convert
@@ -232,7 +233,7 @@ def test_loss_of_stored_codes_is_that_of_encoding_the_images(
     gigatok, whole, bundle, directory, data, tmp_path
 ):
     model = GeneratorConfig(1, 2, 16, codes=4, codebook_size=512, classes=3)
-    weights = {"params": tiny.fill(convert.generator_shapes(model))}
+    weights = {"params": tiny.fill(generator.param_shapes(model))}
     made_by = {"tokenizer": bundle.fingerprint}
     bundles.save(tmp_path / "generator", "generator", model, weights, made_by)
 

@@ -121,7 +121,7 @@ def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigato
     source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"
     tensors = synth.checkpoint("dino_vits16")
     torch_files.write(source, tensors)
-    out = f"--out={kinds.fetched('dino_vits16')}"
+    out = f"--out={fetch.bundle_path('dino_vits16')}"
     code, _, _ = gigatok("convert", "dino", f"--from={source}", "--model=dino_vits16", out)
     assert code == 0
     params = frozen.load_dino()
@@ -243,7 +243,7 @@ def test_bundle_of_another_kind(gigatok, tmp_path):
 
 def test_checkpoint_of_another_architecture(gigatok, tmp_path):
     path, out = tmp_path / "checkpoint.safetensors", tmp_path / "bundle"
-    torch_files.write(path, convert.tokenizer_to_torch(tiny.weights(tiny.config()), tiny.config()))
+    torch_files.write(path, convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config()))
     result = gigatok("convert", "tokenizer", f"--from={path}", "--model=s_s", f"--out={out}")
     assert refused(result).startswith(f"{path}: tensor '")
     assert not out.exists()

@@ -86,7 +86,7 @@ def publish(monkeypatch, server):
 
     def publish(sha256=SHA256, *more):
         hashes = (sha256, *more)
-        files = [fetch.File(f"{server.url}/{i}", f"{i}.pth", h) for i, h in enumerate(hashes)]
+        files = [fetch.File(f"{server.url}/{i}.pth", h) for i, h in enumerate(hashes)]
         monkeypatch.setitem(fetch.PUBLISHED, "it", fetch.Published("dinov2", "", tuple(files)))
 
     publish()
@@ -101,7 +101,7 @@ def test_files_are_downloaded_once(tmp_path, server, publish):
     publish(SHA256, SHA256)
     expected = [tmp_path / "new" / "0.pth", tmp_path / "new" / "1.pth"]
     for _ in range(2):
-        assert fetch.fetch("it", cache=tmp_path / "new") == expected
+        assert fetch.download("it", cache=tmp_path / "new") == expected
     assert [path.read_bytes() for path in expected] == [CONTENT, CONTENT]
     assert len(server.ranges) == 2
     assert names(tmp_path / "new") == ["0.pth", "1.pth"]
@@ -109,24 +109,24 @@ def test_files_are_downloaded_once(tmp_path, server, publish):
 
 def test_lost_connection_is_resumed_where_it_broke(tmp_path, server, publish):
     server.cuts = [1000, 2000, 500]
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
     assert server.ranges == [None, "bytes=1000-", "bytes=3000-", "bytes=3500-"]
     assert names(tmp_path) == ["0.pth"]
 
 
-def test_download_that_was_killed_is_resumed_by_the_next(tmp_path, server, publish):
+def test_killed_download_is_resumed_by_the_next(tmp_path, server, publish):
     (tmp_path / "0.pth.partial").write_bytes(CONTENT[:700])
     (tmp_path / "0.pth.partial.version").write_text('"1"')
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
     assert server.ranges == ["bytes=700-"]
 
 
-def test_partial_file_that_is_whole_is_not_downloaded_again(tmp_path, server, publish):
+def test_complete_partial_file_is_not_downloaded_again(tmp_path, server, publish):
     (tmp_path / "0.pth.partial").write_bytes(CONTENT)
     (tmp_path / "0.pth.partial.version").write_text('"1"')
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
     assert names(tmp_path) == ["0.pth"]
 
@@ -137,83 +137,83 @@ def test_partial_file_of_another_version_is_started_over(tmp_path, server, publi
     (tmp_path / "0.pth.partial.version").write_text('"1"')
     server.version = version
     server.cuts = [1000]
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
     assert server.ranges[1] == ("bytes=1000-" if version == '"2"' else None)
 
 
-def test_file_that_is_too_long_for_the_server_is_started_over(tmp_path, server, publish):
+def test_partial_file_longer_than_the_servers_is_started_over(tmp_path, server, publish):
     (tmp_path / "0.pth.partial").write_bytes(CONTENT + b"x")
     (tmp_path / "0.pth.partial.version").write_text('"1"')
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
 
 
 def test_half_a_file_is_never_seen_under_its_name(tmp_path, server, publish):
     server.cuts = [1000, 0, 0]
     with pytest.raises(UserError, match="connection ended at byte 1000 of 10240"):
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     assert names(tmp_path) == ["0.pth.partial", "0.pth.partial.version"]
-    fetch.fetch("it", cache=tmp_path)
+    fetch.download("it", cache=tmp_path)
     assert names(tmp_path) == ["0.pth"]
 
 
 def test_busy_server_is_asked_again(tmp_path, server, publish):
     server.statuses = [503, 429]
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     assert path.read_bytes() == CONTENT
 
 
-def test_missing_page_is_an_error_that_says_what_to_put_where(tmp_path, server, publish):
+def test_missing_page_says_which_file_to_put_where(tmp_path, server, publish):
     server.statuses = [404]
     with pytest.raises(UserError) as error:
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     message = str(error.value)
-    assert "HTTP 404" in message and "\n" not in message
-    assert f"{server.url}/0" in message and str(tmp_path / "0.pth") in message
+    assert "HTTP Error 404" in message and "\n" not in message
+    assert f"{server.url}/0.pth" in message and str(tmp_path / "0.pth") in message
     assert len(server.ranges) == 1
     assert names(tmp_path) == []
 
 
-def test_without_a_connection_the_error_says_what_to_put_where(tmp_path, monkeypatch):
+def test_missing_connection_says_which_file_to_put_where(tmp_path, monkeypatch):
     with http.server.HTTPServer(("127.0.0.1", 0), Handler) as closed:
-        url = f"http://127.0.0.1:{closed.server_port}/file"
-    published = fetch.Published("dinov2", "", (fetch.File(url, "file.pth"),))
+        url = f"http://127.0.0.1:{closed.server_port}/file.pth"
+    published = fetch.Published("dinov2", "", (fetch.File(url),))
     monkeypatch.setitem(fetch.PUBLISHED, "it", published)
     with pytest.raises(UserError) as error:
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     message = str(error.value)
     assert "refused" in message and url in message and str(tmp_path / "file.pth") in message
 
 
-def test_download_with_another_hash_is_refused_and_not_kept(tmp_path, publish):
+def test_download_with_another_hash_is_rejected_and_deleted(tmp_path, publish):
     publish("0" * 64)
     with pytest.raises(UserError, match=f"SHA-256 is {SHA256}, expected {'0' * 64}"):
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     assert names(tmp_path) == []
 
 
 def test_file_put_by_hand_is_used_without_a_connection(tmp_path, server, publish):
     path = tmp_path / "0.pth"
     path.write_bytes(CONTENT)
-    assert fetch.fetch("it", cache=tmp_path) == [path]
+    assert fetch.download("it", cache=tmp_path) == [path]
     assert server.ranges == []
 
 
-def test_file_put_by_hand_with_another_hash_is_refused_and_kept(tmp_path, server, publish):
+def test_file_put_by_hand_with_another_hash_is_rejected_and_kept(tmp_path, server, publish):
     path = tmp_path / "0.pth"
     path.write_bytes(b"mine")
     with pytest.raises(UserError) as error:
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     assert hashlib.sha256(b"mine").hexdigest() in str(error.value)
     assert SHA256 in str(error.value) and str(path) in str(error.value)
     assert path.read_bytes() == b"mine"
     assert server.ranges == []
 
 
-def test_unknown_hash_is_recorded_and_another_refused_later(tmp_path, server, publish, capfd):
+def test_unknown_hash_is_recorded_and_another_rejected_later(tmp_path, server, publish, capfd):
     publish(None)
-    (path,) = fetch.fetch("it", cache=tmp_path)
+    (path,) = fetch.download("it", cache=tmp_path)
     record = tmp_path / "0.pth.sha256"
     assert record.read_text() == f"{SHA256}  0.pth\n"
     assert SHA256 in capfd.readouterr().err
@@ -221,19 +221,19 @@ def test_unknown_hash_is_recorded_and_another_refused_later(tmp_path, server, pu
     server.content = b"changed"
     changed = hashlib.sha256(b"changed").hexdigest()
     with pytest.raises(UserError, match=f"SHA-256 is {changed}, expected {SHA256}"):
-        fetch.fetch("it", cache=tmp_path)
+        fetch.download("it", cache=tmp_path)
     assert names(tmp_path) == ["0.pth.sha256"]
 
 
 def test_unknown_name_lists_the_known(tmp_path):
     with pytest.raises(UserError, match=r"'dinov3': expected one of .*dinov2_vitb14.*lpips_vgg16"):
-        fetch.fetch("dinov3", cache=tmp_path)
+        fetch.download("dinov3", cache=tmp_path)
 
 
-def test_cache_that_cannot_be_made_is_named(tmp_path):
+def test_cache_that_cannot_be_created_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"dinov2_vits14.*cannot be stored in .*file"):
-        fetch.fetch("dinov2_vits14", cache=tmp_path / "file")
+        fetch.download("dinov2_vits14", cache=tmp_path / "file")
 
 
 def test_published_files_have_their_own_names_and_well_formed_hashes():
@@ -242,3 +242,17 @@ def test_published_files_have_their_own_names_and_well_formed_hashes():
     for file in files:
         assert file.url.startswith("https://")
         assert file.sha256 is None or re.fullmatch(r"[0-9a-f]{8}|[0-9a-f]{64}", file.sha256)
+
+
+def test_weights_that_were_not_fetched_say_how_to_get_them(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
+    path = fetch.bundle_path("lpips_vgg16")
+    with pytest.raises(UserError) as error:
+        fetch.fetched("lpips_vgg16")
+    assert str(error.value) == (
+        f"lpips_vgg16: its weights are not in {path}; get them with: gigatok weights fetch "
+        "lpips_vgg16, or from files with: gigatok convert lpips --from=vgg16-397923af.pth "
+        f"--from=lpips_vgg_v0.1.pth --out={path}"
+    )
+    path.mkdir(parents=True)
+    assert fetch.fetched("lpips_vgg16") == path

@@ -123,7 +123,7 @@ def tensors(config: GeneratorConfig) -> dict[str, np.ndarray]:
 def test_reference_generator_comes_back_bit_for_bit(variant, qk_norm):
     config = narrow(qk_norm=qk_norm, **variant)
     original = tensors(config)
-    back = convert.generator_to_torch(convert.generator_from_torch(original, config), config)
+    back = convert.to_torch("generator", convert.from_torch("generator", original, config), config)
     assert back.keys() == original.keys()
     for name, tensor in original.items():
         assert (back[name].dtype, back[name].shape) == (tensor.dtype, tensor.shape), name
@@ -176,7 +176,7 @@ def test_options_add_the_references_tensors_and_no_others(changes, more):
 def test_tensors_of_options_go_to_their_own_place():
     config = narrow(qk_norm=True, adaln="shared")
     file = tensors(config)
-    params = convert.generator_from_torch(file, config)["params"]
+    params = convert.from_torch("generator", file, config)["params"]
     block = params["layers"]["block"]
     for layer in range(2):
         name = f"layers.{layer}"
@@ -194,7 +194,7 @@ def test_constants_of_old_checkpoints_are_ignored():
     config = narrow(positions="rotary")
     extra = ("freqs_cis", "causal_mask", "layers.1.attention.kv_cache.k_cache")
     old = tensors(config) | {name: np.zeros(3, np.float32) for name in extra}
-    back = convert.generator_to_torch(convert.generator_from_torch(old, config), config)
+    back = convert.to_torch("generator", convert.from_torch("generator", old, config), config)
     assert back.keys() == tensors(config).keys()
 
 
@@ -211,7 +211,7 @@ def test_constants_of_old_checkpoints_are_ignored():
 )
 def test_checkpoint_of_another_architecture_names_the_tensor(changes, message):
     with pytest.raises(ValueError, match=message):
-        convert.generator_from_torch(tensors(narrow()), narrow(**changes))
+        convert.from_torch("generator", tensors(narrow()), narrow(**changes))
 
 
 @pytest.mark.parametrize(

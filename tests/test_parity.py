@@ -17,8 +17,9 @@ from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, Transformer
 from gigatok_jax.training import losses, optimizer
 from gigatok_jax.training.generator import GeneratorState, GeneratorTraining
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.weights import convert, layout, names
+from gigatok_jax.weights import convert
 
+import reference_discriminators
 import synth
 
 # PARITY=whole runs what else takes minutes and hardly differs from what is always run.
@@ -36,7 +37,7 @@ def close(actual, expected, tolerance=2e-4):
 
 @functools.cache
 def tokenizer_variables(name, config):
-    return convert.tokenizer_from_torch(synth.checkpoint(name), config)
+    return convert.from_torch("tokenizer", synth.checkpoint(name), config)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +95,7 @@ def test_training_losses_and_every_gradient_match_reference():
     (total, terms), gradients = loss(params)
     for name, value in (terms | {"total": total}).items():
         assert value == pytest.approx(expected["losses"][name], rel=1e-4, abs=1e-8), name
-    gradients = layout.to_torch(gradients, names.tokenizer(config))
+    gradients = convert.to_torch("tokenizer", {"params": gradients}, config)
     assert gradients.keys() == expected["gradient_norms"].keys()
     for name, norm in expected["gradient_norms"].items():
         assert np.linalg.norm(gradients[name]) == pytest.approx(norm, rel=1e-3, abs=1e-7), name
@@ -233,7 +234,7 @@ def test_hinge_losses_match_reference():
 def test_lpips_matches_reference():
     tensors = synth.checkpoint("lpips_vgg16")
     tensors = {k: np.abs(v) if k.startswith("lin") else v for k, v in tensors.items()}
-    params = convert.lpips_from_torch(tensors)
+    params = convert.from_torch("lpips", tensors)["params"]
     expected = synth.expected("lpips.npz")
     images, others = synth.images(2), synth.images(2, salt="0b")
 
@@ -251,7 +252,7 @@ def test_lpips_matches_reference():
 
 
 def test_patchgan_matches_reference():
-    variables = convert.patchgan_from_torch(synth.checkpoint("patchgan"))
+    variables = reference_discriminators.patchgan(synth.checkpoint("patchgan"))
     expected = synth.expected("patchgan.npz")
     model = discriminators.PatchGAN()
     images = synth.images(2)
@@ -277,8 +278,8 @@ def test_dino_discriminator_matches_reference():
     expected = synth.expected("dino_disc.npz")
     config = vit.DINO["dino_vits16"]
     # The reference zeroes the keys' biases, on which attention does not depend.
-    params = convert.dino_from_torch(synth.checkpoint("dino_vits16"), config)
-    variables = convert.dino_heads_from_torch(dino_heads())
+    params = convert.from_torch("dino", synth.checkpoint("dino_vits16"), config)["params"]
+    variables = reference_discriminators.dino_heads(dino_heads())
 
     @jax.jit
     def judge(params, variables, images):
@@ -306,7 +307,7 @@ def dino_heads():
 
 def test_dinov2_matches_reference():
     config = vit.DINOV2["dinov2_vitb14"]
-    params = convert.dino_from_torch(synth.checkpoint("dinov2_vitb14"), config)
+    params = convert.from_torch("dinov2", synth.checkpoint("dinov2_vitb14"), config)["params"]
     expected = synth.expected("dinov2_vitb14.npz")
     params["positions"] = vit.resize_positions(params["positions"], 16)
     close(params["positions"][::16, ::8], expected["position_embedding"])

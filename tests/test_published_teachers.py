@@ -5,11 +5,13 @@ the weights of `synth`; `data/teacher_manifests.json` describes their models of 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
 import pathlib
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from gigatok_jax.evaluation import features
 from gigatok_jax.models import vit
 from gigatok_jax.training import tokenizer_run
 from gigatok_jax.training.tokenizer import ObjectiveConfig
-from gigatok_jax.weights import convert, kinds, layout, names, torch_files
+from gigatok_jax.weights import convert, fetch, torch_files
 
 import synth
 import tiny
@@ -41,17 +43,14 @@ DROPPED = {
 families = pytest.mark.parametrize("family", CONFIGS)
 
 
-def shapes(family: str, config: vit.ViTConfig) -> dict[str, tuple[int, ...]]:
-    return layout.torch_shapes(getattr(names, family)(config), convert.vit_shapes(config))
-
-
 def checkpoint(family: str) -> dict[str, np.ndarray]:
-    tower = shapes(family, CONFIGS[family])
+    tower = tiny.torch_shapes(family, CONFIGS[family])
     return {name: synth.tensor(name, shape) for name, shape in tower.items()}
 
 
+@functools.cache
 def parameters(family: str) -> dict:
-    return kinds.KINDS[family].from_torch(checkpoint(family), CONFIGS[family])
+    return convert.from_torch(family, checkpoint(family), CONFIGS[family])["params"]
 
 
 @pytest.fixture
@@ -59,7 +58,8 @@ def fetched(tmp_path, monkeypatch):
     """Small teachers where `weights fetch` would have put the published ones."""
     monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
     for family, name in NAMES.items():
-        bundles.save(kinds.fetched(name), family, CONFIGS[family], parameters(family), {})
+        weights = {"params": parameters(family)}
+        bundles.save(fetch.bundle_path(name), family, CONFIGS[family], weights, {})
 
 
 def tokens(config: vit.ViTConfig, params: dict) -> tuple[np.ndarray, np.ndarray]:
@@ -97,7 +97,7 @@ def test_features_are_those_of_the_published_implementation(family):
         ("siglip", {"mean": vit.IMAGENET_MEAN}),
     ],
 )
-def test_features_would_tell_a_wrong_setting(family, change):
+def test_features_depend_on_every_setting(family, change):
     expected = np.load(DATA / "teachers.npz")[f"{family}_patch_tokens"]
     config = dataclasses.replace(CONFIGS[family], **change)
     assert distance(tokens(config, parameters(family))[1], expected) > 2e-5
@@ -106,7 +106,7 @@ def test_features_would_tell_a_wrong_setting(family, change):
 @families
 def test_real_size_has_exactly_the_published_tensors(family):
     expected = json.loads((DATA / "teacher_manifests.json").read_text())[NAMES[family]]
-    tower = shapes(family, vit.PUBLISHED[NAMES[family]])
+    tower = tiny.torch_shapes(family, vit.PUBLISHED[NAMES[family]])
     listing = "".join(sorted(f"{name} {list(shape)}\n" for name, shape in tower.items()))
     assert len(tower) == expected["tensors"]
     assert sum(map(math.prod, tower.values())) == expected["parameters"]
@@ -114,14 +114,14 @@ def test_real_size_has_exactly_the_published_tensors(family):
 
 
 @families
-def test_vision_tower_comes_back_bit_for_bit_through_files(tmp_path, monkeypatch, family):
+def test_vision_tower_returns_bit_for_bit_through_files(tmp_path, monkeypatch, family):
     monkeypatch.setitem(vit.FAMILIES[family], "small", CONFIGS[family])
     first, second = tmp_path / "published.safetensors", tmp_path / "back.safetensors"
     expected = checkpoint(family)
     dropped = {name: np.ones((2, 3), np.float32) for name in DROPPED[family]}
     torch_files.write(first, expected | dropped)
-    kinds.to_bundle(family, [first], tmp_path / "bundle", architecture="small")
-    kinds.to_torch(family, tmp_path / "bundle", second)
+    convert.to_bundle(family, [first], tmp_path / "bundle", model="small")
+    convert.to_file(family, tmp_path / "bundle", second)
     actual = torch_files.read(second)
     assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
@@ -140,17 +140,17 @@ def test_vision_tower_comes_back_bit_for_bit_through_files(tmp_path, monkeypatch
 def test_tower_of_another_architecture_names_the_tensor(family, extra, message):
     tensors = checkpoint(family) | {extra: np.ones(48, np.float32)}
     with pytest.raises(ValueError, match=f"'{extra}'.*{message}"):
-        kinds.KINDS[family].from_torch(tensors, CONFIGS[family])
+        convert.from_torch(family, tensors, CONFIGS[family])
 
 
-def test_one_familys_file_is_not_taken_for_the_others():
+def test_file_of_one_family_is_not_taken_for_another():
     with pytest.raises(ValueError, match=r"'vision_model\..*' is missing"):
-        convert.siglip_from_torch(checkpoint("clip"), CONFIGS["siglip"])
+        convert.from_torch("siglip", checkpoint("clip"), CONFIGS["siglip"])
     with pytest.raises(ValueError, match=r"'visual\.class_embedding' is missing"):
-        convert.clip_from_torch(checkpoint("siglip"), CONFIGS["clip"])
+        convert.from_torch("clip", checkpoint("siglip"), CONFIGS["clip"])
 
 
-def test_unknown_activation_is_refused():
+def test_unknown_activation_is_rejected():
     with pytest.raises(ValueError, match=r"activation must be one of gelu, .*got 'relu'"):
         dataclasses.replace(CONFIGS["clip"], activation="relu")
 
@@ -174,21 +174,21 @@ def test_teacher_that_was_not_fetched_says_how_to_get_it(tmp_path, monkeypatch, 
 
 @families
 def test_teacher_is_loaded_by_name_and_by_directory(fetched, family):
-    for name in (NAMES[family], str(kinds.fetched(NAMES[family]))):
-        teacher = frozen.load_teacher(name)
-        assert teacher.config == CONFIGS[family]
-        jax.tree.map(np.testing.assert_array_equal, teacher.params, parameters(family))
+    for name in (NAMES[family], str(fetch.bundle_path(NAMES[family]))):
+        config, params = frozen.load_teacher(name)
+        assert config == CONFIGS[family]
+        chex.assert_trees_all_equal(params, parameters(family))
 
 
-def test_bundle_that_is_no_teacher_is_refused(tmp_path):
+def test_bundle_of_a_tokenizer_is_no_teacher(tmp_path):
     config = tiny.config()
     bundles.save(tmp_path / "bundle", "tokenizer", config, tiny.weights(config), {})
-    with pytest.raises(UserError, match="holds a tokenizer, expected one of dinov2, clip, siglip"):
+    with pytest.raises(UserError, match="holds a tokenizer, expected a dinov2 or clip or siglip"):
         frozen.load_teacher(str(tmp_path / "bundle"))
 
 
 @families
-def test_distance_of_its_features_is_not_called_dinov2s(fetched, family):
+def test_distance_of_its_features_is_not_named_after_dinov2(fetched, family):
     extractor = features.load(NAMES[family])
     assert extractor.distance == "fd_teacher"
     assert extractor(np.zeros((2, 32, 32, 3), np.uint8))["pool"].shape == (2, 48)

@@ -3,7 +3,7 @@
 import itertools
 import time
 
-import flax.linen as nn
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,10 +11,10 @@ import optax
 from PIL import Image, ImageFilter
 import pytest
 
-from gigatok_jax import frozen
+from gigatok_jax import bundles, frozen
 from gigatok_jax.data import drawings
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import vit
+from gigatok_jax.models import layers, vit
 from gigatok_jax.training import losses
 from tools import train_embedded_teacher
 
@@ -22,18 +22,19 @@ TAPS = (0, 2, 4, 6)
 
 
 @pytest.fixture(scope="module")
-def teacher() -> frozen.Teacher:
+def teacher():
     return frozen.load_teacher("embedded")
 
 
 @pytest.fixture(scope="module")
 def features(teacher):
     """Function from uint8 images to the class token, patch tokens and taps."""
+    config, params = teacher
 
     @jax.jit
     def apply(images):
-        inputs = vit.preprocess(images / 127.5 - 1, teacher.config, teacher.config.grid)
-        return vit.ViT(teacher.config).apply({"params": teacher.params}, inputs, taps=TAPS)
+        inputs = vit.preprocess(images / 127.5 - 1, config, config.grid)
+        return vit.ViT(config).apply({"params": params}, inputs, taps=TAPS)
 
     return apply
 
@@ -62,10 +63,9 @@ def test_files_are_small_and_load_in_a_second(teacher):
 
 
 def test_parameters_are_those_of_the_vit(teacher):
-    images = jnp.zeros((1, 64, 64, 3))
-    expected = jax.eval_shape(vit.ViT(teacher.config).init, jax.random.key(0), images)["params"]
-    expected = jax.tree.map(lambda x: (x.shape, x.dtype), nn.meta.unbox(expected))
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), teacher.params) == expected
+    config, params = teacher
+    expected = layers.param_shapes(vit.ViT(config), (1, 64, 64, 3))
+    chex.assert_trees_all_equal_shapes_and_dtypes(params, expected)
 
 
 def test_class_tokens_tell_the_class(features):
@@ -141,21 +141,29 @@ def test_feature_distance_is_bounded_and_ignores_token_lengths():
     )
 
 
-def test_a_saved_teacher_loads_again_from_its_path(tmp_path, teacher):
-    frozen.save_teacher(tmp_path / "new", teacher)
-    loaded = frozen.load_teacher(str(tmp_path / "new"))
-    assert loaded.config == teacher.config
-    jax.tree.map(np.testing.assert_array_equal, loaded.params, teacher.params)
+def test_teacher_loads_from_a_directory(teacher):
+    config, params = frozen.load_teacher(str(frozen.EMBEDDED))
+    assert config == teacher[0] == frozen.architecture("embedded")
+    chex.assert_trees_all_equal(params, teacher[1])
 
 
-def test_unknown_names_and_foreign_directories_are_refused(tmp_path):
+def test_training_writes_a_bundle(tmp_path, monkeypatch, teacher):
+    record = {"steps": 3, "validation": {"class_accuracy": 1.0}}
+    monkeypatch.setattr(train_embedded_teacher, "train", lambda *_: (teacher[1], record))
+    train_embedded_teacher.main([f"--out={tmp_path / 'new'}"])
+    assert bundles.load(tmp_path / "new", "dinov2").made_by == record
+    config, params = frozen.load_teacher(str(tmp_path / "new"))
+    assert config == teacher[0]
+    chex.assert_trees_all_equal(params, teacher[1])
+
+
+def test_unknown_names_and_foreign_directories_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"dinov9.*embedded"):
         frozen.load_teacher("dinov9")
     with pytest.raises(UserError, match=r"absent.*a teacher's directory"):
         frozen.load_teacher(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "weights.safetensors").write_bytes(b"text")
-    with pytest.raises(UserError, match="not a teacher's directory"):
+    with pytest.raises(UserError, match="not a bundle"):
         frozen.load_teacher(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: names and shapes of every architecture, ways there and back, and files."""
+"""Checkpoints: names and shapes of every architecture, both directions, and files."""
 
 import argparse
 import functools
@@ -13,31 +13,20 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from gigatok_jax import recipes
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import quantizer, vit
+from gigatok_jax.models import discriminators, layers, quantizer, tokenizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
-from gigatok_jax.weights import convert, layout, names, torch_files
+from gigatok_jax.weights import convert, torch_files
 
 import synth
+import tiny
 
-SIZES = {
-    "tiny": TransformerSize(4, 4, 256),
-    "s": TransformerSize(6, 8, 512),
-    "b": TransformerSize(12, 12, 768),
-    "l": TransformerSize(24, 16, 1024),
-    "xl": TransformerSize(36, 20, 1280),
-    "xxl": TransformerSize(48, 24, 1536),
-}
-# Of each of the reference's checkpoints: number of tensors and trainable parameters, and the hash
+# For each of the reference's checkpoints: number of tensors and trainable parameters, and the hash
 # of its sorted lines "NAME SHAPE".
 MANIFESTS = json.loads(
     (pathlib.Path(__file__).parent / "data" / "tokenizer_manifests.json").read_text()
 )
-
-
-def tokenizer_config(name: str) -> TokenizerConfig:
-    _, encoder, decoder, *layout = name.split("_")
-    return TokenizerConfig(SIZES[encoder], SIZES[decoder], layout=layout[0] if layout else "1d")
 
 
 def narrow(layout="1d", depth=2, **kwargs) -> TokenizerConfig:
@@ -56,17 +45,9 @@ def narrow(layout="1d", depth=2, **kwargs) -> TokenizerConfig:
     return TokenizerConfig(size, size, layout=layout, **(options | kwargs))
 
 
-def filled(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
-    """Tensors of these shapes, no two elements alike within a tensor."""
-    return {
-        name: np.arange(i, i + math.prod(shape), dtype=np.float32).reshape(shape)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
-
-
 @functools.cache
 def tokenizer_tensors(config: TokenizerConfig) -> dict[str, np.ndarray]:
-    return filled(layout.torch_shapes(names.tokenizer(config), convert.tokenizer_shapes(config)))
+    return tiny.numbered(tiny.torch_shapes("tokenizer", config))
 
 
 def assert_identical(actual, expected):
@@ -78,11 +59,10 @@ def assert_identical(actual, expected):
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_every_tokenizer_has_exactly_the_references_tensors(name):
-    config = tokenizer_config(name)
-    template = convert.tokenizer_shapes(config)
-    shapes = layout.torch_shapes(names.tokenizer(config), template)
-    parameters = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(template))
+def test_tokenizer_has_exactly_the_references_tensors(name):
+    config = recipes.tokenizer_model(name.removeprefix("tokenizer_"))
+    shapes = tiny.torch_shapes("tokenizer", config)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(tokenizer.param_shapes(config)))
     assert parameters == sum(map(math.prod, shapes.values())) == MANIFESTS[name]["parameters"]
     if name != "tokenizer_tiny_tiny":  # which does not measure usage
         shapes[convert.USAGE_NAME] = (quantizer.HISTORY_LENGTH,)
@@ -96,65 +76,74 @@ def test_parameter_counts_are_the_references():
     tokenizers = {name: n for name, n in counts.items() if name.startswith("tokenizer")}
     assert len(tokenizers) == 9
     assert {name: MANIFESTS[name]["parameters"] for name in tokenizers} == tokenizers
-    template = convert.shapes(convert.discriminators.PatchGAN(), (1, 256, 256, 3))["params"]
-    assert sum(math.prod(x.shape) for x in jax.tree.leaves(template)) == counts["patchgan"]
-
-
-def test_reference_tokenizer_without_usage_comes_back_bit_for_bit():
-    tensors = filled(synth.manifest("tokenizer_tiny_tiny"))
-    config = tokenizer_config("tokenizer_tiny_tiny")
-    variables = convert.tokenizer_from_torch(tensors, config)
-    assert_identical(convert.tokenizer_to_torch(variables, config), tensors)
+    template = layers.param_shapes(discriminators.PatchGAN(), (1, 256, 256, 3))
+    assert sum(x.size for x in jax.tree.leaves(template)) == counts["patchgan"]
 
 
 @pytest.mark.parametrize("layout", ["1d", "2d"])
-def test_tokenizer_with_usage_comes_back_bit_for_bit_through_files(tmp_path, layout):
+@pytest.mark.parametrize("measured", [True, False])
+def test_tokenizer_returns_bit_for_bit_through_files(tmp_path, layout, measured):
     config = narrow(layout)
-    used = np.random.default_rng(0).integers(0, 64, quantizer.HISTORY_LENGTH).astype(np.float32)
-    tensors = {**tokenizer_tensors(config), convert.USAGE_NAME: used}
+    tensors = dict(tokenizer_tensors(config))
+    if measured:
+        used = np.random.default_rng(0).integers(0, 64, quantizer.HISTORY_LENGTH)
+        tensors[convert.USAGE_NAME] = used.astype(np.float32)
     first, second = tmp_path / "reference.safetensors", tmp_path / "back.safetensors"
     torch_files.write(first, tensors)
-    variables = convert.tokenizer_from_torch(torch_files.read(first), config)
-    assert variables["history"].dtype == np.int32
-    torch_files.write(second, convert.tokenizer_to_torch(variables, config))
+    weights = convert.from_torch("tokenizer", torch_files.read(first), config)
+    assert weights["history"].dtype == np.int32
+    torch_files.write(second, convert.to_torch("tokenizer", weights, config))
     assert_identical(torch_files.read(second), tensors)
 
 
-def test_history_with_assignments_yet_to_come_survives_the_reference_layout():
+def test_history_that_is_not_full_survives_the_reference_layout():
     config = narrow()
-    variables = convert.tokenizer_from_torch(tokenizer_tensors(config), config)
-    assert np.all(variables["history"] == -1)
-    history = np.asarray(quantizer.update_history(variables["history"], np.array([3, 0, 7])))
-    tensors = convert.tokenizer_to_torch(variables | {"history": history}, config)
-    again = convert.tokenizer_from_torch(tensors, config)["history"]
+    weights = convert.from_torch("tokenizer", tokenizer_tensors(config), config)
+    assert np.all(weights["history"] == -1)
+    history = np.asarray(quantizer.update_history(weights["history"], np.array([3, 0, 7])))
+    tensors = convert.to_torch("tokenizer", weights | {"history": history}, config)
+    again = convert.from_torch("tokenizer", tensors, config)["history"]
     np.testing.assert_array_equal(again, history)
 
 
 @pytest.mark.parametrize("used", [np.zeros(100), np.full(quantizer.HISTORY_LENGTH, 0.5)])
-def test_usage_that_is_no_list_of_codes_is_refused(used):
+def test_usage_must_be_a_list_of_codes(used):
     config = narrow()
     tensors = tokenizer_tensors(config) | {convert.USAGE_NAME: used.astype(np.float32)}
     with pytest.raises(ValueError, match=r"codebook_used.*whole numbers"):
-        convert.tokenizer_from_torch(tensors, config)
+        convert.from_torch("tokenizer", tensors, config)
 
 
-def test_layers_go_to_their_own_place():
+def test_each_layer_has_its_own_place():
     config = narrow(depth=3)
     tensors = tokenizer_tensors(config)
-    name = "s1to2decoder.transformer.{}.linear1.weight"
-    kernel = convert.tokenizer_from_torch(tensors, config)["params"]["decoder"]["layers"]["block"]
-    kernel = kernel["mlp_in"]["kernel"]
+    params = convert.from_torch("tokenizer", tensors, config)["params"]
+    kernel = params["decoder"]["layers"]["block"]["mlp_in"]["kernel"]
     for layer in range(3):
-        np.testing.assert_array_equal(kernel[layer], tensors[name.format(layer)].T)
+        expected = tensors[f"s1to2decoder.transformer.{layer}.linear1.weight"].T
+        np.testing.assert_array_equal(kernel[layer], expected)
 
 
 def test_converted_parameters_do_not_share_memory_with_the_file():
     config = narrow()
     tensors = tokenizer_tensors(config)
-    params = convert.tokenizer_from_torch(tensors, config)["params"]
-    sources = list(tensors.values())
+    params = convert.from_torch("tokenizer", tensors, config)["params"]
     for leaf in jax.tree.leaves(params):
-        assert not any(np.may_share_memory(leaf, source) for source in sources)
+        assert not any(np.may_share_memory(leaf, source) for source in tensors.values())
+
+
+def test_only_tensors_of_the_network_are_read():
+    config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3, norm_in=True, layer_scale=False)
+    tensors = tiny.numbered(tiny.torch_shapes("clip", config))
+
+    def text_tower():
+        raise AssertionError
+
+    stored = {name: functools.partial(tensors.get, name) for name in tensors}
+    file = torch_files.Tensors(stored | {"text.weight": text_tower, "visual.proj": text_tower})
+    assert_identical(
+        convert.to_torch("clip", convert.from_torch("clip", file, config), config), tensors
+    )
 
 
 @pytest.mark.parametrize(
@@ -173,70 +162,46 @@ def test_converted_parameters_do_not_share_memory_with_the_file():
 def test_checkpoint_of_another_architecture_names_the_tensor(change, message):
     tensors = tokenizer_tensors(narrow())
     with pytest.raises(ValueError, match=message):
-        convert.tokenizer_from_torch(tensors, narrow(**change))
+        convert.from_torch("tokenizer", tensors, narrow(**change))
 
 
-def test_patchgan_comes_back_bit_for_bit():
-    manifest = synth.manifest("patchgan")
-    tensors = filled(manifest)
-    for name in tensors:
-        if name.endswith("num_batches_tracked"):
-            tensors[name] = np.array(12_345, np.int64)
-    variables = convert.patchgan_from_torch(tensors)
-    assert_identical(convert.patchgan_to_torch(variables), tensors)
-    trained = {key: variables[key] for key in ("params", "batch_stats")}
-    assert convert.patchgan_to_torch(trained).keys() == tensors.keys()
+@pytest.mark.parametrize(
+    "kind, manifest, dropped",
+    [
+        ("dinov2", "dinov2_vitb14", {"mask_token"}),
+        ("dino", "dino_vits16", set()),
+        ("lpips", "lpips_vgg16", set()),
+    ],
+)
+def test_frozen_network_has_exactly_the_published_tensors(kind, manifest, dropped):
+    rule, published = convert.KINDS[kind], synth.manifest(manifest)
+    shapes = tiny.torch_shapes(kind, rule.model(manifest) if rule.model else None)
+    assert {name for name in published if name not in shapes} == dropped
+    assert shapes == {name: published[name] for name in shapes}
 
 
-def test_dinov2_comes_back_bit_for_bit_but_for_the_mask_token():
-    config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3)
-    template = convert.shapes(vit.ViT(config), (1, 12, 12, 3))["params"]
-    tensors = filled(layout.torch_shapes(names.dino(config), template))
-    params = convert.dino_from_torch(tensors | {"mask_token": np.zeros((1, 16))}, config)
-    assert_identical(convert.dino_to_torch(params, config), tensors)
+@pytest.mark.parametrize("kind", ["dino", "dinov2"])
+def test_dino_returns_bit_for_bit_without_the_mask_token(kind):
+    layer_scale = kind == "dinov2"
+    config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3, layer_scale=layer_scale)
+    tensors = tiny.numbered(tiny.torch_shapes(kind, config))
+    weights = convert.from_torch(kind, tensors | {"mask_token": np.zeros((1, 16))}, config)
+    assert_identical(convert.to_torch(kind, weights, config), tensors)
 
 
-def test_dinov2_has_exactly_the_published_tensors():
-    config = vit.DINOV2["dinov2_vitb14"]
-    template = convert.shapes(vit.ViT(config), (1, 518, 518, 3))["params"]
-    shapes = layout.torch_shapes(names.dino(config), template)
-    assert shapes | {"mask_token": (1, 768)} == synth.manifest("dinov2_vitb14")
-
-
-def test_dino_has_exactly_the_published_tensors_and_comes_back_bit_for_bit():
-    config = vit.DINO["dino_vits16"]
-    tensors = filled(synth.manifest("dino_vits16"))
-    params = convert.dino_from_torch(tensors, config)
-    assert_identical(convert.dino_to_torch(params, config), tensors)
-
-
-def test_heads_on_dino_come_back_bit_for_bit():
-    tensors = filled(synth.manifest("dino_disc_heads"))
-    variables = convert.dino_heads_from_torch(tensors)
-    assert variables.keys() == {"params", "batch_stats"}
-    assert_identical(convert.dino_heads_to_torch(variables), tensors)
-
-
-def test_dinov2_with_registers_is_refused():
+def test_dinov2_with_registers_is_rejected():
     config = vit.ViTConfig(2, 2, 16, patch_size=4, grid=3)
     with pytest.raises(ValueError, match="'register_tokens'"):
-        convert.dino_from_torch({"register_tokens": np.zeros((1, 4, 16))}, config)
+        convert.from_torch("dinov2", {"register_tokens": np.zeros((1, 4, 16))}, config)
 
 
-def test_lpips_comes_back_bit_for_bit():
-    tensors = filled(synth.manifest("lpips_vgg16"))
+def test_lpips_returns_bit_for_bit_from_either_form_of_its_file():
+    whole = tiny.numbered(tiny.torch_shapes("lpips"))
+    published = {re.sub(r"^net\.slice\d\.", "features.", name): t for name, t in whole.items()}
     extra = {"scaling_layer.shift": np.zeros((1, 3, 1, 1)), "lins.0.model.1.weight": np.zeros(1)}
-    params = convert.lpips_from_torch(tensors | extra)
-    assert_identical(convert.lpips_to_torch(params), tensors)
-
-
-def test_lpips_reads_torchvisions_vgg_and_the_linear_layers():
-    tensors = filled(synth.manifest("lpips_vgg16"))
-    published = {
-        re.sub(r"^net\.slice\d\.", "features.", name): tensor for name, tensor in tensors.items()
-    }
-    published["classifier.0.weight"] = np.zeros((4, 4), np.float32)
-    assert_identical(convert.lpips_to_torch(convert.lpips_from_torch(published)), tensors)
+    classifier = {"classifier.0.weight": np.zeros((4, 4), np.float32)}
+    for tensors in (whole | extra, published | classifier):
+        assert_identical(convert.to_torch("lpips", convert.from_torch("lpips", tensors)), whole)
 
 
 @pytest.fixture
@@ -300,7 +265,7 @@ def test_every_floating_type_is_read_as_float32(tmp_path, torch, dtype, suffix):
     assert_identical(torch_files.read(path), expected)
 
 
-def test_pt_that_was_written_is_read_back_bit_for_bit(tmp_path, torch):
+def test_written_pt_file_is_read_back_bit_for_bit(tmp_path, torch):
     tensors = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "n": np.array(5, np.int64)}
     tensors["a"].flags.writeable = False  # as JAX's arrays are
     path = tmp_path / "new" / "file.pt"
@@ -326,7 +291,7 @@ class Touch:
         return (pathlib.Path.touch, (self.path,))
 
 
-def test_code_in_a_torch_file_is_not_run(tmp_path, torch):
+def test_code_in_a_torch_file_does_not_run(tmp_path, torch):
     path, touched = tmp_path / "file.pt", tmp_path / "touched"
     torch.save({"model": {"w": torch.ones(2)}, "extra": Touch(touched)}, path)
     with pytest.raises(UserError, match=r"file\.pt: not a PyTorch checkpoint.*code of \S+"):
@@ -343,7 +308,7 @@ def one_line_error(path) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, torch, suffix):
+def test_other_files_than_checkpoints_end_in_one_line(tmp_path, torch, suffix):
     path = tmp_path / f"file{suffix}"
     assert "no such file" in one_line_error(path)
     path.mkdir()
@@ -359,6 +324,28 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_line(tmp_path, torch, 
     for length in (len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:length])
         assert "cut short" in one_line_error(path)
+
+
+def test_safetensors_file_has_no_ema(tmp_path):
+    path = tmp_path / "file.safetensors"
+    torch_files.write(path, {"w": np.ones(2, np.float32)})
+    with pytest.raises(UserError, match=r"no 'ema' weights, found w"):
+        torch_files.read(path, "ema")
+
+
+def test_tensor_of_an_unknown_type_is_named(tmp_path, torch):
+    path = tmp_path / "file.safetensors"
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({"w": torch.ones(2).to(torch.float8_e4m3fn)}, path)
+    with pytest.raises(UserError, match=r"file\.safetensors: tensor 'w' cannot be read"):
+        torch_files.read(path)["w"]
+
+
+def test_written_files_may_be_read_by_others(tmp_path):
+    path = tmp_path / "file.safetensors"
+    torch_files.write(path, {"w": np.ones(2, np.float32)})
+    (tmp_path / "plain").touch()
+    assert path.stat().st_mode == (tmp_path / "plain").stat().st_mode
 
 
 def test_torch_file_without_tensors_says_what_it_holds(tmp_path, torch):
@@ -386,7 +373,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, torch, monk
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_unknown_suffix_is_refused_before_anything_is_written(tmp_path):
+def test_unknown_suffix_is_rejected_before_anything_is_written(tmp_path):
     with pytest.raises(UserError, match=r"out\.npz: expected a name that ends in"):
         torch_files.write(tmp_path / "new" / "out.npz", {"w": np.ones(2)})
     assert list(tmp_path.iterdir()) == []

@@ -1,12 +1,15 @@
-"""A tokenizer so small that its programs compile in seconds."""
+"""Networks so small that their programs compile in seconds, and checkpoints of any size."""
 
+import math
 import pathlib
+from typing import Any
 
+from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 
 from gigatok_jax import bundles
-from gigatok_jax.models import quantizer
+from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.weights import convert
@@ -45,7 +48,7 @@ def fill(template):
 
 def weights(config: TokenizerConfig) -> dict:
     """What a bundle holds: parameters, and the history of one that has been assigned nothing."""
-    params = fill(convert.tokenizer_shapes(config))
+    params = fill(tokenizer.param_shapes(config))
     return {"params": params, "history": np.array(quantizer.empty_history())}
 
 
@@ -53,7 +56,7 @@ def save_networks(root: pathlib.Path, config: TokenizerConfig, model: GeneratorC
     """Bundles of a tokenizer and a generator of its codes; name to directory."""
     own = weights(config)
     bundles.save(root / "tokenizer", "tokenizer", config, own, {})
-    params = fill(convert.generator_shapes(model))
+    params = fill(generator.param_shapes(model))
     made_by = {"tokenizer": bundles.fingerprint(own["params"])}
     bundles.save(root / "generator", "generator", model, {"params": params}, made_by)
     return {name: str(root / name) for name in ("tokenizer", "generator")}
@@ -63,3 +66,18 @@ def images(count: int, size: int = 32, seed: int = 0) -> np.ndarray:
     """Noise, float32 in [-1, 1]."""
     rng = np.random.default_rng(seed)
     return rng.uniform(-1, 1, (count, size, size, 3)).astype(np.float32)
+
+
+def torch_shapes(kind: str, config: Any = None) -> dict[str, tuple[int, ...]]:
+    """Name to shape, in PyTorch's layout, of the tensors that a checkpoint has."""
+    rule = convert.KINDS[kind]
+    template = flatten_dict(rule.shapes(config), sep="/")
+    return {entry.name: entry.torch_shape(template) for entry in rule.entries(config)}
+
+
+def numbered(shapes: dict[str, tuple[int, ...]]) -> dict[str, np.ndarray]:
+    """Tensors of these shapes; within a tensor no two elements are equal."""
+    return {
+        name: np.arange(i, i + math.prod(shape), dtype=np.float32).reshape(shape)
+        for i, (name, shape) in enumerate(shapes.items())
+    }

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 import functools
 import multiprocessing
+import pathlib
 import time
 
 from einops import rearrange, reduce
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gigatok_jax import frozen
+from gigatok_jax import bundles
 from gigatok_jax.data import drawings
 from gigatok_jax.models import vit
 
@@ -196,11 +197,11 @@ def initial_params(seed: int) -> dict:
     return params
 
 
-def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[frozen.Teacher, dict]:
+def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[dict, dict]:
     """Trains, printing as it goes; the same arguments give the same weights on one machine.
 
     Returns:
-      The teacher, and the record of its training for `frozen.save_teacher`.
+      The teacher's parameters, and the record of its training for the bundle.
     """
     started = time.monotonic()
     data, held_out = draw_all(images, "train", seed), draw_all(500, "validation", seed)
@@ -220,28 +221,27 @@ def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[frozen.T
             print(f"{number}/{steps}  {shown}  {time.monotonic() - started:.0f} s", flush=True)
 
     record = {
-        "training": {
-            "program": "tools.train_embedded_teacher",
-            "steps": steps,
-            "batch_size": batch_size,
-            "images": images,
-            "seed": seed,
-        },
+        "program": "tools.train_embedded_teacher",
+        "steps": steps,
+        "batch_size": batch_size,
+        "images": images,
+        "seed": seed,
         "validation": validate(state[0], held_out),
     }
-    return frozen.Teacher(CONFIG, jax.device_get(state[0]["teacher"])), record
+    return state[0]["teacher"], record
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Trains the embedded teacher.")
-    parser.add_argument("--out", required=True, help="directory for the weights and config.json")
+    parser.add_argument("--out", required=True, help="directory of the bundle")
     parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--images", type=int, default=12_000, help="drawings to learn from")
     parser.add_argument("--seed", type=int, default=0)
     flags = parser.parse_args(arguments)
-    teacher, record = train(flags.steps, flags.batch_size, flags.images, flags.seed)
-    frozen.save_teacher(flags.out, teacher, record)
+    params, record = train(flags.steps, flags.batch_size, flags.images, flags.seed)
+    weights = {"params": jax.tree.map(lambda x: np.asarray(x, np.float16), params)}
+    bundles.save(pathlib.Path(flags.out), "dinov2", CONFIG, weights, record)
     print(f"{flags.out}: {record['validation']}")
 
 

@@ -1,46 +1,40 @@
 """How a PyTorch checkpoint's tensors become our parameters, and back.
 
-A checkpoint is described by a list of `Entry`: a tensor's name in the PyTorch file, the parameter
-(or parameters) that it is here, and an einops pattern between the two layouts.  The same list
-converts both ways.
+A list of `Entry` describes a checkpoint: a tensor's name in the PyTorch file, the parameter (or
+parameters) that it is here, and an einops pattern between the two layouts.  The same list converts
+both ways.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 import math
 import re
 from typing import Any
 
 from einops import rearrange
+from flax.traverse_util import flatten_dict, unflatten_dict
 import numpy as np
 
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a PyTorch checkpoint and where it lives here.
+    """One tensor of a PyTorch checkpoint and where it lives here."""
 
-    Attributes:
-      name: the tensor's name in the PyTorch file.
-      paths: "/"-separated paths of parameters; several share the pattern's leading axis `p`.
-      pattern: einops pattern from PyTorch's layout to ours, or None where they are alike; only its
-        left side may have groups.
-      sizes: axis lengths that the pattern needs in either direction.
-      layer: index along the leading `layers` axis of a stacked parameter, or None.
-    """
-
-    name: str
-    paths: tuple[str, ...]
-    pattern: str | None = None
-    sizes: tuple[tuple[str, int], ...] = ()
-    layer: int | None = None
+    name: str  # in the PyTorch file
+    paths: tuple[str, ...]  # of parameters; several share the pattern's leading axis `p`
+    pattern: str | None = None  # from PyTorch's layout to ours; only its left side may have groups
+    sizes: tuple[tuple[str, int], ...] = ()  # axis lengths that the pattern needs
+    layer: int | None = None  # index along the leading axis of a stacked parameter
 
     def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
+        """The tensor's part of each parameter in `paths`."""
         if self.pattern is None:
             return [tensor]
         array = rearrange(tensor, self.pattern, **dict(self.sizes))
         return list(array) if len(self.paths) > 1 else [array]
 
     def to_torch(self, arrays: list[np.ndarray]) -> np.ndarray:
+        """The inverse of `to_ours`."""
         if self.pattern is None:
             return arrays[0]
         left, right = self.pattern.split(" -> ")
@@ -48,7 +42,7 @@ class Entry:
         return rearrange(array, f"{right} -> {left}")
 
     def torch_shape(self, template: Mapping[str, Any]) -> tuple[int, ...]:
-        """The tensor's shape in the file, given our parameters' by path; nothing is allocated."""
+        """The tensor's shape in the file, given our parameters' shapes by path."""
         ours = template[self.paths[0]].shape
         if self.layer is not None:
             ours = ours[1:]
@@ -62,50 +56,21 @@ class Entry:
         return tuple(math.prod(lengths[a] for a in axis.strip("()").split()) for axis in axes)
 
 
-def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flatten(value, f"{prefix}{key}/")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def _unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return tree
-
-
-def torch_shapes(entries: list[Entry], template: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name to shape, in PyTorch's layout, of the tensors that a checkpoint of ours has.
-
-    `template` is our parameters as shapes, see `from_torch`.
-    """
-    flat = dict(_flatten(template))
-    return {entry.name: entry.torch_shape(flat) for entry in entries}
-
-
 def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template) -> dict[str, Any]:
     """Builds our parameters from a PyTorch checkpoint's tensors.
 
     Args:
-      tensors: name to array; names that no entry mentions are the caller's affair.
+      tensors: name to array; names that no entry mentions are left unread.
       entries: the checkpoint's description.
       template: our parameters as shapes (`jax.eval_shape`), nested dictionaries.
 
     Returns:
-      float32 NumPy arrays of their own memory (`tensors` may be mapped files), in the template's
-      structure.
+      float32 NumPy arrays in the template's structure, which share no memory with `tensors`.
 
     Raises:
-      ValueError: a tensor is missing or has another shape than the architecture asks for.
+      ValueError: a tensor is missing or has another shape than the architecture needs.
     """
-    template = dict(_flatten(template))
+    template = flatten_dict(template, sep="/")
     flat: dict[str, np.ndarray] = {}
     for entry in entries:
         if entry.name not in tensors:
@@ -123,15 +88,15 @@ def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template
             flat[path][... if entry.layer is None else entry.layer] = array
     missing = template.keys() - flat.keys()
     assert not missing, f"parameters without an entry: {sorted(missing)}"
-    return _unflatten(flat)
+    return unflatten_dict(flat, sep="/")
 
 
 def to_torch(params: Mapping[str, Any], entries: list[Entry]) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`: PyTorch's names and layouts, contiguous float32 arrays.
+    """The inverse of `from_torch`: contiguous float32 arrays under PyTorch's names.
 
     Arrays whose layout is the same in both may share memory with `params`.
     """
-    flat = {path: np.asarray(value) for path, value in _flatten(params)}
+    flat = {path: np.asarray(value) for path, value in flatten_dict(params, sep="/").items()}
 
     def part(entry, path):
         return flat[path] if entry.layer is None else flat[path][entry.layer]

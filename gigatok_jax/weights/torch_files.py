@@ -1,103 +1,103 @@
-"""Reading and writing PyTorch checkpoints: `.safetensors`, and `.pt`/`.pth` through torch.
-
-Files are mapped where the format allows, so that what is not asked for (optimizer states, twice
-the size of the weights) is not read.
-"""
+"""Reading and writing PyTorch checkpoints: `.safetensors`, and `.pt`/`.pth` through PyTorch."""
 
 import argparse
-from collections.abc import Mapping
-import json
+from collections.abc import Callable, Iterator, Mapping
+import functools
 import pathlib
 import re
+from typing import Any
 import zipfile
 
 import jax.numpy as jnp
 import numpy as np
 import safetensors
-import safetensors.numpy
 
-from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing
+from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.files import replacing, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
-TORCH_SUFFIXES = (".pt", ".pth", ".bin")
-BFLOAT16 = jnp.dtype("bfloat16")  # NumPy itself has none
-SAFETENSORS_TYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": BFLOAT16,
-    "I64": np.int64,
-    "I32": np.int32,
-    "I16": np.int16,
-    "I8": np.int8,
-    "U8": np.uint8,
-    "BOOL": np.bool_,
-}
+SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
-def read(path: str | pathlib.Path, weights: str = "auto") -> dict[str, np.ndarray]:
-    """Reads a checkpoint's tensors.
+class Tensors(Mapping[str, np.ndarray]):
+    """A file's tensors by name; each is read when it is asked for, floating types as float32."""
+
+    def __init__(self, stored: Mapping[str, Any]):
+        """Takes PyTorch tensors, or functions that read a NumPy array."""
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        tensor = self._stored[name]
+        if callable(tensor):
+            array = tensor()
+            floating = jnp.issubdtype(array.dtype, jnp.floating)
+            return array.astype(np.float32, copy=False) if floating else array
+        tensor = tensor.detach()
+        return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
+    """Opens a checkpoint.
 
     A `.pt` file is read with `torch.load(weights_only=True)`: no code in it is run.  The tensors
-    may be wrapped under "model", "state_dict" or "module", or be all that there is; prefixes that
-    `DistributedDataParallel` ("module.") and `torch.compile` ("_orig_mod.") give to names are
-    removed.  Whatever else is in the file (optimizer states, an argparse namespace, the number of
-    steps) is ignored.
+    may be wrapped under "model", "state_dict" or "module"; prefixes that `DistributedDataParallel`
+    ("module.") and `torch.compile` ("_orig_mod.") give to names are removed.  Whatever else is in
+    the file (optimizer states, an argparse namespace, the number of steps) is ignored.
 
     Args:
-      path: a `.safetensors` file, or one of `torch.save`'s (`.pt`, `.pth`, `.bin`, ...).
-      weights: "auto": the EMA where the file has one, as the reference does; "model": not the EMA;
+      path: a `.safetensors` file, or one that `torch.save` wrote (`.pt`, `.pth`, `.bin`, ...).
+      weights: "auto": the EMA where the file has one, as in the reference; "model": not the EMA;
         or the key of other weights in the file, such as "ema" or "discriminator".
-
-    Returns:
-      Name to array: float32 for any floating type, other types as they are.  Arrays may be mapped
-      to the file: copy what must outlive it.
 
     Raises:
       UserError: the file is missing, unreadable, or holds no such tensors.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise UserError(f"{path}: is a directory; expected a .pt or .safetensors checkpoint")
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a .pt or .safetensors checkpoint")
-    if not path.stat().st_size:
-        raise UserError(f"{path}: is empty; expected a .pt or .safetensors checkpoint")
+    if not path.is_file() or not path.stat().st_size:
+        fault = "is empty" if path.is_file() else "no such file"
+        fault = "is a directory" if path.is_dir() else fault
+        raise UserError(f"{path}: {fault}; expected a .pt or .safetensors checkpoint")
     load = _load_safetensors if path.suffix == ".safetensors" else _load_torch
     content = _unwrap(load(path), weights, path)
-    tensors = {name: t for name, t in content.items() if isinstance(name, str) and _is_tensor(t)}
+    tensors = {
+        name.replace("_orig_mod.", ""): tensor
+        for name, tensor in content.items()
+        if isinstance(name, str) and (callable(tensor) or hasattr(tensor, "is_floating_point"))
+    }
     if not tensors:
         raise UserError(f"{path}: expected a model's tensors, {_describe(content)}")
-    return {name: _to_numpy(tensor) for name, tensor in _strip_prefixes(tensors).items()}
+    while all(name.startswith("module.") for name in tensors):
+        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
+    return Tensors(tensors)
 
 
-def _load_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
     try:
-        with safetensors.safe_open(path, "np"):  # validates; its own tensors have no bfloat16
-            pass
+        file = safetensors.safe_open(path, "np")
     except (safetensors.SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from error
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    data = np.memmap(path, np.uint8, mode="r")[8 + length :] if header else None
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_TYPES:
-            raise UserError(f"{path}: tensor {name!r} is of type {entry['dtype']}, not supported")
-        begin, end = entry["data_offsets"]
-        flat = np.asarray(data[begin:end]).view(SAFETENSORS_TYPES[entry["dtype"]])
-        tensors[name] = flat.reshape(entry["shape"])
-    return tensors
+
+    def get(name: str) -> np.ndarray:
+        try:
+            return file.get_tensor(name)
+        except AttributeError as error:  # an 8-bit float
+            raise UserError(f"{path}: tensor {name!r} cannot be read ({error})") from error
+
+    return {name: functools.partial(get, name) for name in file.keys()}  # noqa: SIM118
 
 
-def _load_torch(path: pathlib.Path):
-    torch = _torch(path)
+def _load_torch(path: pathlib.Path) -> Any:
+    torch = import_torch(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # The format before PyTorch 1.6, in which VGG-16 was published, cannot be mapped.
+            # Mapped, optimizer states, twice the size of the weights, are not read.  The format
+            # before PyTorch 1.6, in which VGG-16 was published, cannot be mapped.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises half a dozen types for files of other kinds
@@ -106,35 +106,19 @@ def _load_torch(path: pathlib.Path):
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
 
 
-def check_readable(name: str) -> None:
-    """Raises UserError where a file called `name` needs PyTorch, which is not there."""
-    if not name.endswith(".safetensors"):
-        _torch(pathlib.Path(name))
-
-
-def _torch(path: pathlib.Path):
+def import_torch(path: str | pathlib.Path) -> Any:
+    """PyTorch, or a UserError that says that the file at `path` needs it."""
     try:
         import torch
     except ImportError as error:
+        suffix = pathlib.Path(path).suffix
         raise UserError(
-            f"{path}: reading and writing {path.suffix} files needs PyTorch: pip install torch"
+            f"{path}: reading and writing {suffix} files needs PyTorch: pip install torch"
         ) from error
     return torch
 
 
-def _is_tensor(value) -> bool:
-    return isinstance(value, np.ndarray) or hasattr(value, "is_floating_point")
-
-
-def _to_numpy(tensor) -> np.ndarray:
-    if isinstance(tensor, np.ndarray):
-        floating = tensor.dtype.kind == "f" or tensor.dtype == BFLOAT16
-        return tensor.astype(np.float32, copy=False) if floating else tensor
-    tensor = tensor.detach()
-    return (tensor.float() if tensor.is_floating_point() else tensor).numpy()
-
-
-def _unwrap(content, weights: str, path: pathlib.Path) -> Mapping:
+def _unwrap(content: Any, weights: str, path: pathlib.Path) -> Mapping:
     """The mapping of tensors that `weights` (see `read`) means."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
@@ -151,17 +135,8 @@ def _unwrap(content, weights: str, path: pathlib.Path) -> Mapping:
 
 
 def _describe(content: Mapping) -> str:
-    keys = [str(key) for key in content]
-    if not keys:
-        return "found nothing"
-    return f"found {', '.join(keys[:6])}{', ...' if len(keys) > 6 else ''}"
-
-
-def _strip_prefixes(tensors: Mapping) -> dict:
-    tensors = {name.replace("_orig_mod.", ""): tensor for name, tensor in tensors.items()}
-    while all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
-    return tensors
+    keys = ", ".join(map(str, list(content)[:6]))
+    return f"found {keys}{', ...' if len(content) > 6 else ''}" if content else "found nothing"
 
 
 def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -173,17 +148,16 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
       UserError: another suffix, or a place that cannot be written to.
     """
     path = pathlib.Path(path)
-    if path.suffix not in (".safetensors", *TORCH_SUFFIXES):
-        expected = ", ".join((".safetensors", *TORCH_SUFFIXES))
-        raise UserError(f"{path}: expected a name that ends in one of {expected}")
-    torch = None if path.suffix == ".safetensors" else _torch(path)
+    if path.suffix not in SUFFIXES:
+        raise UserError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
+    torch = None if path.suffix == ".safetensors" else import_torch(path)
     # Read-only arrays (JAX's) are copied: torch would warn of them.
     tensors = {name: np.require(t, requirements=("C", "W")) for name, t in tensors.items()}
     try:
         with replacing(path) as aside:
             if torch is None:
-                safetensors.numpy.save_file(tensors, aside)
+                write_safetensors(aside, tensors)
             else:
                 torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # torch: RuntimeError
-        raise UserError(f"{path}: cannot be written ({str(error).splitlines()[0]})") from error
+    except (OSError, RuntimeError) as error:  # torch raises RuntimeError
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
