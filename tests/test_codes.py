@@ -23,7 +23,6 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models import generator
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
-from gigatok_jax.weights import convert
 
 import image_folders
 import tiny

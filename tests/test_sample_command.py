@@ -16,11 +16,9 @@ import test_commands
 from gigatok_jax import api, bundles, commands, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import generation
-from gigatok_jax.models import generator
-from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.models.generator import GeneratorConfig, param_shapes
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.weights import convert
 
 import tiny
 
@@ -57,7 +55,7 @@ def tokenizer() -> api.PretrainedTokenizer:
 
 @pytest.fixture(scope="module")
 def generator() -> api.PretrainedGenerator:
-    params = tiny.fill(generator.param_shapes(MODEL))
+    params = tiny.fill(param_shapes(MODEL))
     return api.PretrainedGenerator(MODEL, {"params": params})
 
 
