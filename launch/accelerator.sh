@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs a command with the settings that matter on one kind of accelerator, the one place for them:
+# Runs a command with the environment that one kind of accelerator needs. All launchers call it.
 #   bash launch/accelerator.sh cuda gigatok train --config=configs/tokenizer.py:s_s \
 #     --workdir=runs/s_s
 #   bash launch/accelerator.sh tpu gigatok train --config=configs/generator.py:b --workdir=runs/b \
 #     --config.tokenizer=runs/s_s
 #   bash launch/accelerator.sh cuda gigatok probe --config=configs/probe.py --tokenizer=runs/s_s \
 #     --workdir=runs/probe
-# The launchers of this folder call it. What the environment sets already is left as it is. SHARED
-# is the folder that all machines mount; weights and compilations are then kept there.
+# Variables that are already set keep their values. SHARED is a folder that all machines mount: if
+# set, weights and compiled programs are cached there.
 set -euo pipefail
 kind="${1:-}"
 if [[ ! "$kind" =~ ^(cuda|tpu|cpu)$ ]] || [ $# -lt 2 ]; then
@@ -16,31 +16,31 @@ if [[ ! "$kind" =~ ^(cuda|tpu|cpu)$ ]] || [ $# -lt 2 ]; then
 fi
 shift
 
-# Fetched once, found by all; and a run that resumes on other machines need not compile again.
+# Weights are fetched once for all machines, and a run that resumes elsewhere need not recompile.
 if [ -n "${SHARED:-}" ]; then export GIGATOK_CACHE="${GIGATOK_CACHE:-$SHARED/cache}"; fi
 
 case "$kind" in
   cuda)
-    # An accelerator that does not come up is an error; JAX would go on with the CPU, a day a step.
+    # Makes a missing accelerator an error. JAX would fall back to the CPU, at a day per step.
     export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
-    # One process has a GPU to itself; the default leaves a quarter of its memory unused. The rest
-    # is for NCCL, cuDNN and CUDA's own.
-    if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then # its old name; JAX refuses both together
+    # Each process has its GPU to itself, but JAX's default leaves a quarter of the memory unused.
+    # The remaining tenth is for NCCL, cuDNN and CUDA.
+    if [ -z "${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]; then # the old name; JAX rejects both together
       export XLA_CLIENT_MEM_FRACTION="${XLA_CLIENT_MEM_FRACTION:-0.9}"
     fi
-    # Gradients are reduced while others are computed; still off by default in JAX 0.10 to 0.12.
-    # The only flag: the asynchronous collectives that older guides list are always on, and their
-    # flags gone; one that XLA does not know ends the program.
+    # Overlaps the reduction of gradients with computing the next ones; off by default in JAX 0.10
+    # to 0.12. Older guides add flags for asynchronous collectives. These are always on now, and XLA
+    # aborts on a flag that it does not know.
     export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
-    # A collective that fails says why. Which network NCCL takes it finds out; where it errs, set
-    # NCCL_SOCKET_IFNAME and NCCL_IB_HCA to what the cluster's manual says.
+    # A failing collective says why. NCCL chooses the network; if it chooses the wrong one, set
+    # NCCL_SOCKET_IFNAME and NCCL_IB_HCA as the cluster's manual says.
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     ;;
   tpu)
     export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
-    # No LIBTPU_INIT_ARGS: with the flags for latency hiding that older guides list, a sharded step
-    # compiles to the same program for v5e, v5p and v6e, and with those for asynchronous collectives
-    # to one with the same collectives.
+    # No LIBTPU_INIT_ARGS: on v5e, v5p and v6e the latency-hiding flags of older guides compile a
+    # sharded step to the same program, and those for asynchronous collectives to one with the same
+    # collectives.
     ;;
   cpu) export JAX_PLATFORMS=cpu ;;
 esac

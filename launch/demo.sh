@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The main job on the embedded drawings, from nothing but Python: trains a tiny tokenizer and a
-# small generator, and writes pictures of reconstructions and samples.
+# Runs `gigatok demo` from nothing but Python: trains a tiny tokenizer and a small generator on
+# drawings, and writes pictures of reconstructions and samples.
 #   bash launch/demo.sh [WORKDIR]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs a `gigatok` command on Kubernetes: TPU slices of GKE, or nodes with GPUs of any cluster.
+# Runs a `gigatok` command on Kubernetes: on TPU slices of GKE, or on GPU nodes of any cluster.
 #   export IMAGE=europe-docker.pkg.dev/my-project/images/gigatok:tpu NAME=s-s
 #   docker build -f launch/gke/Dockerfile --build-arg EXTRAS=tpu -t "$IMAGE" .
 #   docker push "$IMAGE"
-#   kubectl apply -f launch/gke/shared.yaml                 # once: the folder /shared of all pods
+#   kubectl apply -f launch/gke/shared.yaml                 # once: /shared, which all pods mount
 #   export ACCELERATOR=tpu-v6e-slice TOPOLOGY=4x4
 #   bash launch/gke.sh tpu train --config=configs/tokenizer.py:s_s --workdir=/shared/runs/s_s \
 #     --config.data.path=/shared/tfds
@@ -13,12 +13,13 @@
 #     --workdir=/shared/runs/probe --config.data.path=/shared/tfds
 #   ACCELERATOR=nvidia-h100-80gb NODES=2 bash launch/gke.sh gpu train ...  # EXTRAS=cuda in IMAGE
 #
-# tpu: ACCELERATOR is tpu-v4-podslice, tpu-v5-lite-podslice (v5e), tpu-v5p-slice or tpu-v6e-slice,
-#   TOPOLOGY the slice's shape in chips, CHIPS those of a host (4), SLICES how many slices (1).
-#   The cluster needs JobSet: https://jobset.sigs.k8s.io/docs/installation
-# gpu: ACCELERATOR as the label of the nodes has it, NODES (1), GPUS of a node (8).
-# NAME (gigatok) names the job; one of that name that is there is ended first (it saves), then the
-# same command goes on. DRY=1 only prints the manifest.
+# Settings, with their defaults in parentheses:
+#   NAME (gigatok)  of the job. A job of that name is replaced: it saves, and the new one resumes.
+#   DRY=1           only prints the manifest.
+#   tpu: ACCELERATOR is tpu-v4-podslice, tpu-v5-lite-podslice (v5e), tpu-v5p-slice or
+#     tpu-v6e-slice; TOPOLOGY is the slice's shape in chips; CHIPS (4) per host; SLICES (1).
+#     The cluster needs JobSet: https://jobset.sigs.k8s.io/docs/installation
+#   gpu: ACCELERATOR is the value of the nodes' label; NODES (1); GPUS (8) per node.
 set -euo pipefail
 cd "$(dirname "$0")/gke"
 
@@ -51,7 +52,7 @@ else
 fi
 pods+=",batch.kubernetes.io/job-completion-index=0"
 
-# The command's words become a list of the manifest, whatever they hold.
+# Quotes the command's words as JSON, so that they may hold any character.
 manifest="$(python3 - "$kind.yaml" "$@" <<'EOF'
 import json, os, pathlib, string, sys
 
@@ -64,8 +65,8 @@ if [ -n "${DRY:-}" ]; then
   echo "$manifest"
   exit
 fi
-command -v kubectl >/dev/null || fail "kubectl: https://kubernetes.io/docs/tasks/tools says how"
+command -v kubectl >/dev/null || fail "no kubectl: see https://kubernetes.io/docs/tasks/tools"
 kubectl delete --ignore-not-found --wait -f - <<<"$manifest"
 kubectl create -f - <<<"$manifest"
-echo "gke.sh: its log: kubectl logs --follow --tail=20 -l $pods"
-echo "gke.sh: to end it: kubectl delete $made"
+echo "gke.sh: follow the log: kubectl logs --follow --tail=20 -l $pods"
+echo "gke.sh: stop the job: kubectl delete $made"

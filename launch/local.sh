@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Runs one command in N processes of this machine, on CPU or GPUs, as on N machines of a cluster:
+# Runs a command in N processes on this machine (CPU or GPUs), as on N machines of a cluster:
 #   bash launch/local.sh 2 train --config=configs/tokenizer.py:s_s --workdir=runs/s_s
 #   bash launch/local.sh 2 train --config=configs/generator.py:b --workdir=runs/b \
 #     --config.tokenizer=runs/s_s
 #   bash launch/local.sh 2 probe --config=configs/probe.py --tokenizer=runs/s_s --workdir=runs/probe
-# GPUs, or those of CUDA_VISIBLE_DEVICES, are shared out evenly. On a CPU each process is one device,
-# DEVICES=4 makes it four. Process 0 writes to the terminal, the others to LOGS (by default a new
-# folder under /tmp). A process that ends with an error, or is killed, is named; the others then end
-# by themselves.
+# The GPUs (or those in CUDA_VISIBLE_DEVICES) are divided evenly. On a CPU each process has one
+# device; DEVICES=4 makes it four. Process 0 writes to the terminal, the others to the folder LOGS
+# (by default a new one under /tmp). The script names a process that fails or is killed; the others
+# then exit by themselves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 if [[ ! "${1:-}" =~ ^[1-9][0-9]*$ ]] || [ $# -lt 2 ]; then
@@ -54,8 +54,8 @@ for ((i = 0; i < count; i++)); do
 done
 echo "local.sh: processes 0 to $((count - 1)) are ${pids[*]}; logs in $logs" >&2
 
-# A notice to this script is one to its processes, a second one ends them; the shell has started
-# them deaf to the terminal's own.
+# Passes SIGTERM and Ctrl-C on to the processes, which a shell starts in the background without
+# Ctrl-C; a second one kills them.
 notices=0
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() {
@@ -68,7 +68,7 @@ trap pass_on TERM INT
 code=0
 while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
-    # bash's own `wait -n` can lose one of two that end together.
+    # bash's `wait -n` can miss one of two processes that exit together.
     if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
     status=0
     wait "${pids[i]}" || status=$?
@@ -77,7 +77,7 @@ while ((${#pids[@]})); do
       echo "local.sh: process $i was ended by signal $((status - 128))" >&2
     elif ((status)); then
       echo "local.sh: process $i ended with $status" >&2
-      # What all say alike, process 0 has said.
+      # If all processes fail alike, process 0 has already said why.
       if ((i && status != code)); then tail -n 3 "$logs/$i.log" >&2; fi
     fi
     if ((status && !code)); then code=$status; fi

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, two at a time. Arguments go to pytest: bash launch/test.sh -k quantizer
+# Runs the tests in two processes. Arguments go to pytest: bash launch/test.sh -k quantizer
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh

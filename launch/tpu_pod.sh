@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A TPU slice of Google Cloud, of one host or hundreds: v4, v5e, v5p, v6e.
+# Runs `gigatok` commands on a TPU slice of Google Cloud (v4, v5e, v5p, v6e) of any size.
 #   export NAME=gigatok ZONE=europe-west4-b PROJECT=my-project TYPE=v5p-32 NFS=10.0.0.2:/share
 #   bash launch/tpu_pod.sh run train --config=configs/tokenizer.py:s_s --workdir=/shared/runs/s_s \
 #     --config.data.path=/shared/tfds
@@ -8,21 +8,25 @@
 #   bash launch/tpu_pod.sh run probe --config=configs/probe.py --tokenizer=/shared/runs/s_s \
 #     --workdir=/shared/runs/probe --config.data.path=/shared/tfds
 #
-#   create         asks for the slice and waits for it
+#   create         requests the slice and waits for it
 #   install        sends the repository's tracked files to all workers and installs them
-#   run VERB ...   creates what is missing, installs, starts the command on all workers, where it
-#                  outlives this connection, and shows worker 0's log. After a preemption the same
-#                  command gets a new slice and goes on from the last checkpoint
-#   tail [N|all]   the log of worker N (0), until its run ends; or the last lines of all workers
-#   stop           all workers save at one step and end
-#   status         of the slice and of each worker
+#   run VERB ...   creates the slice if needed, installs, starts the command on all workers and
+#                  follows the log of worker 0. The command outlives the connection. After a
+#                  preemption the same command gets a new slice and resumes from the last checkpoint
+#   tail [N|all]   follows the log of worker N (0) until its run ends; all: each worker's last line
+#   stop           all workers save at the same step and exit
+#   status         state of the slice and of each worker
 #   delete         gives the slice back
 #
-# NAME, ZONE, TYPE (v4-32, v5litepod-16, v5p-32, v6e-16, ...) and PROJECT say which; VERSION is the
-# image (by default the one for the type), SPOT=1 asks for spot capacity, OPTIONS are further
-# options of `gcloud compute tpus queued-resources create` (--network=..., --reserved). NFS is the
-# share that every worker mounts at SHARED (/shared): with more than one worker, runs, codes and
-# data must be there. Without NFS, SHARED is to be a file system that is mounted there anyhow.
+# Settings, with their defaults in parentheses:
+#   NAME, ZONE, PROJECT  of the slice
+#   TYPE                 v4-32, v5litepod-16, v5p-32, v6e-16, ...
+#   VERSION              the image (the one for TYPE)
+#   SPOT=1               requests spot capacity
+#   OPTIONS              of `gcloud compute tpus queued-resources create`: --network=..., --reserved
+#   NFS                  the share that every worker mounts at SHARED
+#   SHARED (/shared)     where runs, codes and data must be if there are several workers. Without
+#                        NFS it must be a file system that is mounted already
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -51,11 +55,11 @@ image() { # https://cloud.google.com/tpu/docs/runtimes
 
 queue() { gcloud compute tpus queued-resources "$1" "$NAME" "${place[@]}" "${@:2}"; }
 
-state() { # nothing where there is no such slice
+state() { # prints nothing if the slice does not exist
   queue describe --format='value(state.state)' 2>/dev/null || true
 }
 
-worker() { # WORKER COMMAND [ARGUMENTS]: tpu_worker.sh there
+worker() { # WORKER COMMAND [ARGUMENTS]: runs tpu_worker.sh there
   local settings
   settings="NAME=$(printf %q "$NAME") SHARED=$(printf %q "$SHARED") NFS=$(printf %q "${NFS:-}")"
   gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker="$1" \
@@ -68,8 +72,8 @@ create() {
   version="${VERSION:-$(image)}"
   now="$(state)"
   case "$now" in
-    SUSPENDED | SUSPENDING | FAILED) # preempted, or never there: the name is free only afterwards
-      echo "tpu_pod.sh: $NAME is $now; asking for a new one" >&2
+    SUSPENDED | SUSPENDING | FAILED) # preempted or never created; deleting it frees the name
+      echo "tpu_pod.sh: $NAME is $now; requesting a new one" >&2
       queue delete --force --quiet
       now=
       ;;
@@ -83,9 +87,9 @@ create() {
   fi
   while now="$(state)" && [ "$now" != ACTIVE ]; do
     case "$now" in
-      FAILED | SUSPENDED) fail "$NAME became $now; bash launch/tpu_pod.sh status says why" ;;
+      FAILED | SUSPENDED) fail "$NAME became $now; for the reason: bash launch/tpu_pod.sh status" ;;
     esac
-    echo "tpu_pod.sh: $NAME is ${now:-not known yet}; waiting" >&2
+    echo "tpu_pod.sh: $NAME is ${now:-not listed yet}; waiting" >&2
     sleep "${POLL:-30}"
   done
 }
@@ -93,14 +97,14 @@ create() {
 install() {
   local archive
   archive="$(mktemp "${TMPDIR:-/tmp}/gigatok.XXXXXX")"
-  # With what is changed and not committed; new files only after git add.
+  # Includes uncommitted changes; new files only after git add.
   git archive --format=tar.gz --output="$archive" "$(git stash create | grep . || echo HEAD)"
   gcloud compute tpus tpu-vm scp "$archive" "$NAME:gigatok.tar.gz" "${place[@]}" --worker=all
   rm -f "$archive"
-  # Not under a run that goes on; then the same command is to fail, and `tail` what is wanted.
+  # Never installs under a live run: after a lost connection the user wants `tail`, not `run`.
   gcloud compute tpus tpu-vm ssh "$NAME" "${place[@]}" --worker=all --command="
     if kill -0 \"\$(cat .gigatok/pid 2>/dev/null)\" 2>/dev/null; then
-      echo 'a run is going on here: bash launch/tpu_pod.sh tail, or stop' >&2; exit 1
+      echo 'a run is still active here: bash launch/tpu_pod.sh tail, or stop' >&2; exit 1
     fi
     mkdir -p gigatok_jax && tar -xzf gigatok.tar.gz -C gigatok_jax"
   worker all install
@@ -111,7 +115,7 @@ case "$command" in
   create | install | run | tail | stop | status | delete) shift ;;
   *) fail "expected create, install, run VERB [FLAGS], tail [N|all], stop, status or delete" ;;
 esac
-command -v gcloud >/dev/null || fail "gcloud: https://cloud.google.com/sdk/docs/install says how"
+command -v gcloud >/dev/null || fail "no gcloud: see https://cloud.google.com/sdk/docs/install"
 need NAME ZONE PROJECT
 mapfile -t place < <(where)
 SHARED="${SHARED:-/shared}"
@@ -120,11 +124,11 @@ case "$command" in
   create) create ;;
   install) install ;;
   run)
-    [ $# -gt 0 ] || fail "run: which command? for example: run train --config=... --workdir=..."
+    [ $# -gt 0 ] || fail "run: expected a command, such as run train --config=... --workdir=..."
     create
     install
     worker all start "$@"
-    echo "tpu_pod.sh: started; from here on interrupting only ends this view of worker 0" >&2
+    echo "tpu_pod.sh: started; Ctrl-C now only ends this view of worker 0" >&2
     worker 0 log
     ;;
   tail)

@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# What tpu_pod.sh runs on each worker of a TPU slice; not meant to be called by hand.
-#   install             Python, the package, the shared disk
-#   start VERB [FLAGS]  a run in the background, its log in $SHARED/logs/$NAME
+# Called by tpu_pod.sh on each worker of a TPU slice, not by hand.
+#   install             mounts the shared disk, installs Python and the package
+#   start VERB [FLAGS]  starts a run in the background, with its log in $SHARED/logs/$NAME
 #   stop | log | status
 set -euo pipefail
 cd "$(dirname "$0")/.."
 name="${NAME:-gigatok}"
 export SHARED="${SHARED:-/shared}" EXTRAS="${EXTRAS:-tpu}"
 logs="$SHARED/logs/$name"
-log="$logs/worker-${HOSTNAME##*-w-}.log" # hosts are named t1v-n-...-w-0, by the worker's number
+log="$logs/worker-${HOSTNAME##*-w-}.log" # hosts are named t1v-n-...-w-N, N the worker's number
 state="$HOME/.gigatok"
 mkdir -p "$state"
 
 running() { [ -e "$state/pid" ] && kill -0 "$(cat "$state/pid")" 2>/dev/null; }
 
 mount_shared() {
-  # Each time: a host that was restarted has lost it.
+  # Before each run, because a restarted host has lost the mount.
   if [ -n "${NFS:-}" ] && ! mountpoint -q "$SHARED"; then
     if ! command -v mount.nfs >/dev/null; then
       sudo apt-get -qq update
@@ -37,7 +37,7 @@ case "${1:-}" in
   install)
     mount_shared
     PYTHON=python3
-    if ! python_at_least_311 "$PYTHON"; then # the images of TPUs come with 3.10
+    if ! python_at_least_311 "$PYTHON"; then # TPU images come with 3.10
       python3 -m pip install --quiet --user uv
       "$HOME/.local/bin/uv" python install --quiet 3.12
       PYTHON="$("$HOME/.local/bin/uv" python find 3.12)"
@@ -48,16 +48,16 @@ case "${1:-}" in
   start)
     shift
     mount_shared
-    # Large pages shorten the TPU runtime's start by minutes; a host that restarts forgets them.
+    # Large pages save minutes when the TPU runtime starts. A restarted host has lost the setting.
     sudo sh -c 'echo always > /sys/kernel/mm/transparent_hugepage/enabled' || true
-    # Of a session of its own, so that it outlives this connection.
+    # In a session of its own, so that it outlives this connection.
     setsid nohup bash "$0" attached "$@" >>"$log" 2>&1 </dev/null &
     echo "$!" >"$state/pid"
     ;;
   attached)
     shift
     source launch/environment.sh
-    trap : TERM # of a host that shuts down; gigatok gets its own, and saves
+    trap : TERM # when the host shuts down, wait for gigatok, which gets the signal too and saves
     echo "== $(date '+%F %T') gigatok $*"
     bash launch/accelerator.sh tpu gigatok "$@" &
     echo "$!" >"$state/program"
@@ -75,9 +75,8 @@ case "${1:-}" in
     if running && [ -e "$state/program" ]; then kill -TERM "$(cat "$state/program")"; fi
     ;;
   log)
-    # Until the run ends.
     follow=()
-    if running; then follow=(--follow=name --retry --pid="$(cat "$state/pid")"); fi
+    if running; then follow=(--follow=name --retry --pid="$(cat "$state/pid")"); fi # to its end
     tail --lines=20 "${follow[@]}" "$log"
     ;;
   status)
