@@ -16,7 +16,7 @@ from gigatok_jax import bundles, cli
 from gigatok_jax.commands import probe
 from gigatok_jax.data import codes
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import generation, maps, probe_page, sets
+from gigatok_jax.evaluation import fid, generation, maps, probe_page
 from gigatok_jax.training.checkpoints import Checkpoints
 
 import tiny
@@ -84,14 +84,14 @@ def test_probe_killed_in_every_step_ends_in_the_same_numbers(
     tokenizer, whole, tmp_path, monkeypatch
 ):
     for place, name, calls in (
-        (sets.FeatureSet, "add_features", 3),  # in the middle of reconstruction
+        (fid.Moments, "add", 3),  # in the middle of reconstruction
         (codes, "write_shard", 2),
         (Checkpoints, "save", 1),  # of the generator
         (Checkpoints, "save", 1),
         (probe.evaluate, "held_out_means", 1),
         (generation, "_write_chunk", 1),
         (generation, "_write_chunk", 2),
-        (sets, "compare", 1),
+        (fid, "compare", 1),
         (Checkpoints, "save", 2),  # the linear probe's last
         (probe.maps, "feature_maps", 1),
     ):

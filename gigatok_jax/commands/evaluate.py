@@ -30,7 +30,7 @@ from gigatok_jax.commands.sample import load_matching_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig, data_config
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
+from gigatok_jax.evaluation import cost, features, fid, generation, reconstruction
 from gigatok_jax.files import write_json
 from gigatok_jax.training.evaluating import held_out_means
 from gigatok_jax.training.generator import validation_loss
@@ -112,7 +112,7 @@ def _generation(out: pathlib.Path) -> dict:
     generator = api.load_generator(_required("generator"))
     tokenizer = load_matching_tokenizer(_required("tokenizer"), generator)
     extractor = features.load(FLAGS.features)
-    reference = sets.load_reference(
+    reference = fid.load_reference(
         FLAGS.reference,
         None if FLAGS.reference else _data(),
         extractor,

@@ -30,7 +30,7 @@ from gigatok_jax.data import codes as stored
 from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import NOT_CONTENT, DataConfig, open_source
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import features, generation, maps, reconstruction, report, sets
+from gigatok_jax.evaluation import features, fid, generation, maps, reconstruction, report
 from gigatok_jax.evaluation.probe import ProbeConfig
 from gigatok_jax.files import read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
@@ -73,7 +73,7 @@ def probe(directory: str, config: ProbeConfig, workdir: pathlib.Path) -> dict[st
     extractor = features.load(config.features)
     record = {"tokenizer": bundle.fingerprint, **_decisive(config)}
     files.claim(workdir / "probe.json", record, "a probe", write=False)
-    reference = sets.load_reference(
+    reference = fid.load_reference(
         config.reference,
         config.data,
         extractor,

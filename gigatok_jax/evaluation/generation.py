@@ -10,9 +10,9 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import api, distributed, pictures
-from gigatok_jax.evaluation import sets
+from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
-from gigatok_jax.evaluation.sets import FeatureSet, Reference
+from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import read_json, write_json, write_npz
 from gigatok_jax.sampling import SamplingConfig
 
@@ -68,12 +68,12 @@ def evaluate(
     Args:
       draw: which images.
       extractor: of the features.
-      reference: what they are compared with, see `sets.load_reference`.
+      reference: what they are compared with, see `fid.load_reference`.
       settings: how codes are drawn.
       out: folder; gets `metrics.json` and `grid.png`, and holds features until they are there.
 
     Returns:
-      See `sets.compare`; also "images" and "guidance".
+      See `fid.compare`; also "images" and "guidance".
 
     Raises:
       UserError: `out` holds results of something else.
@@ -116,7 +116,7 @@ def evaluate(
             with np.load(chunk) as file:
                 samples.add_features(dict(file))
         result = {"images": draw.count, "guidance": settings.guidance}
-        write_json(path, result | sets.compare(samples, reference, extractor.distance))
+        write_json(path, result | fid.compare(samples, reference, extractor.distance))
         shutil.rmtree(out / "features")
     distributed.barrier("metrics", working=True)
     return read_json(path, "the metrics")
