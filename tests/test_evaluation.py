@@ -1,25 +1,18 @@
 """Evaluation of reconstruction and generation, and the search for guidance."""
 
-import itertools
 import json
-import os
 import pathlib
-import subprocess
-import sys
 
 import numpy as np
-from PIL import Image
 import pytest
 
-from gigatok_jax import api, cli, files, recipes
-from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax import api, cli
+from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import cost, features, generation, reconstruction, sets
-from gigatok_jax.evaluation.sets import FeatureSet
+from gigatok_jax.evaluation import features, fid, generation
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
 
-import image_folders
 import tiny
 
 CONFIG = pathlib.Path(__file__).parent / "train_config.py"
@@ -60,36 +53,8 @@ def evaluate(networks, extractor):
 
 @pytest.fixture
 def reference(extractor):
-    return sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
-
-
-def test_reconstruction_measures_every_image_once(networks, extractor, tmp_path):
-    tokenizer = api.load_tokenizer(networks["tokenizer"])
-    found = [
-        reconstruction.evaluate(tokenizer, extractor, DATA, tmp_path, batch_size=size)
-        for size in (16, 25)
-    ]
-    assert found[0]["images"] == found[1]["images"] == 50
-    for name in ("psnr", "ssim", "codebook_usage", "rfd_teacher"):
-        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
-    counts = np.load(tmp_path / "code_counts.npy")
-    assert counts.sum() == 50 * TOKENIZER.latents
-    assert np.mean(counts > 0) == found[0]["codebook_usage"]
-    assert (tmp_path / "grid.png").exists()
-
-
-def test_reference_is_computed_once(extractor, reference, monkeypatch):
-    monkeypatch.setattr(extractor, "_apply", None)
-    again = sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
-    np.testing.assert_array_equal(again.members, reference.members)
-    assert len(reference.members) == 50
-
-
-def test_a_damaged_cached_reference_is_named(extractor, reference):
-    path = files.cache_dir() / "references" / f"{reference.name}.npz"
-    path.write_bytes(path.read_bytes()[:2_000])
-    with pytest.raises(UserError, match=rf"{path}: not an \.npz file, or a damaged one"):
-        sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
+    sizes = {"count": 40, "image_size": 16, "batch_size": 16}
+    return fid.load_reference("", DATA, extractor, **sizes)
 
 
 def test_generation_does_not_depend_on_batches(evaluate, reference, tmp_path):
@@ -178,77 +143,6 @@ def test_commands_write_metrics(networks, tmp_path, capsys):
     assert "rfd_teacher" in capsys.readouterr().out
 
 
-def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):
-    models = {"s_b": TOKENIZER, "b": GENERATOR}
-    monkeypatch.setattr(recipes, "tokenizer_model", models.get)
-    monkeypatch.setattr(recipes, "generator_model", models.get)
-    ticks = itertools.accumulate([0, 1] * cost.REPEATS + [0, 3] * cost.REPEATS)
-    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
-    arguments = ["--decoders=s_b", "--generators=b", "--batch_size=2", f"--out={tmp_path}"]
-    assert cli.main(["evaluate", "cost", *arguments]) == 0
-    found = json.loads((tmp_path / "metrics.json").read_text())
-    assert found["shares"]["s_b"]["b"] == 0.25
-    assert "decoder / generator" in capsys.readouterr().out
-
-
-def test_images_of_an_npz_serve_as_reference(extractor, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
-    np.savez(tmp_path / "real.npz", arr_0=images)
-    reference = sets.reference_of_npz(tmp_path / "real.npz", extractor, 8, 16)
-    assert reference.members.shape == (20, 96)
-    np.testing.assert_allclose(reference.gaussians["pool"].mean, reference.members.mean(0), 1e-4)
-    np.savez(tmp_path / "wrong.npz", arr_0=images.astype(np.float32))
-    with pytest.raises(UserError, match=r"wrong\.npz: expected arr_0 to be uint8 \[n, H, W, 3\]"):
-        sets.reference_of_npz(tmp_path / "wrong.npz", extractor, 8, 16)
-    np.savez(tmp_path / "other.npz", mu=np.zeros(7), sigma=np.eye(7))
-    other, size = str(tmp_path / "other.npz"), {"image_size": 16, "batch_size": 8}
-    with pytest.raises(UserError, match=r"other\.npz .*: statistics of 7 features, but .* 96"):
-        sets.load_reference(other, None, extractor, count=20, **size)
-
-
-def test_stored_statistics_go_before_those_of_images_if_they_fit(extractor, tmp_path):
-    images = np.random.default_rng(0).integers(0, 256, (20, 16, 16, 3), np.uint8)
-    for width, taken in ((96, True), (2048, False)):
-        path = tmp_path / f"{width}.npz"
-        np.savez(path, arr_0=images, mu=np.full(width, 7.0), sigma=np.eye(width))
-        mean = sets.reference_of_npz(path, extractor, 8, 16).gaussians["pool"].mean
-        assert mean.shape == (96,) and (mean[0] == 7) == taken
-
-
-def test_references_are_told_by_their_content(extractor, tmp_path):
-    rng, names = np.random.default_rng(0), []
-    for folder in ("a", "b"):
-        (tmp_path / folder).mkdir()
-        np.savez(tmp_path / folder / "real.npz", mu=rng.random(96), sigma=np.eye(96))
-        names.append(sets.reference_of_npz(tmp_path / folder / "real.npz", extractor, 8, 16).name)
-    assert names[0] != names[1]
-
-
-def test_a_changed_folder_is_another_reference(extractor, tmp_path):
-    data = DataConfig(source="folder", path=str(tmp_path), holdout=0)
-    image_folders.make(tmp_path, {"a": 3, "b": 3})
-
-    def reference():
-        return sets.reference_of_data(data, extractor, image_size=16, batch_size=4, train=False)
-
-    before = reference()
-    assert reference().name == before.name
-    path = next((tmp_path / "a").iterdir())
-    Image.effect_noise((20, 20), 90).convert("RGB").save(path)
-    after = reference()
-    assert after.name != before.name
-    assert np.abs(after.gaussians["pool"].mean - before.gaussians["pool"].mean).max() > 1e-3
-
-
-def test_members_of_a_reference_are_of_all_classes(extractor, monkeypatch):
-    monkeypatch.setattr(sets, "MEMBERS", 20)  # of 50 drawings, whose 10 classes come in turn
-    reference = sets.reference_of_data(DATA, extractor, image_size=16, batch_size=16, train=False)
-    source = open_source(DATA, train=False, image_size=16)
-    pool = extractor(np.stack([source[i]["image"] for i in range(50)]))["pool"]
-    found = [np.abs(pool - member).max(axis=1).argmin() for member in reference.members]
-    assert len(set(found)) == 20 and len({index % 10 for index in found}) >= 7
-
-
 @pytest.mark.parametrize("measure", ["reconstruction", "generation"])
 def test_codes_are_no_images(measure, networks, tmp_path, capsys):
     arguments = [f"--{name}={path}" for name, path in networks.items()]
@@ -264,41 +158,3 @@ def test_too_few_samples_are_refused_before_they_are_drawn(networks, tmp_path, c
     assert cli.main([*command, "--count=3", f"--out={tmp_path / 'out'}"]) == 2
     assert "samples: expected at least 4 images, got 3" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-
-
-def test_missing_inception_says_what_to_fetch_and_offers_a_teacher():
-    with pytest.raises(UserError, match=r"weights fetch inception_fid.*--features=embedded"):
-        features.load("inception")
-
-
-def test_features_do_not_depend_on_the_number_of_devices(extractor, tmp_path):
-    script = """if True:
-        import sys
-        import jax, numpy as np
-        from gigatok_jax.evaluation import features
-        from gigatok_jax.evaluation.sets import FeatureSet
-        assert len(jax.devices()) == 4
-        found = FeatureSet(features.load("embedded"), members=True)
-        for batch in np.split(np.load(sys.argv[1]), [3, 7]):
-            found.add(batch)
-        np.savez(sys.argv[2], members=found.members(), mean=found.gaussians()["pool"].mean)
-    """
-    images = np.random.default_rng(0).integers(0, 256, (10, 16, 16, 3), np.uint8)
-    np.save(tmp_path / "images.npy", images)
-    devices = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
-    subprocess.run(
-        [sys.executable, "-c", script, tmp_path / "images.npy", tmp_path / "out.npz"],
-        check=True,
-        env=os.environ | devices,
-    )
-    found = FeatureSet(extractor, members=True)
-    found.add(images)
-    with np.load(tmp_path / "out.npz") as four:
-        np.testing.assert_allclose(four["members"], found.members(), atol=1e-5)
-        np.testing.assert_allclose(four["mean"], found.gaussians()["pool"].mean, atol=1e-6)
-
-
-def test_features_do_not_depend_on_the_batch(extractor):
-    images = np.random.default_rng(0).integers(0, 256, (5, 16, 16, 3), np.uint8)
-    apart = np.concatenate([extractor(images[i : i + 1])["pool"] for i in range(5)])
-    np.testing.assert_allclose(extractor(images)["pool"], apart, atol=1e-5)

@@ -17,7 +17,7 @@ import pytest
 from gigatok_jax import bundles, cli, pictures
 from gigatok_jax.data import codes
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import generation, probing, report, sets
+from gigatok_jax.evaluation import fid, generation, probing, report
 from gigatok_jax.training.checkpoints import Checkpoints
 
 import tiny
@@ -94,12 +94,12 @@ def test_probe_killed_in_every_step_resumes_to_the_same_results(
     tokenizer, whole, tmp_path, monkeypatch
 ):
     for place, name, calls in (
-        (sets.FeatureSet, "add_features", 3),  # in the middle of reconstruction
+        (fid.Moments, "add", 3),  # in the middle of reconstruction
         (codes, "write_shard", 2),
         (Checkpoints, "save", 1),  # of the generator
         (generation, "held_out_means", 1),
         (generation, "write_npz", 1),
-        (sets, "compare", 1),
+        (fid, "compare", 1),
         (Checkpoints, "save", 2),  # the linear probe's last
         (pictures, "save_png", 3),  # of the samples
         (probing, "component_maps", 1),

@@ -1,4 +1,4 @@
-"""Networks whose features tell sets of images apart: FID's Inception, or a semantic teacher."""
+"""Frozen networks whose features tell sets of images apart: FID's Inception, or a ViT."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,48 +11,45 @@ import numpy as np
 from gigatok_jax import bundles, frozen, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, vit
-from gigatok_jax.weights import kinds
 
 INCEPTION = "inception"
-DINOV2_GRID = 16  # 224 pixels, on which DINOv2 is usually evaluated
+DINOV2_GRID = 16  # of 224 pixels, on which DINOv2 is usually evaluated
 
 
 class Extractor:
     """A frozen network on all local devices, which share each batch.
 
     Attributes:
-      distance: what the Fréchet distance of its features is called: "fid", "fd_dinov2", ...
+      distance: name of the Fréchet distance of its features: "fid", "fd_dinov2", "fd_teacher".
       fingerprint: see `bundles.fingerprint`.
       widths: number of features by name, see `__call__`.
 
     Args:
-      apply: pure function of parameters and uint8 images `[B, H, W, 3]` to features.
+      apply: pure function of parameters and uint8 images `[B, H, W, 3]` to features `[B, D]`.
       params: its parameters.
     """
 
     def __init__(
         self, distance: str, apply: Callable[[Any, jax.Array], dict[str, jax.Array]], params: Any
     ):
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self.distance, self.fingerprint = distance, bundles.fingerprint(params)
-
         @jax.jit
-        def exactly(params, images):
-            # TPUs and GPUs would round to bfloat16 or TF32, and distances with them.
+        def exact(params, images):
+            # By default, TPUs and GPUs multiply in bfloat16 or TF32, which shifts the distances.
             with jax.default_matmul_precision("highest"):
                 return apply(params, images)
 
-        self._apply, self._batch = exactly, NamedSharding(mesh, P("data"))
-        image = jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8)
-        shapes = jax.eval_shape(exactly, params, image)
+        mesh = Mesh(np.array(jax.local_devices()), ("data",))
+        self._batch = NamedSharding(mesh, P("data"))
+        self._apply, self._params = exact, jax.device_put(params, NamedSharding(mesh, P()))
+        self.distance, self.fingerprint = distance, bundles.fingerprint(params)
+        shapes = jax.eval_shape(exact, params, jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8))
         self.widths = {name: shape.shape[1] for name, shape in shapes.items()}
-        self._params = jax.device_put(params, NamedSharding(mesh, P()))
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
         """Features of uint8 images `[B, H, W, 3]`, float32.
 
         Returns:
-          "pool" `[B, D]`; of the Inception also "spatial" `[B, 2023]` and "log_probabilities"
+          "pool" `[B, D]`; from Inception also "spatial" `[B, 2023]` and "log_probabilities"
           `[B, 1008]`.
         """
         missing = -len(images) % self._batch.mesh.size
@@ -62,14 +59,14 @@ class Extractor:
 
 
 def load(name: str) -> Extractor:
-    """The extractor called `name`.
+    """Loads an extractor.
 
     Args:
-      name: "inception"; or a teacher, see `frozen.load_teacher`, whose class token is taken: the
-        distance is then `fd_dinov2`, or `fd_teacher` for another one, never FID.
+      name: "inception", or a teacher that `frozen.load_teacher` knows. Of a teacher the class
+        token is taken, and the distance is "fd_dinov2" or "fd_teacher", never "fid".
 
     Raises:
-      UserError: the name is unknown, or the weights are not there.
+      UserError: the name is unknown, or the weights are missing.
     """
     if name == INCEPTION:
         return _inception()
@@ -85,28 +82,21 @@ def load(name: str) -> Extractor:
         inputs = vit.preprocess(pictures.to_float(images), config, grid)
         return {"pool": vit.ViT(config).apply({"params": params}, inputs)[0]}
 
-    distance = "fd_dinov2" if dinov2 else "fd_teacher"
-    return Extractor(distance, apply, params)
+    return Extractor("fd_dinov2" if dinov2 else "fd_teacher", apply, params)
 
 
 def _inception() -> Extractor:
     try:
-        directory = kinds.fetched_or_refuse("inception_fid")
+        params = frozen.load_inception()
     except UserError as error:
         raise UserError(
-            f"{error}; or compare a teacher's features: --features=dinov2_vitb14, "
+            f"{error}; or compare the features of a teacher: --features=dinov2_vitb14, "
             "--features=embedded (of a probe --config.features)"
         ) from None
-    params = bundles.load(directory, "inception").weights
 
     def apply(params, images):
         features = inception.Inception().apply({"params": params}, inception.preprocess(images))
-        # ADM's evaluator leaves the bias out.
-        logits = features["logits"] - params["fc"]["bias"]
-        return {
-            "pool": features["pool"],
-            "spatial": features["spatial"],
-            "log_probabilities": jax.nn.log_softmax(logits),
-        }
+        logits = features.pop("logits") - params["fc"]["bias"]  # as in ADM's evaluator
+        return features | {"log_probabilities": jax.nn.log_softmax(logits)}
 
     return Extractor("fid", apply, params)

@@ -24,9 +24,9 @@ from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import sets
+from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
-from gigatok_jax.evaluation.sets import FeatureSet, Reference
+from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import read_json, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
@@ -124,13 +124,13 @@ def evaluate(
     Args:
       generator, tokenizer, settings, batch_size: as for `sample`.
       extractor: network whose features are compared.
-      reference: what `sets.load_reference` returned in this process.
+      reference: what `fid.load_reference` returned in this process.
       out: gets `grid.png` and `metrics.json`; holds features until these are complete.
       count: number of samples.
       seed: of the samples and their classes.
 
     Returns:
-      The metrics of `sets.compare`, and "images" and "guidance". They are read from
+      The metrics of `fid.compare`, and "images" and "guidance". They are read from
       `metrics.json` if it is there.
 
     Raises:
@@ -164,7 +164,7 @@ def evaluate(
         for file in files:
             with np.load(file) as features:
                 samples.add_features(dict(features))
-        metrics = sets.compare(samples, reference, extractor.distance)
+        metrics = fid.compare(samples, reference, extractor.distance)
         write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
         shutil.rmtree(out / "features")
     distributed.barrier("metrics", working=True)

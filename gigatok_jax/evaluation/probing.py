@@ -18,11 +18,11 @@ from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.evaluation import (
     features,
+    fid,
     generation,
     print_metrics,
     reconstruction,
     report,
-    sets,
 )
 from gigatok_jax.files import read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
@@ -94,7 +94,7 @@ class _Probe:
     bundle: bundles.Bundle
     tokenizer: api.PretrainedTokenizer
     extractor: features.Extractor
-    reference: sets.Reference | None
+    reference: fid.Reference | None
     results: dict[str, Any]  # metrics of the steps so far
 
     @property
@@ -133,7 +133,7 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     extractor = features.load(config.features)
     identity = {"tokenizer": bundle.fingerprint, **config.identity()}
     files.claim(workdir / "probe.json", identity, "a probe", write=False)
-    reference = sets.load_reference(
+    reference = fid.load_reference(
         config.reference,
         config.data,
         extractor,

@@ -1,22 +1,26 @@
-"""How well a tokenizer reconstructs: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
+"""How well a tokenizer reconstructs images: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import logging
-import pathlib
+import math
+from pathlib import Path
+from typing import Any
 
+import einops
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import api, distributed, frozen, metrics, pictures
-from gigatok_jax.data import pipeline
+from gigatok_jax.data import crops, pipeline
+from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
-from gigatok_jax.evaluation.distribution import frechet_distance
+from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation.features import Extractor
-from gigatok_jax.evaluation.sets import FeatureSet, check_count
-from gigatok_jax.files import replacing
+from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
+from gigatok_jax.files import replacing, write_json
 from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
@@ -24,88 +28,173 @@ logger = logging.getLogger(__name__)
 COLUMNS = 8  # of the grid
 SHOWN = 32  # images in it, evenly spaced
 
+Batch = dict[str, Any]
+
 
 def evaluate(
     tokenizer: api.PretrainedTokenizer,
     extractor: Extractor,
     data: DataConfig,
-    out: pathlib.Path,
+    out: Path,
     *,
     batch_size: int,
     ssim_range: int = 1,
 ) -> dict[str, float]:
-    """Passes the evaluation images of a data set through a tokenizer, and writes a grid.
+    """Reconstructs the evaluation images of a data set, as centre crops.
 
     Args:
-      tokenizer: what is judged.
-      extractor: whose features are compared over all images.
-      data: its evaluation images, centre crops.
-      out: folder; gets `grid.png` and `code_counts.npy`, int64 `[K]`.
-      batch_size: images at once.
+      tokenizer: the tokenizer to evaluate.
+      extractor: the network whose features the Fréchet distance compares.
+      data: the data set.
+      out: folder that receives `grid.png` and `code_counts.npy`, int64 `[K]`.
+      batch_size: images per batch, of all processes together.
       ssim_range: see `metrics.ssim`.
 
     Returns:
-      "images", "psnr" (dB), "ssim", "lpips" where its weights are there, "codebook_usage" (the
-      share of all codes that these images use), and the Fréchet distance between images and
-      reconstructions, "r" before its name: "rfid", "rfd_teacher", ...
+      "images", "psnr" (dB), "ssim", "lpips" if its weights are there, "codebook_usage" (the share
+      of all codes that these images use), and the Fréchet distance between images and
+      reconstructions: "rfid", "rfd_dinov2" or "rfd_teacher".
 
     Raises:
       UserError: the data cannot be read, or are fewer than two images.
     """
-    config = tokenizer.config
-    compare = comparison(ssim_range)
-    process, processes = distributed.place()
-    batches = pipeline.eval_images(data, config.image_size, batch_size, process, processes)
+    place = distributed.place()
+    batches = pipeline.eval_images(data, tokenizer.config.image_size, batch_size, *place)
     check_count(batches.examples, "eval_length")
-    counts = np.zeros(config.codebook_size, np.int64)
-    real, fake = (FeatureSet(extractor, names=["pool"]) for _ in range(2))
-    sums, shown, seen = {}, [], 0
-    wanted = np.linspace(0, batches.examples - 1, min(SHOWN, batches.examples)).astype(int)
-    # Process 0 shows of each batch what it has itself.
-    wanted = set(wanted - wanted % batch_size + wanted % (batch_size // processes))
-    steps = -(-batches.examples // batch_size)
+    real, fake = (Moments(extractor.widths["pool"]) for _ in range(2))
+
+    def visit(keys, inputs, outputs, values):
+        real.add(extractor(inputs)["pool"])
+        fake.add(extractor(outputs)["pool"])
+
+    sizes = {"examples": batches.examples, "batch_size": batch_size}
     with batches:
-        for batch in tqdm(batches, total=steps, unit="batch", disable=None):
-            keep = batch["valid"]
-            codes = tokenizer.encode(batch["image"])
-            floats = tokenizer.decode(codes)
-            values = jax.device_get(compare(batch["image"], floats))
-            outputs = np.asarray(pictures.to_uint8(floats))
-            if keep.any():
-                real.add(batch["image"][keep])
-                fake.add(outputs[keep])
-            counts += np.bincount(np.asarray(codes)[keep].ravel(), minlength=len(counts))
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value[keep].astype(np.float64).sum())
-            seen += int(keep.sum())
-            shown += [
-                (batch["image"][i], outputs[i])
-                for i, index in enumerate(batch["index"])
-                if keep[i] and index in wanted
-            ]
+        result, code_counts = _reconstruct(tokenizer, batches, visit, out, ssim_range, **sizes)
+    if distributed.is_main():
+        with replacing(out / "code_counts.npy") as aside, aside.open("wb") as file:
+            np.save(file, code_counts)
     real.gather()
     fake.gather()
-    distance = frechet_distance(real.gaussians()["pool"], fake.gaussians()["pool"])
-    totals = distributed.sums({"images": seen, "counts": counts, **sums})
-    counts, seen = totals.pop("counts"), int(totals.pop("images"))
-    if distributed.is_main():
-        write_grid(out / "grid.png", shown)
-        with replacing(out / "code_counts.npy") as aside, aside.open("wb") as file:
-            np.save(file, counts)
-    return {
-        "images": seen,
-        **{name: float(total) / seen for name, total in totals.items()},
-        "codebook_usage": float(np.mean(counts > 0)),
-        f"r{extractor.distance}": distance,
-    }
+    distance = frechet_distance(real.gaussian(), fake.gaussian())
+    return result | {f"r{extractor.distance}": distance}
 
 
-def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
+def reconstruct(
+    tokenizer: api.PretrainedTokenizer,
+    source: Path,
+    out: Path,
+    *,
+    batch_size: int,
+    ssim_range: int = 1,
+) -> dict[str, Any]:
+    """Reconstructs image files, and prints the metrics.
+
+    Args:
+      tokenizer: the tokenizer to use.
+      source: an image, or a folder with images in it and below. Unreadable ones are skipped.
+      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG for each
+        image) and `metrics.json`.
+      batch_size: images per batch.
+      ssim_range: see `metrics.ssim`.
+
+    Returns:
+      The content of `metrics.json`: "images", "skipped", the metrics of `evaluate` without the
+      distance, and "each", a row of metrics for each image.
+
+    Raises:
+      UserError: no image can be read.
+    """
+    paths, rows = image_paths(source), []
+
+    def visit(keys, inputs, outputs, values):
+        for i, key in enumerate(keys.tolist()):
+            # a.jpg becomes a.jpg.png, so that a.png remains another file.
+            name = key if key.endswith(".png") else f"{key}.png"
+            pictures.save_png(out / "images" / name, outputs[i])
+            rows.append({"image": key} | {name: float(value[i]) for name, value in values.items()})
+
+    batches = _read(source, paths, tokenizer.config.image_size, batch_size)
+    sizes = {"examples": len(paths), "batch_size": batch_size}
+    means, _ = _reconstruct(tokenizer, batches, visit, out, ssim_range, **sizes)
+    skipped = len(paths) - means.pop("images")
+    result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
+    write_json(out / "metrics.json", result)
+    print(f"{len(rows)} images ({skipped} skipped)")
+    for name, value in means.items():
+        print(f"  {name:<16}{value:10.4f}")
+    return result
+
+
+def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
+    """Yields image files as batches like those of `pipeline.eval_images`."""
+    root = source if source.is_dir() else source.parent
+    found = False
+    for start in range(0, len(paths), batch_size):
+        images = np.zeros((batch_size, size, size, 3), np.uint8)
+        valid, keys = np.zeros(batch_size, bool), [""] * batch_size
+        for i, path in enumerate(paths[start : start + batch_size]):
+            try:
+                images[i] = crops.center_crop(crops.load(path), size)
+                valid[i], keys[i], found = True, str(path.relative_to(root)), True
+            except crops.BadImage as error:
+                logger.warning("skipped %s: %s", path, error)
+        index = np.arange(start, start + batch_size)
+        yield {"image": images, "valid": valid, "key": np.array(keys), "index": index}
+    if not found:
+        raise UserError(f"{source}: none of its {len(paths)} images can be read")
+
+
+def _reconstruct(
+    tokenizer: api.PretrainedTokenizer,
+    batches: Iterable[Batch],
+    visit: Callable[[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]], None],
+    out: Path,
+    ssim_range: int,
+    *,
+    examples: int,
+    batch_size: int,
+) -> tuple[dict[str, float], np.ndarray]:
+    """Passes this process' part of `batches` through a tokenizer, and writes `grid.png`.
+
+    `visit` gets the keys, inputs, outputs and metrics of the images in a batch that could be read.
+    Returns the means of the metrics, and how often each code occurs, over all processes.
+    """
+    compare = _comparison(ssim_range)
+    # Process 0 saves the grid, so it shows images that process 0 reads: the first of each batch.
+    index = np.arange(examples)
+    own = index[index % batch_size < batch_size // distributed.place()[1]]
+    wanted = own[np.linspace(0, len(own) - 1, min(SHOWN, len(own))).astype(int)]
+    code_counts = np.zeros(tokenizer.config.codebook_size, np.int64)
+    images, sums, shown = 0, {}, []
+    for batch in tqdm(batches, total=math.ceil(examples / batch_size), unit="batch", disable=None):
+        valid = batch["valid"]
+        codes = tokenizer.encode(batch["image"])
+        floats = tokenizer.decode(codes)
+        values = jax.device_get(compare(batch["image"], floats))
+        values = {name: value[valid].astype(np.float64) for name, value in values.items()}
+        inputs, outputs = batch["image"][valid], np.asarray(pictures.to_uint8(floats))[valid]
+        if valid.any():
+            visit(batch["key"][valid], inputs, outputs, values)
+        images += len(inputs)
+        code_counts += np.bincount(np.asarray(codes)[valid].ravel(), minlength=len(code_counts))
+        sums = {name: sums.get(name, 0.0) + value.sum() for name, value in values.items()}
+        in_grid = np.isin(batch["index"][valid], wanted)
+        shown += zip(inputs[in_grid], outputs[in_grid], strict=True)
+    if distributed.is_main() and shown:
+        _save_grid(out / "grid.png", shown)
+    sums = distributed.sums({"images": images, "code_counts": code_counts, **sums})
+    images, code_counts = sums.pop("images"), sums.pop("code_counts")
+    means = {name: float(total / images) for name, total in sums.items()}
+    usage = float(np.mean(code_counts > 0))
+    return {"images": int(images), **means, "codebook_usage": usage}, code_counts
+
+
+def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
     """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
-    # All processes measure the same, or their sums could not be added.
+    # Process 0 decides about LPIPS, because only sums of the same metrics can be added.
     lpips = frozen.load_lpips() if distributed.agree(frozen.has_lpips()) else None
     if lpips is None:
-        logger.info("no LPIPS: gigatok weights fetch lpips_vgg16 brings its weights")
+        logger.info("no LPIPS: `gigatok weights fetch lpips_vgg16` brings its weights")
 
     @jax.jit
     def compare(inputs, floats, lpips):
@@ -124,13 +213,10 @@ def comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, j
     return functools.partial(compare, lpips=jax.device_put(lpips))
 
 
-def write_grid(path: pathlib.Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Pairs of rows, input over output; a last incomplete pair is filled with white."""
-    columns = min(COLUMNS, len(shown))
-    white = np.full_like(shown[0][0], 255)
-    shown = shown + [(white, white)] * (-len(shown) % columns)
-    rows = []
-    for start in range(0, len(shown), columns):
-        inputs, outputs = zip(*shown[start : start + columns], strict=True)
-        rows += [np.stack(inputs), np.stack(outputs)]
+def _save_grid(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
+    """Rows of inputs, each over the row of its outputs; white fills the last pair of rows."""
+    pairs, columns = np.array(shown), min(COLUMNS, len(shown))  # [n, 2, H, W, 3]
+    missing = -len(pairs) % columns
+    pairs = np.concatenate([pairs, np.full_like(pairs[:1], 255).repeat(missing, axis=0)])
+    rows = einops.rearrange(pairs, "(row n) pair h w c -> (row pair) n h w c", n=columns)
     pictures.save_png(path, pictures.grid(rows))

@@ -1,0 +1,419 @@
+"""Distances between sets of images: FID and its relatives, as ADM's evaluator defines them.
+
+How FID is computed, in the order of this file:
+
+1. A frozen network (`features.Extractor`) maps each image to feature vectors. Inception gives
+   "pool" for FID, "spatial" for sFID and "log_probabilities" for the Inception Score; a ViT gives
+   "pool" only.
+2. `Moments` sums the vectors and their outer products batch by batch. The sums yield a `Gaussian`:
+   the mean and the unbiased covariance of the set.
+3. `frechet_distance` compares two Gaussians.
+4. `FeatureSet` collects what all metrics need of generated images, `load_reference` of real ones:
+   from one of ADM's `.npz` files, or from a data set. `compare` computes the metrics.
+
+Sums are accumulated on the host in float64 and need the memory of one covariance matrix. Results
+do not depend on batch size or order, up to rounding.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import hashlib
+import json
+import logging
+import math
+import pathlib
+import zipfile
+import zlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from gigatok_jax import distributed
+from gigatok_jax.data import pipeline
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.evaluation.features import Extractor
+from gigatok_jax.files import cache_dir, write_npz
+
+logger = logging.getLogger(__name__)
+
+NEIGHBOURS = 3  # k of precision and recall
+ROWS = 1_000  # of a distance matrix in memory at once
+MEMBERS = 10_000  # images of a data set that precision and recall compare with, as in ADM
+CACHE_VERSION = 1  # bump to invalidate cached references
+SUFFIXES = {"pool": "", "spatial": "_s"}  # of mu and sigma in ADM's files
+ROUNDING = 1e-4  # error of float32 statistics, relative to the largest entry of the covariance
+
+
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+    """Mean `[D]` and covariance `[D, D]`, float64."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+
+
+class Moments:
+    """Running sums over feature vectors of `width` entries."""
+
+    def __init__(self, width: int):
+        self.count = 0
+        self.total = np.zeros(width)
+        self.outer = np.zeros((width, width))  # sum of outer products
+
+    def add(self, features: np.ndarray) -> None:
+        """Adds vectors `[n, D]`.
+
+        Raises:
+          UserError: a feature is not finite.
+        """
+        finite = np.isfinite(features).all(axis=1)
+        if not finite.all():
+            raise UserError(f"features of image {self.count + finite.argmin()} are not finite")
+        features = np.asarray(features, np.float64)
+        self.count += len(features)
+        self.total += features.sum(axis=0)
+        self.outer += features.T @ features
+
+    def gather(self) -> None:
+        """Adds the sums of all other processes."""
+        sums = distributed.sums({"count": self.count, "total": self.total, "outer": self.outer})
+        self.count, self.total, self.outer = sums["count"], sums["total"], sums["outer"]
+
+    def gaussian(self) -> Gaussian:
+        """Mean and unbiased covariance.
+
+        Raises:
+          UserError: there are fewer than two vectors.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
+        mean = self.total / self.count
+        covariance = (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
+        return Gaussian(mean, covariance)
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); of Inception's pool features, the FID.
+
+    With roots Si = Ai Ai', the trace of (S1 S2)^(1/2) is the sum of the singular values of A1' A2.
+    Unlike a matrix square root, they are real and stable at any rank.
+    """
+    difference = first.mean - second.mean
+    cross = np.linalg.svd(_root(first.covariance).T @ _root(second.covariance), compute_uv=False)
+    spread = np.trace(first.covariance) + np.trace(second.covariance) - 2 * cross.sum()
+    return float(max(difference @ difference + spread, 0.0))
+
+
+def _root(covariance: np.ndarray) -> np.ndarray:
+    """`[D, r]` A with A A' = covariance, r its rank."""
+    values, vectors = np.linalg.eigh(covariance)
+    kept = values > len(values) * np.finfo(np.float64).eps * max(values[-1], 0)
+    return vectors[:, kept] * np.sqrt(values[kept])
+
+
+def inception_score(log_probabilities: np.ndarray, split: int = 5_000) -> float:
+    """exp of the mean KL divergence of predictions from their mean, averaged over splits.
+
+    Args:
+      log_probabilities: `[n, K]`, the log softmax of each image.
+      split: consecutive images in a split; the last one may be smaller.
+    """
+    scores = []
+    for start in range(0, len(log_probabilities), split):
+        part = log_probabilities[start : start + split].astype(np.float64)
+        probabilities = np.exp(part)
+        marginal = np.log(np.maximum(probabilities.mean(axis=0), np.finfo(np.float64).tiny))
+        divergence = np.sum(probabilities * (part - marginal), axis=1)
+        scores.append(np.exp(divergence.mean()))
+    return float(np.mean(scores))
+
+
+def precision_recall(
+    reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+) -> tuple[float, float]:
+    """Shares of each set inside the manifold of the other (Kynkaanniemi et al. 2019).
+
+    The manifold of a set is the union of balls around its members. Each ball reaches to the
+    member's `neighbours`-th nearest other member.
+
+    Args:
+      reference: features `[n, D]` of real images, more than k.
+      samples: features `[m, D]` of generated ones, more than k.
+      neighbours: k.
+    """
+    reference, samples = jnp.asarray(reference), jnp.asarray(samples)
+    return _coverage(samples, reference, neighbours), _coverage(reference, samples, neighbours)
+
+
+def _coverage(points: jax.Array, members: jax.Array, neighbours: int) -> float:
+    """Share of `points` inside the manifold of `members`."""
+
+    def distances(features):
+        """Squared distances of blocks of `features` to all members, `[b, n]`."""
+        for start in range(0, len(features), ROWS):
+            yield _squared_distances(features[start : start + ROWS], members)
+
+    # One more neighbour, because the nearest member is the vector itself.
+    nearest = [jax.lax.top_k(-block, neighbours + 1)[0] for block in distances(members)]
+    radii = -jnp.concatenate(nearest)[:, -1]
+    inside = [jnp.any(block <= radii, axis=1) for block in distances(points)]
+    return float(np.concatenate(inside).mean())
+
+
+@jax.jit
+def _squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
+    product = jnp.matmul(x, y.T, precision="highest")
+    norms = jnp.sum(x * x, axis=1)[:, None] + jnp.sum(y * y, axis=1)
+    return jnp.maximum(norms - 2 * product, 0)
+
+
+class FeatureSet:
+    """Collects what the metrics need of a set of images.
+
+    Args:
+      extractor: maps images to features.
+      members: whether to keep the pool features of every image, for precision and recall.
+      predictions: whether to keep its log probabilities of classes, for the Inception Score.
+    """
+
+    def __init__(self, extractor: Extractor, *, members: bool = False, predictions: bool = True):
+        self._extractor = extractor
+        self._moments = {
+            name: Moments(extractor.widths[name]) for name in SUFFIXES if name in extractor.widths
+        }
+        self._rows: dict[str, list[np.ndarray]] = {}
+        if members:
+            self._rows["pool"] = []
+        if predictions and "log_probabilities" in extractor.widths:
+            self._rows["log_probabilities"] = []
+
+    def add(self, images: np.ndarray) -> None:
+        """Adds uint8 images `[B, H, W, 3]`."""
+        self.add_features(self._extractor(images))
+
+    def add_features(self, features: dict[str, np.ndarray]) -> None:
+        """Adds what the extractor returned for a batch."""
+        for name, moments in self._moments.items():
+            moments.add(features[name])
+        for name, rows in self._rows.items():
+            rows.append(features[name])
+
+    def gaussians(self) -> dict[str, Gaussian]:
+        """Of "pool" and, where the extractor has it, "spatial"."""
+        return {name: moments.gaussian() for name, moments in self._moments.items()}
+
+    def inception_score(self) -> float | None:
+        """None without class predictions."""
+        rows = self._rows.get("log_probabilities")
+        return inception_score(np.concatenate(rows)) if rows else None
+
+    def members(self) -> np.ndarray:
+        """Pool features `[n, D]` of all images."""
+        return np.concatenate(self._rows["pool"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Reference:
+    """Real images, as the metrics of generation need them."""
+
+    gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial"
+    members: np.ndarray | None  # pool features [n, D]; None if only statistics are known
+    name: str  # identifies the content
+
+
+def load_reference(
+    npz: str,
+    data: DataConfig | None,
+    extractor: Extractor,
+    *,
+    count: int,
+    image_size: int,
+    batch_size: int,
+    train: bool = False,
+) -> Reference | None:
+    """Loads the real images that samples are compared with, or their statistics.
+
+    Args:
+      npz: a file in ADM's layout (statistics, images or both), or "" to use `data`.
+      data: the data set whose evaluation images are the reference, as centre crops. What was
+        computed once is cached.
+      extractor: the network whose features are compared.
+      count: number of samples that will be compared.
+      image_size: side of the samples in pixels.
+      batch_size: images per batch.
+      train: use the training images of `data` instead.
+
+    Returns:
+      The reference in process 0, which alone compares; None in all others.
+
+    Raises:
+      UserError: the reference cannot be read, has other features, or is too small; or `count` is.
+    """
+
+    def load():
+        if npz:
+            reference = _npz_reference(pathlib.Path(npz), extractor, image_size, batch_size)
+        else:
+            reference = _data_reference(data, extractor, image_size, batch_size, train)
+        for name, gaussian in reference.gaussians.items():
+            width = extractor.widths.get(name, gaussian.mean.size)
+            if width != gaussian.mean.size:
+                raise UserError(
+                    f"{reference.name}: expected statistics of the {width} features of "
+                    f"{extractor.distance}, got {gaussian.mean.size}"
+                )
+        sizes, least = {"samples": count}, 2
+        if reference.members is not None:
+            sizes[reference.name], least = len(reference.members), NEIGHBOURS + 1
+        for name, size in sizes.items():
+            if size < least:
+                raise UserError(f"{name}: expected at least {least} images, got {size}")
+        return reference
+
+    return distributed.in_main(load)
+
+
+def _npz_reference(
+    path: pathlib.Path, extractor: Extractor, image_size: int, batch_size: int
+) -> Reference:
+    with _readable(path), path.open("rb") as file:
+        name = f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+        arrays = zipfile.ZipFile(file).namelist()
+    stored = _read_statistics(path)
+    if "arr_0.npy" not in arrays:
+        if "pool" in stored:
+            return Reference(stored, None, name)
+        raise UserError(
+            f"{path}: expected images as arr_0, or statistics as mu and sigma, found "
+            f"{', '.join(arrays) or 'nothing'}"
+        )
+    found = FeatureSet(extractor, members=True, predictions=False)
+    for images in _read_images(path, batch_size):
+        found.add(images)
+    height, width = images.shape[1:3]
+    if (height, width) != (image_size, image_size):
+        logger.warning(
+            "%s: images of %dx%d pixels, but samples of %d", path, height, width, image_size
+        )
+    gaussians = found.gaussians()
+    for feature, gaussian in stored.items():
+        # Stored statistics may cover more images; but they may be of another network.
+        if feature in gaussians and gaussian.mean.shape == gaussians[feature].mean.shape:
+            gaussians[feature] = gaussian
+    return Reference(gaussians, found.members(), name)
+
+
+def _data_reference(
+    data: DataConfig, extractor: Extractor, image_size: int, batch_size: int, train: bool
+) -> Reference:
+    batches = pipeline.eval_images(data, image_size, batch_size, train=train)
+    check_count(batches.examples, "length" if train else "eval_length")
+    identity = [CACHE_VERSION, batches.version(), image_size, extractor.fingerprint]
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
+    name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
+    path = cache_dir() / "references" / f"{name}.npz"
+    if not path.exists():
+        # Random, because the first images may all be of the first classes.
+        chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
+        found, members = FeatureSet(extractor, predictions=False), []
+        steps = math.ceil(batches.examples / batch_size)
+        with batches:
+            for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
+                valid = batch["valid"]
+                if valid.any():
+                    features = extractor(batch["image"][valid])
+                    found.add_features(features)
+                    members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
+        arrays = {"members": np.concatenate(members)}
+        for feature, gaussian in found.gaussians().items():
+            arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
+            arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
+        write_npz(path, arrays)
+    with _readable(path), np.load(path) as file:
+        members = file["members"]
+    return Reference(_read_statistics(path), members, name)
+
+
+def check_count(examples: int, field: str) -> None:
+    """Rejects data of fewer than two images, which have no covariance."""
+    if examples < 2:
+        raise UserError(f"config.data.{field}: expected at least 2 images, got {examples}")
+
+
+@contextlib.contextmanager
+def _readable(path: pathlib.Path) -> Iterator[None]:
+    """Turns whatever a damaged or wrong file raises into one line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise UserError(f"{path}: not a usable .npz file: {first_line(error)}") from error
+
+
+def _read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
+    """The Gaussians that an `.npz` file holds: "pool", "spatial", both or none."""
+    found = {}
+    with _readable(path), np.load(path) as file:
+        for name, suffix in SUFFIXES.items():
+            if f"mu{suffix}" in file and f"sigma{suffix}" in file:
+                found[name] = _checked(file[f"mu{suffix}"], file[f"sigma{suffix}"])
+    return found
+
+
+def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
+    """The Gaussian; ValueError or TypeError if there is no such one."""
+    mean, covariance = (
+        np.asarray(array).astype(np.float64, casting="same_kind") for array in (mean, covariance)
+    )
+    if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
+        shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
+        raise ValueError(f"expected mu [D] and sigma [D, D], got {shapes}")
+    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+        raise ValueError("mu or sigma is not finite")
+    tolerance = ROUNDING * np.abs(covariance).max()
+    symmetric = np.abs(covariance - covariance.T).max() <= tolerance
+    if not symmetric or np.linalg.eigvalsh(covariance).min() < -tolerance:
+        raise ValueError("expected sigma to be symmetric and without negative eigenvalues")
+    return Gaussian(mean, covariance)
+
+
+def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields the images of an `.npz` file, uint8 `[b, H, W, 3]`, with one batch in memory."""
+    with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("arr_0 has an unknown .npy format")
+        shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
+        right = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and 0 not in shape
+        if not right or columns_first:
+            raise ValueError(f"expected arr_0 to be uint8 [n, H, W, 3], got {dtype} {list(shape)}")
+        for start in tqdm(range(0, shape[0], batch_size), desc=path.name, disable=None):
+            chosen = (min(batch_size, shape[0] - start), *shape[1:])
+            yield np.frombuffer(file.read(math.prod(chosen)), np.uint8).reshape(chosen)
+
+
+def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[str, float]:
+    """All metrics of generation that features and reference allow.
+
+    Args:
+      samples: the generated images, with their members if the reference has any.
+      reference: the real ones, from `load_reference`.
+      distance: `Extractor.distance`.
+
+    Returns:
+      "gfid" (or "gfd_dinov2", ...), "sfid", "inception_score", "precision", "recall".
+    """
+    result, gaussians = {}, samples.gaussians()
+    for name, letter in (("pool", "g"), ("spatial", "s")):
+        if name in gaussians and name in reference.gaussians:
+            value = frechet_distance(gaussians[name], reference.gaussians[name])
+            result[f"{letter}{distance}"] = value
+    score = samples.inception_score()
+    if score is not None:
+        result["inception_score"] = score
+    if reference.members is not None:
+        precision, recall = precision_recall(reference.members, samples.members())
+        result |= {"precision": precision, "recall": recall}
+    return result

@@ -1,0 +1,114 @@
+"""Reconstruction of data sets and of image files, and what decoding costs."""
+
+import itertools
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from gigatok_jax import api, cli, distributed, recipes
+from gigatok_jax.data.sources import DataConfig
+from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import cost, reconstruction
+from gigatok_jax.models.generator import GeneratorConfig
+
+import image_folders
+import tiny
+
+TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+DATA = DataConfig(source="embedded", length=64, eval_length=50)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return api.PretrainedTokenizer(TOKENIZER, tiny.weights(TOKENIZER))
+
+
+class Pixels:
+    """An extractor that costs nothing: the first pixels."""
+
+    distance, widths = "fd_teacher", {"pool": 6}
+
+    def __call__(self, images):
+        return {"pool": images.reshape(len(images), -1)[:, :6].astype(np.float32)}
+
+
+def test_every_image_counts_once_whatever_the_batch_size(tokenizer, tmp_path):
+    found = [
+        reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=size)
+        for size in (16, 25)
+    ]
+    assert found[0]["images"] == found[1]["images"] == 50
+    for name in ("psnr", "ssim", "codebook_usage", "rfd_teacher"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
+    counts = np.load(tmp_path / "code_counts.npy")
+    assert counts.sum() == 50 * TOKENIZER.latents
+    assert np.mean(counts > 0) == found[0]["codebook_usage"]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (8 * 100 + 4, 8 * 100 + 4)  # 32 images over their reconstructions
+
+
+def test_each_of_two_processes_measures_its_part(tokenizer, tmp_path, monkeypatch):
+    grids, counts, images = [], [], []
+    monkeypatch.setattr(reconstruction, "_save_grid", lambda path, shown: grids.append(len(shown)))
+    for process in range(2):
+        monkeypatch.setattr(distributed, "place", lambda process=process: (process, 2))
+        found = reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=32)
+        images.append(found["images"])
+        counts.append(np.load(tmp_path / "code_counts.npy"))
+    assert images == [32, 18]
+    assert grids == [32]  # process 0 shows its own images and no others
+    monkeypatch.undo()
+    reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=16)
+    np.testing.assert_array_equal(sum(counts), np.load(tmp_path / "code_counts.npy"))
+
+
+def test_a_folder_gives_the_same_numbers_as_file_by_file(tokenizer, tmp_path):
+    folder = tmp_path / "images"
+    image_folders.make(folder, {"a": 10, "b": 9})
+    image_folders.spoil(folder / "a" / "a_004.png")
+    Image.open(folder / "b" / "b_003.png").save(folder / "b" / "b_003.bmp")
+    found = reconstruction.reconstruct(tokenizer, folder, tmp_path / "out", batch_size=16)
+    data = DataConfig(source="folder", path=str(folder), holdout=0)
+    other = reconstruction.evaluate(tokenizer, Pixels(), data, tmp_path / "set", batch_size=16)
+    assert found == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert found["skipped"] == 1 and found["images"] == other["images"] == 19
+    for name in ("psnr", "ssim", "codebook_usage"):
+        assert found[name] == pytest.approx(other[name], rel=1e-6), name
+    assert np.mean([row["psnr"] for row in found["each"]]) == pytest.approx(found["psnr"])
+    names = {f"{row['image']}" for row in found["each"]}
+    assert {"b/b_003.png", "b/b_003.bmp"} <= names and "a/a_004.png" not in names
+    saved = {str(p.relative_to(tmp_path / "out")) for p in (tmp_path / "out").rglob("*.png")}
+    assert {"images/b/b_003.png", "images/b/b_003.bmp.png", "grid.png"} <= saved
+    assert len(saved) == 20
+
+
+def test_one_image_can_be_reconstructed(tokenizer, tmp_path):
+    image_folders.save(tmp_path / "a.png", seed=0)
+    found = reconstruction.reconstruct(
+        tokenizer, tmp_path / "a.png", tmp_path / "out", batch_size=16
+    )
+    assert [row["image"] for row in found["each"]] == ["a.png"]
+    assert (tmp_path / "out" / "images" / "a.png").exists()
+
+
+def test_nothing_is_written_if_no_image_can_be_read(tokenizer, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_text("text")
+    with pytest.raises(UserError, match="images: none of its 1 images can be read"):
+        reconstruction.reconstruct(tokenizer, tmp_path / "images", tmp_path / "out", batch_size=16)
+    assert not (tmp_path / "out").exists()
+
+
+def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):
+    generator = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
+    monkeypatch.setattr(recipes, "tokenizer_model", {"s_b": TOKENIZER}.get)
+    monkeypatch.setattr(recipes, "generator_model", {"b": generator}.get)
+    ticks = itertools.accumulate([0, 1] * cost.REPEATS + [0, 3] * cost.REPEATS)
+    monkeypatch.setattr(cost.time, "perf_counter", lambda: next(ticks))
+    arguments = ["--decoders=s_b", "--generators=b", "--batch_size=2", f"--out={tmp_path}"]
+    assert cli.main(["evaluate", "cost", *arguments]) == 0
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["shares"]["s_b"]["b"] == 0.25
+    assert "decoder / generator" in capsys.readouterr().out
