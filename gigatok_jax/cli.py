@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import inspect
 import logging
 import os
 import sys
@@ -100,22 +101,22 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
     from absl import flags
     from ml_collections import config_flags
 
-    from gigatok_jax import config
+    from gigatok_jax import commands, config
 
     flag_values = flags.FlagValues()
     for define in verb.flags:
         define(flag_values)
     if set(arguments) & {*HELP}:
-        print(f"gigatok {name}: {verb.summary}\n\n{verb.run.__doc__}")
-        print(flag_values.get_help())
+        print(inspect.getdoc(verb.run))
+        print(flag_values.module_help(commands.__name__))
         return None
     arguments, files = _take_config_files(arguments, verb.configs)
     loaded = {}
     for flag, default in verb.configs.items():
         file = files.get(flag, default)
-        if file is None and flag in verb.required:
+        if file == commands.REQUIRED:
             raise UserError(f"--{flag}: missing")
-        loaded[flag] = None if file is None else config.load(file)
+        loaded[flag] = None if file == commands.OPTIONAL else config.load(file)
         _check_overrides(flag, loaded[flag], arguments)
     argv = [name, *arguments]
     try:

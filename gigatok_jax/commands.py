@@ -19,25 +19,37 @@ Define = Callable[[flags.FlagValues], Any]
 
 @dataclasses.dataclass(frozen=True)
 class Verb:
-    """A verb of the command line.
-
-    Attributes:
-      run: function of the flags' values by name; its docstring is the help text.
-      summary: one line for `gigatok --help`.
-      flags: what defines the flags.
-      configs: flags that take a configuration, and the file each takes by default.
-      required: of these, those that must be given.
-      positional: name of the argument that takes what is not a flag; "": none is accepted.
-      several_processes: whether several processes can share the work.
-    """
+    """A verb of the command line; `run` takes the flags' values by name."""
 
     run: Callable[..., None]
-    summary: str
+    summary: str  # one line for `gigatok --help`; the docstring of `run` is the rest
     flags: Sequence[Define]
-    configs: Mapping[str, str | None] = dataclasses.field(default_factory=dict)
-    required: Sequence[str] = ()
-    positional: str = ""
-    several_processes: bool = False
+    configs: Mapping[str, str]  # flags that take a configuration, and their default files
+    positional: str  # name of the argument that takes what is not a flag; "": nothing does
+
+    @property
+    def several_processes(self) -> bool:
+        """Whether several processes can share the work."""
+        return PROCESSES[0] in self.flags
+
+
+VERBS: dict[str, Verb] = {}
+OPTIONAL, REQUIRED = "optional", "required"  # in place of a configuration's default file
+
+
+def verb(
+    summary: str,
+    *flags: Define,
+    configs: Mapping[str, str] | None = None,
+    positional: str = "",
+) -> Callable:
+    """Registers the decorated function as a verb of its name; see `Verb`."""
+
+    def register(run):
+        VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional)
+        return run
+
+    return register
 
 
 def flag(kind: str, name: str, *args: Any, **kwargs: Any) -> Define:
@@ -103,6 +115,12 @@ def _data(config: Any) -> Any:
     return config.data
 
 
+@verb(
+    "train a tokenizer, a generator or a linear probe, or resume training",
+    required("workdir", "where the run lives"),
+    *PROCESSES,
+    configs={"config": REQUIRED},
+)
 def train(config, workdir: str) -> None:
     """gigatok train --config=configs/tokenizer.py:b_l --workdir=DIR [--config.FIELD=VALUE ...]
 
@@ -116,6 +134,20 @@ def train(config, workdir: str) -> None:
     loop.train(config, pathlib.Path(workdir))
 
 
+@verb(
+    "reconstruct images with a tokenizer and compare",
+    required("tokenizer", "bundle or workdir"),
+    required("images", "image file, or folder of images"),
+    required("out", "folder for the results"),
+    batch_size(8),
+    flag(
+        "integer",
+        "ssim_range",
+        1,
+        "data_range of SSIM; the reference passes 2",
+        lower_bound=1,
+    ),
+)
 def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     """gigatok reconstruct --tokenizer=DIR --images=PATH --out=DIR
 
@@ -130,6 +162,22 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     reconstruction.reconstruct(loaded, pathlib.Path(images), pathlib.Path(out), **options)
 
 
+@verb(
+    "store the codes of a data set",
+    required("tokenizer", "bundle or workdir"),
+    required("out", "folder for the codes"),
+    flag(
+        "list",
+        "crop_factors",
+        ["1.1"],
+        "ten crops for each factor, of a center crop of factor times the image size; "
+        "1.1,1.05 adds the reference's second set; empty: one center crop",
+    ),
+    batch_size(32, "images read, and crops encoded, at once"),
+    flag("integer", "shard_images", 4096, "images per shard", lower_bound=1),
+    *PROCESSES,
+    configs={"config": REQUIRED},
+)
 def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options: Any) -> None:
     """gigatok encode --tokenizer=DIR --config=FILE --out=DIR [--config.data.FIELD=VALUE ...]
 
@@ -148,6 +196,19 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     encoding.encode(bundle, _data(config), pathlib.Path(out), crop_factors=factors, **options)
 
 
+@verb(
+    "sample images by class from a generator",
+    required("generator", "bundle or workdir"),
+    required("tokenizer", "bundle or workdir"),
+    required("out", "folder for the images"),
+    flag("list", "classes", ["all"], "numbers or ranges such as 0,7,10-19; all: each"),
+    flag("integer", "count", 0, "images, the classes in turn; 0: 8 per class", lower_bound=0),
+    flag("boolean", "random_classes", False, "draw the classes uniformly, not in turn"),
+    batch_size(32),
+    flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
+    *SAMPLING,
+    *PROCESSES,
+)
 def sample(
     generator: str,
     tokenizer: str,
@@ -206,6 +267,32 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
     return numbers
 
 
+@verb(
+    "evaluate reconstruction, generation, a generator's loss, or the cost of decoding",
+    flag("string", "generator", "", "bundle or workdir"),
+    flag("string", "tokenizer", "", "bundle or workdir"),
+    required("out", "folder for the results"),
+    batch_size(32),
+    flag("string", "features", "inception", "network whose features are compared"),
+    flag("string", "reference", "", ".npz of statistics or images"),
+    flag("enum", "split", "eval", ["train", "eval"], "images of the data to compare with"),
+    flag("integer", "count", 50_000, "number of samples", lower_bound=2),
+    flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
+    flag("boolean", "search", False, "search for the best guidance"),
+    *SAMPLING,
+    flag(
+        "integer",
+        "ssim_range",
+        1,
+        "data_range of SSIM; the reference passes 2",
+        lower_bound=1,
+    ),
+    flag("list", "decoders", ["s_b", "b_l", "xl_xxl"], "tokenizers to time"),
+    flag("list", "generators", ["b", "l", "xxl"], "generators to time"),
+    *PROCESSES,
+    configs={"config": OPTIONAL},
+    positional="measure",
+)
 def evaluate(measure: list[str], out: str, **values: Any) -> None:
     """gigatok evaluate MEASURE --out=DIR ...
 
@@ -324,6 +411,13 @@ def _evaluate_cost(args: types.SimpleNamespace) -> dict[str, Any]:
     return {**size, "device": jax.devices()[0].device_kind, "shares": table}
 
 
+@verb(
+    "AR probing: evaluate a tokenizer by a small generator trained on its codes",
+    required("tokenizer", "bundle or workdir"),
+    required("workdir", "where everything is written"),
+    *PROCESSES,
+    configs={"config": REQUIRED},
+)
 def probe(tokenizer: str, workdir: str, config) -> None:
     """gigatok probe --tokenizer=DIR --workdir=DIR --config=configs/probe.py [--config.FIELD=...]
 
@@ -347,6 +441,11 @@ def probe(tokenizer: str, workdir: str, config) -> None:
     probing.probe(tokenizer, config, pathlib.Path(workdir))
 
 
+@verb(
+    "show probes or training runs in one HTML file",
+    flag("string", "out", "", "the file; by default report.html in the first DIR"),
+    positional="workdirs",
+)
 def report(workdirs: list[str], out: str) -> None:
     """gigatok report DIR [DIR ...] [--out=FILE.html]
 
@@ -365,6 +464,28 @@ def report(workdirs: list[str], out: str) -> None:
     print(path)
 
 
+@verb(
+    "compile a run for devices that do not exist here: memory, FLOPs, time",
+    required("topology", "devices, such as v5e:4x4 or h100:8"),
+    flag("enum", "job", "train", ["train", "sample"], "which program"),
+    flag(
+        "float",
+        "utilisation",
+        0.4,
+        "fraction of the peak FLOPs that a step reaches",
+        lower_bound=0.01,
+        upper_bound=1.0,
+    ),
+    flag(
+        "float",
+        "effort",
+        -1.0,
+        "of the compiler: -1 is quick, 0 what a run itself uses; until JAX 0.10",
+        lower_bound=-1.0,
+        upper_bound=1.0,
+    ),
+    configs={"config": REQUIRED},
+)
 def plan(config, topology: str, job: str, utilisation: float, effort: float) -> None:
     """gigatok plan --config=configs/tokenizer.py:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=...]
 
@@ -382,6 +503,21 @@ def plan(config, topology: str, job: str, utilisation: float, effort: float) -> 
     planning.plan(config, topology, job, utilisation, effort)
 
 
+@verb(
+    "convert a checkpoint of the reference to a bundle, or back",
+    flag("multi_string", "from", None, "what to read", required=True),
+    required("out", "what to write"),
+    flag(
+        "string",
+        "model",
+        "",
+        "architecture: b_l, ... or dinov2_vitb14, ...; or a bundle of the same one",
+    ),
+    flag("string", "weights", "auto", "which weights of the checkpoint: model, ema or auto"),
+    flag("boolean", "to_torch", False, "convert a bundle to a checkpoint"),
+    lambda flag_values: flags.DEFINE_alias("to-torch", "to_torch", flag_values=flag_values),
+    positional="kind",
+)
 def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str, **values) -> None:
     """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
@@ -403,6 +539,10 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     print(out)
 
 
+@verb(
+    "fetch published weights",
+    positional="names",
+)
 def weights(names: list[str]) -> None:
     """gigatok weights fetch NAME
 
@@ -416,6 +556,11 @@ def weights(names: list[str]) -> None:
     print(converters.fetch_bundle(names[1]))
 
 
+@verb(
+    "train and probe a tiny tokenizer on drawings that the program makes itself",
+    flag("string", "workdir", "runs/demo", "where everything is written"),
+    configs={"tokenizer": "configs/demo.py:tokenizer", "probe": "configs/demo.py:probe"},
+)
 def demo(workdir: str, tokenizer, probe) -> None:
     """gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--probe.FIELD=VALUE ...]
 
@@ -428,173 +573,3 @@ def demo(workdir: str, tokenizer, probe) -> None:
     from gigatok_jax import demo as demonstration
 
     demonstration.demo(pathlib.Path(workdir), tokenizer, probe)
-
-
-VERBS = {
-    "train": Verb(
-        train,
-        "train a tokenizer, a generator or a linear probe, or resume training",
-        [required("workdir", "where the run lives"), *PROCESSES],
-        {"config": None},
-        required=["config"],
-        several_processes=True,
-    ),
-    "reconstruct": Verb(
-        reconstruct,
-        "reconstruct images with a tokenizer and compare",
-        [
-            required("tokenizer", "bundle or workdir"),
-            required("images", "image file, or folder of images"),
-            required("out", "folder for the results"),
-            batch_size(8),
-            flag(
-                "integer",
-                "ssim_range",
-                1,
-                "data_range of SSIM; the reference passes 2",
-                lower_bound=1,
-            ),
-        ],
-    ),
-    "encode": Verb(
-        encode,
-        "store the codes of a data set",
-        [
-            required("tokenizer", "bundle or workdir"),
-            required("out", "folder for the codes"),
-            flag(
-                "list",
-                "crop_factors",
-                ["1.1"],
-                "ten crops for each factor, of a center crop of factor times the image size; "
-                "1.1,1.05 adds the reference's second set; empty: one center crop",
-            ),
-            batch_size(32, "images read, and crops encoded, at once"),
-            flag("integer", "shard_images", 4096, "images per shard", lower_bound=1),
-            *PROCESSES,
-        ],
-        {"config": None},
-        required=["config"],
-        several_processes=True,
-    ),
-    "evaluate": Verb(
-        evaluate,
-        "evaluate reconstruction, generation, a generator's loss, or the cost of decoding",
-        [
-            flag("string", "generator", "", "bundle or workdir"),
-            flag("string", "tokenizer", "", "bundle or workdir"),
-            required("out", "folder for the results"),
-            batch_size(32),
-            flag("string", "features", "inception", "network whose features are compared"),
-            flag("string", "reference", "", ".npz of statistics or images"),
-            flag("enum", "split", "eval", ["train", "eval"], "images of the data to compare with"),
-            flag("integer", "count", 50_000, "number of samples", lower_bound=2),
-            flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
-            flag("boolean", "search", False, "search for the best guidance"),
-            *SAMPLING,
-            flag(
-                "integer",
-                "ssim_range",
-                1,
-                "data_range of SSIM; the reference passes 2",
-                lower_bound=1,
-            ),
-            flag("list", "decoders", ["s_b", "b_l", "xl_xxl"], "tokenizers to time"),
-            flag("list", "generators", ["b", "l", "xxl"], "generators to time"),
-            *PROCESSES,
-        ],
-        {"config": None},
-        positional="measure",
-        several_processes=True,
-    ),
-    "probe": Verb(
-        probe,
-        "AR probing: evaluate a tokenizer by a small generator trained on its codes",
-        [
-            required("tokenizer", "bundle or workdir"),
-            required("workdir", "where everything is written"),
-            *PROCESSES,
-        ],
-        {"config": None},
-        required=["config"],
-        several_processes=True,
-    ),
-    "report": Verb(
-        report,
-        "show probes or training runs in one HTML file",
-        [flag("string", "out", "", "the file; by default report.html in the first DIR")],
-        positional="workdirs",
-    ),
-    "sample": Verb(
-        sample,
-        "sample images by class from a generator",
-        [
-            required("generator", "bundle or workdir"),
-            required("tokenizer", "bundle or workdir"),
-            required("out", "folder for the images"),
-            flag("list", "classes", ["all"], "numbers or ranges such as 0,7,10-19; all: each"),
-            flag(
-                "integer", "count", 0, "images, the classes in turn; 0: 8 per class", lower_bound=0
-            ),
-            flag("boolean", "random_classes", False, "draw the classes uniformly, not in turn"),
-            batch_size(32),
-            flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
-            *SAMPLING,
-            *PROCESSES,
-        ],
-        several_processes=True,
-    ),
-    "plan": Verb(
-        plan,
-        "compile a run for devices that do not exist here: memory, FLOPs, time",
-        [
-            required("topology", "devices, such as v5e:4x4 or h100:8"),
-            flag("enum", "job", "train", ["train", "sample"], "which program"),
-            flag(
-                "float",
-                "utilisation",
-                0.4,
-                "fraction of the peak FLOPs that a step reaches",
-                lower_bound=0.01,
-                upper_bound=1.0,
-            ),
-            flag(
-                "float",
-                "effort",
-                -1.0,
-                "of the compiler: -1 is quick, 0 what a run itself uses; until JAX 0.10",
-                lower_bound=-1.0,
-                upper_bound=1.0,
-            ),
-        ],
-        {"config": None},
-        required=["config"],
-    ),
-    "convert": Verb(
-        convert,
-        "convert a checkpoint of the reference to a bundle, or back",
-        [
-            flag("multi_string", "from", None, "what to read", required=True),
-            required("out", "what to write"),
-            flag(
-                "string",
-                "model",
-                "",
-                "architecture: b_l, ... or dinov2_vitb14, ...; or a bundle of the same one",
-            ),
-            flag(
-                "string", "weights", "auto", "which weights of the checkpoint: model, ema or auto"
-            ),
-            flag("boolean", "to_torch", False, "convert a bundle to a checkpoint"),
-            lambda flag_values: flags.DEFINE_alias("to-torch", "to_torch", flag_values=flag_values),
-        ],
-        positional="kind",
-    ),
-    "weights": Verb(weights, "fetch published weights", [], positional="names"),
-    "demo": Verb(
-        demo,
-        "train and probe a tiny tokenizer on drawings that the program makes itself",
-        [flag("string", "workdir", "runs/demo", "where everything is written")],
-        {"tokenizer": "configs/demo.py:tokenizer", "probe": "configs/demo.py:probe"},
-    ),
-}
