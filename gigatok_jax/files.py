@@ -84,16 +84,11 @@ def read_json(path: pathlib.Path, describes: str) -> Any:
 def claim(
     path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
 ) -> None:
-    """Writes to `path` what lies beside it, unless something else lies there.
-
-    Args:
-      path: a JSON file.
-      record: what made, or will make, the content of the directory.
-      describes: that content, for messages.
-      write: False only checks.
+    """Writes a record of what a directory holds to the JSON file `path`; `write=False` only checks.
 
     Raises:
-      UserError: another record is there; the message names the first field that differs.
+      UserError: another record is there; the message names the first field that differs, and what
+        the record `describes`.
     """
     if path.exists():
         refuse_other(path.parent, read_json(path, describes), record, describes)

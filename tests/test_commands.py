@@ -124,7 +124,7 @@ def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigato
     code, _, _ = gigatok("convert", "dino", f"--from={source}", "--model=dino_vits16", out)
     assert code == 0
     params = frozen.load_dino()
-    torch_files.write(back, convert.dino_to_torch(params, vit.DINO["dino_vits16"]))
+    torch_files.write(back, convert.to_torch("dino", {"params": params}, vit.DINO["dino_vits16"]))
     for name, returned in torch_files.read(back).items():
         expected = tensors[name].copy()
         if name.endswith("qkv.bias"):

@@ -26,7 +26,7 @@ def images(count):
 
 
 def test_inception_matches_reference():
-    params = convert.inception_from_torch(synth.checkpoint("inception_fid"))
+    params = convert.from_torch("inception", synth.checkpoint("inception_fid"))["params"]
     inputs = np.clip(127.5 * synth.images(2) + 128, 0, 255).astype(np.uint8)
 
     @jax.jit
@@ -38,7 +38,7 @@ def test_inception_matches_reference():
     for name, value in (("pool", found["pool"]), ("logits", found["logits"]), ("spatial", spatial)):
         error = np.abs(value - expected[name]).max() / np.abs(expected[name]).max()
         assert error < 2e-4, name
-    back = convert.inception_to_torch(params)
+    back = convert.to_torch("inception", {"params": params})
     for name, tensor in synth.checkpoint("inception_fid").items():
         if not name.endswith("num_batches_tracked"):
             np.testing.assert_array_equal(back[name], tensor, err_msg=name)

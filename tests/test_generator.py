@@ -26,7 +26,7 @@ from gigatok_jax.models.generator import (
     rotation,
 )
 from gigatok_jax.sharding import RULES
-from gigatok_jax.weights import convert, layout, names
+from gigatok_jax.weights import convert
 
 import tiny
 
@@ -103,7 +103,7 @@ def test_unknown_generator_has_no_parameter_count(name):
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_every_generator_has_exactly_the_references_tensors(name):
     config = recipes.generator_model(name)
-    shapes = layout.torch_shapes(names.generator(config), param_shapes(config))
+    shapes = tiny.torch_shapes("generator", config)
     assert len(shapes) == MANIFESTS[name]["tensors"]
     listing = "".join(sorted(f"{n} {list(shape)}\n" for n, shape in shapes.items()))
     assert hashlib.sha256(listing.encode()).hexdigest() == MANIFESTS[name]["sha256"]
@@ -111,11 +111,7 @@ def test_every_generator_has_exactly_the_references_tensors(name):
 
 def tensors(config: GeneratorConfig) -> dict[str, np.ndarray]:
     """A checkpoint in which no two elements of a tensor are alike."""
-    shapes = layout.torch_shapes(names.generator(config), param_shapes(config))
-    return {
-        name: np.arange(i, i + math.prod(shape), dtype=np.float32).reshape(shape)
-        for i, (name, shape) in enumerate(shapes.items())
-    }
+    return tiny.numbered(tiny.torch_shapes("generator", config))
 
 
 @every_variant

@@ -166,20 +166,19 @@ def test_center_crop_keeps_an_image_of_its_size():
 @pytest.mark.parametrize("size", SIZES[:4])
 def test_random_crops_are_pieces_of_adm_resizes(size):
     photo = _photo(*size)
-    resized = {short: np.asarray(_adm_shrink(photo, short)) for short in range(64, 81)}
+    resized = [np.asarray(_adm_shrink(photo, short)) for short in range(64, 81)]
     for seed in range(8):
         crop = random_crop(photo, 64, np.random.default_rng(seed))
         assert crop.dtype == np.uint8 and crop.shape == (64, 64, 3)
         flips = (crop, crop[:, ::-1])
-        assert (
-            min(_distance(pixels, c) for pixels in resized.values() for c in flips) < 0.5
-        )  # others: 4
+        assert min(_distance(pixels, c) for pixels in resized for c in flips) < 0.5  # others: 4
 
 
 def _distance(pixels: np.ndarray, crop: np.ndarray) -> float:
     """Mean difference of a crop from the piece of `pixels` that is nearest to it."""
-    windows = np.lib.stride_tricks.sliding_window_view(pixels.astype(int), crop.shape)
-    return min(np.abs(window - crop).mean() for row in windows[:, :, 0] for window in row)
+    windows = np.lib.stride_tricks.sliding_window_view(pixels, crop.shape)[:, :, 0]
+    some = (..., slice(None, None, 4), slice(None, None, 4), 1)  # enough of the pixels to tell
+    return np.abs(windows[some].astype(np.int16) - crop[some]).mean((-1, -2)).min()
 
 
 def test_random_crops_cover_scales_places_and_both_orientations_evenly():
@@ -210,7 +209,7 @@ def test_a_linear_resize_shows_the_same_crop(size):
     assert np.abs(bicubic - np.roll(linear, 1, axis=0)).mean((1, 2, 3)).min() > 5
 
 
-def test_a_linear_resize_without_opencv_is_refused(monkeypatch):
+def test_linear_resize_without_opencv_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     opencv.cache_clear()
     with pytest.raises(UserError, match=r"data\.resize=linear needs OpenCV: pip install"):

@@ -14,9 +14,9 @@ import pytest
 from gigatok_jax import api
 from gigatok_jax.models import discriminators, lpips, quantizer, resize, vit
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, TransformerSize
-from gigatok_jax.training import losses, optimizer
-from gigatok_jax.training.generator import GeneratorState, GeneratorTraining
-from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training import losses
+from gigatok_jax.training.generator import GeneratorRun, GeneratorState, GeneratorTask
+from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.weights import convert
 
 import reference_discriminators
@@ -108,7 +108,7 @@ def test_optimizer_steps_match_reference():
     params = tokenizer_variables("tokenizer_tiny_tiny", config)["params"]
     images = synth.images(2)
     target = np.random.default_rng(3).standard_normal((2, 256, 768)).astype(np.float32)
-    adamw = optimizer.optimizer(OptimizerConfig(schedule="constant"), len(expected))
+    adamw = make_optimizer(OptimizerConfig(schedule="constant", warmup_steps=0), len(expected))
 
     def loss(params, images, target):
         out = Tokenizer(config).apply({"params": params}, images)
@@ -173,23 +173,25 @@ def test_greedy_codes_match_reference(name, case, guidance):
 def test_generator_optimizer_steps_match_reference():
     expected, inputs = synth.expected("gpt_b_steps.json"), synth.expected("gpt_b.npz")
     model = generator("b")
-    training = GeneratorTraining(
-        dataclasses.replace(model.config, dropout=0.0),
-        OptimizerConfig(
+    run = GeneratorRun(
+        model=dataclasses.replace(model.config, dropout=0.0),
+        optimizer=OptimizerConfig(
             rate=1e-4, schedule="constant", weight_decay=0.05, decayed="matrices", clip=1.0
         ),
         steps=len(expected),
         class_dropout=0.0,
+        remat="none",
     )
-    params = model.variables["params"]
+    task, params = GeneratorTask(run), model.variables["params"]
+    adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
     state = GeneratorState(
         step=jnp.zeros((), jnp.int32),
         key=jax.random.key_data(jax.random.key(0)),
         params=params,
-        optimizer=optimizer.optimizer(training.optimizer, training.steps).init(params),
+        optimizer=adamw.init(params),
         average=None,
     )
-    step = jax.jit(functools.partial(training.step, frozen=None, phase=None))
+    step = jax.jit(functools.partial(task.step, frozen=None))
     batch = {"codes": inputs["indices"], "label": inputs["classes"]}
     for row in expected[:STEPS]:
         state, metrics = step(state, batch)

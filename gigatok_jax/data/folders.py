@@ -134,12 +134,13 @@ def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
     real = os.path.realpath(root / below)
     if real in above:
         return
-    for entry in os.scandir(real):
-        path = f"{below}/{entry.name}" if below else entry.name
-        if _is_folder(entry):
-            yield from _walk(root, path, (*above, real))
-        elif IMAGE_NAME.fullmatch(entry.name):
-            yield path
+    with os.scandir(real) as entries:
+        for entry in entries:
+            path = f"{below}/{entry.name}" if below else entry.name
+            if _is_folder(entry):
+                yield from _walk(root, path, (*above, real))
+            elif IMAGE_NAME.fullmatch(entry.name):
+                yield path
 
 
 def image_paths(path: Path) -> list[Path]:

@@ -51,7 +51,7 @@ def train_batches(
         config: what to read, and how.
         image_size: side S in pixels.
         batch_size: B of all processes together, a multiple of `process_count`.
-        seed: of order and crops, in [0, 2^32).
+        seed: of order and crops, >= 0.
         process_index, process_count: the part of each batch that this process reads.
 
     Returns:
@@ -65,7 +65,9 @@ def train_batches(
     if config.resize == "linear" and not source.codes:
         opencv()  # fails now, not in a worker, if it is not installed
     length = len(source)
-    order = grain.MapDataset.range(length).seed(seed).shuffle().repeat(EPOCHS)
+    # Hashed, because Grain adds the epoch: else the orders of one seed would return with the next.
+    order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    order = grain.MapDataset.range(length).shuffle(order_seed).repeat(EPOCHS)
     visits = order.map_with_index(lambda position, index: (position // length, index))
     read = functools.partial(_read_for_training, source, image_size, seed, config.resize)
     return Batches(source, visits, read, config, batch_size, process_index, process_count)
@@ -292,7 +294,7 @@ class Batches(Iterator[Batch]):
             self._stream.close()
             self._stream = None
         if self._threads is not None:
-            # Grain's own threads may still be in a batch; they see this as errors that nobody gets.
+            # Grain's threads may still be reading; the errors that this causes there are ignored.
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
 

@@ -8,8 +8,9 @@ How FID is computed, in the order of this file:
 2. `Moments` sums the vectors and their outer products batch by batch. The sums yield a `Gaussian`:
    the mean and the unbiased covariance of the set.
 3. `frechet_distance` compares two Gaussians.
-4. `FeatureSet` collects what all metrics need of generated images, `load_reference` of real ones:
-   from one of ADM's `.npz` files, or from a data set. `compare` computes the metrics.
+4. `FeatureSet` collects what the metrics need of generated images, `load_reference` of real ones:
+   from one of ADM's `.npz` files, or from a data set.
+5. `compare` computes all metrics.
 
 Sums are accumulated on the host in float64 and need the memory of one covariance matrix. Results
 do not depend on batch size or order, up to rounding.
@@ -296,12 +297,11 @@ def _npz_reference(
         found.add(images)
     height, width = images.shape[1:3]
     if (height, width) != (image_size, image_size):
-        logger.warning(
-            "%s: images of %dx%d pixels, but samples of %d", path, height, width, image_size
-        )
+        sizes = (height, width, image_size)
+        logger.warning("%s: images of %dx%d pixels, but samples of %d", path, *sizes)
     gaussians = found.gaussians()
     for feature, gaussian in stored.items():
-        # Stored statistics may cover more images; but they may be of another network.
+        # Those in the file may be of more images, but also of another network.
         if feature in gaussians and gaussian.mean.shape == gaussians[feature].mean.shape:
             gaussians[feature] = gaussian
     return Reference(gaussians, found.members(), name)
@@ -328,11 +328,11 @@ def _data_reference(
                     features = extractor(batch["image"][valid])
                     found.add_features(features)
                     members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
-        arrays = {"members": np.concatenate(members)}
+        arrays = {}
         for feature, gaussian in found.gaussians().items():
             arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
             arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
-        write_npz(path, arrays)
+        write_npz(path, arrays | {"members": np.concatenate(members)})
     with _readable(path), np.load(path) as file:
         members = file["members"]
     return Reference(_read_statistics(path), members, name)
@@ -364,10 +364,9 @@ def _read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
 
 
 def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
-    """The Gaussian; ValueError or TypeError if there is no such one."""
-    mean, covariance = (
-        np.asarray(array).astype(np.float64, casting="same_kind") for array in (mean, covariance)
-    )
+    """The Gaussian, or a ValueError or TypeError that says why there is no such one."""
+    mean = np.asarray(mean).astype(np.float64, casting="same_kind")
+    covariance = np.asarray(covariance).astype(np.float64, casting="same_kind")
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
         shapes = f"{list(mean.shape)} and {list(covariance.shape)}"
         raise ValueError(f"expected mu [D] and sigma [D, D], got {shapes}")

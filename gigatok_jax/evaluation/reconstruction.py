@@ -67,9 +67,10 @@ def evaluate(
         real.add(extractor(inputs)["pool"])
         fake.add(extractor(outputs)["pool"])
 
-    sizes = {"examples": batches.examples, "batch_size": batch_size}
     with batches:
-        result, code_counts = _reconstruct(tokenizer, batches, visit, out, ssim_range, **sizes)
+        result, code_counts = _reconstruct(
+            tokenizer, batches, batches.examples, batch_size, ssim_range, visit, out
+        )
     if distributed.is_main():
         with replacing(out / "code_counts.npy") as aside, aside.open("wb") as file:
             np.save(file, code_counts)
@@ -114,8 +115,7 @@ def reconstruct(
             rows.append({"image": key} | {name: float(value[i]) for name, value in values.items()})
 
     batches = _read(source, paths, tokenizer.config.image_size, batch_size)
-    sizes = {"examples": len(paths), "batch_size": batch_size}
-    means, _ = _reconstruct(tokenizer, batches, visit, out, ssim_range, **sizes)
+    means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
     skipped = len(paths) - means.pop("images")
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
@@ -127,8 +127,7 @@ def reconstruct(
 
 def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
     """Yields image files as batches like those of `pipeline.eval_images`."""
-    root = source if source.is_dir() else source.parent
-    found = False
+    root, found = source if source.is_dir() else source.parent, False
     for start in range(0, len(paths), batch_size):
         images = np.zeros((batch_size, size, size, 3), np.uint8)
         valid, keys = np.zeros(batch_size, bool), [""] * batch_size
@@ -147,14 +146,13 @@ def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> It
 def _reconstruct(
     tokenizer: api.PretrainedTokenizer,
     batches: Iterable[Batch],
-    visit: Callable[[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]], None],
-    out: Path,
-    ssim_range: int,
-    *,
     examples: int,
     batch_size: int,
+    ssim_range: int,
+    visit: Callable[..., None],
+    out: Path,
 ) -> tuple[dict[str, float], np.ndarray]:
-    """Passes this process' part of `batches` through a tokenizer, and writes `grid.png`.
+    """Passes this process's part of `batches` through a tokenizer, and writes `grid.png`.
 
     `visit` gets the keys, inputs, outputs and metrics of the images in a batch that could be read.
     Returns the means of the metrics, and how often each code occurs, over all processes.

@@ -23,7 +23,7 @@ from pydantic import PositiveFloat, PositiveInt
 from gigatok_jax.config import configclass
 from gigatok_jax.models import layers, resize
 
-IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
@@ -37,8 +37,8 @@ class ViTConfig:
     width: PositiveInt
     patch_size: PositiveInt
     grid: PositiveInt  # side of the patch grid that the stored position table belongs to
-    mean: tuple[float, float, float] = IMAGENET[0]  # of the channels of the input in [0, 1]
-    std: tuple[float, float, float] = IMAGENET[1]
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels of the input in [0, 1]
+    std: tuple[float, float, float] = IMAGENET_STD
     mlp_width: PositiveInt | None = None  # hidden width of the MLPs; None: four times `width`
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"  # of the MLPs; "gelu" is exact
     epsilon: PositiveFloat = 1e-6  # of all norms
@@ -47,6 +47,7 @@ class ViTConfig:
     layer_scale: bool = True  # see `layers.Block`
 
 
+# Depth, heads, width, patch size and grid, then what differs from DINOv2.
 DINOV2 = {
     "dinov2_vits14": ViTConfig(12, 6, 384, 14, 37),
     "dinov2_vitb14": ViTConfig(12, 12, 768, 14, 37),

@@ -39,13 +39,6 @@ NO_BITS_IN_NAME = {"pred": 8, "token": 0}
 SLICES = ("dynamic-slice", "dynamic-update-slice")
 
 
-class Cost(NamedTuple):
-    """What one device does: products and convolutions, and traffic with its main memory."""
-
-    flops: float
-    bytes: float
-
-
 class Array(NamedTuple):
     shape: tuple[int, ...]
     size: int  # bytes
@@ -59,7 +52,7 @@ class Instruction:
     attributes: str
     arrays: list[Array]  # the result; a tuple has several
     operands: list["Instruction"]
-    users: list[tuple["Instruction", int]]  # each with the place that this is its operand at
+    users: list[tuple["Instruction", int]]  # with the place of this among their operands
 
     @property
     def size(self) -> int:
@@ -82,54 +75,46 @@ class Instruction:
         return self.attribute("calls") or self.attribute("to_apply")
 
 
-class Computation:
-    def __init__(self):
-        self.instructions: dict[str, Instruction] = {}
-        self.parameters: dict[int, Instruction] = {}
-        self.root: Instruction | None = None
-
-    def add(self, line: re.Match) -> None:
-        """Adds the instruction of a line that matches `INSTRUCTION`."""
-        arguments, attributes = line["arguments"], line["attributes"] or ""
-        arrays = [_array(*found) for found in ARRAY.findall(line["type"])]
-        names = [name for name in NAME.findall(arguments) if name in self.instructions]
-        operands = [self.instructions[name] for name in names]
-        new = Instruction(line["opcode"], arguments, attributes, arrays, operands, users=[])
-        for place, operand in enumerate(operands):
-            operand.users.append((new, place))
-        self.instructions[line["name"]] = new
-        if new.opcode == "parameter":
-            self.parameters[int(arguments)] = new
-        if line["root"]:
-            self.root = new
-
-
 class Program:
     """A compiled program, parsed from its text."""
 
     def __init__(self, text: str):
-        self._computations: dict[str, Computation] = {}
+        self._computations: dict[str, list[Instruction]] = {}
+        self._parameters: dict[tuple[str, int], Instruction] = {}  # by computation and number
+        self._roots: dict[str, Instruction] = {}
         for line in text.splitlines():
             if header := HEADER.match(line):
-                current = self._computations[header["name"]] = Computation()
+                where, known = header["name"], {}
+                current = self._computations[where] = []
                 if header["entry"]:
-                    self._entry = header["name"]
-            elif instruction := INSTRUCTION.match(line):
-                current.add(instruction)
+                    self._entry = where
+            elif found := INSTRUCTION.match(line):
+                arguments, attributes = found["arguments"], found["attributes"] or ""
+                arrays = [_array(*array) for array in ARRAY.findall(found["type"])]
+                operands = [known[name] for name in NAME.findall(arguments) if name in known]
+                new = Instruction(found["opcode"], arguments, attributes, arrays, operands, [])
+                for place, operand in enumerate(operands):
+                    operand.users.append((new, place))
+                known[found["name"]] = new
+                current.append(new)
+                if new.opcode == "parameter":
+                    self._parameters[where, int(arguments)] = new
+                if found["root"]:
+                    self._roots[where] = new
 
-    def cost(self) -> Cost:
-        """The cost of running the program once.
+    def cost(self) -> tuple[float, float]:
+        """FLOPs of one device, and bytes to and from its main memory, when the program runs once.
 
         Raises:
           NotImplementedError: the number of turns of a loop is not in the text.
         """
-        return Cost(*self._computation(self._entry).tolist())
+        flops, moved = self._computation(self._entry)
+        return float(flops), float(moved)
 
     @functools.cache  # noqa: B019 - a program lives as long as its plan
     def _computation(self, name: str) -> np.ndarray:
         """FLOPs and bytes of a computation, as an array `[2]`."""
-        instructions = self._computations[name].instructions.values()
-        return sum((self._instruction(i) for i in instructions), start=np.zeros(2))
+        return sum(map(self._instruction, self._computations[name]), start=np.zeros(2))
 
     def _instruction(self, instruction: Instruction) -> np.ndarray:
         own = np.array([_flops(instruction), self._bytes(instruction)])
@@ -154,7 +139,7 @@ class Program:
         if known:
             return int(known[1])
         # The TPU compiler does not say: loops of `lax.scan` count from 0 up to a constant.
-        root = self._computations[loop.attribute("condition")].root
+        root = self._roots[loop.attribute("condition")]
         limits = [x.arguments for x in root.operands if x.opcode == "constant"]
         if "direction=LT" not in root.attributes or not limits or not limits[0].isdigit():
             raise NotImplementedError("a compiled loop has no known number of turns")
@@ -174,15 +159,15 @@ class Program:
             return 2 * operands[1].moved
         if opcode != "fusion":
             return instruction.moved + sum(operand.moved for operand in operands)
-        body, total = self._computations[instruction.called], 0
+        total = 0
         for place, operand in enumerate(operands):
-            uses = list(self._uses(body.parameters[place]))
+            uses = list(self._uses(self._parameters[instruction.called, place]))
             read = operand.moved
             if uses and all(at == 0 and user.opcode in SLICES for user, at in uses):
                 sliced = sum(user.size for user, _ in uses if user.opcode == "dynamic-slice")
                 read = min(read, sliced)
             total += read
-        written = sum(self._updates(body))
+        written = sum(self._updates(instruction.called))
         return total + (min(written, instruction.moved) if written else instruction.moved)
 
     def _uses(self, value: Instruction) -> Iterator[tuple[Instruction, int]]:
@@ -191,17 +176,17 @@ class Program:
             if user.opcode == "bitcast":
                 yield from self._uses(user)
             elif user.opcode == "fusion":
-                yield from self._uses(self._computations[user.called].parameters[place])
+                yield from self._uses(self._parameters[user.called, place])
             else:
                 yield user, place
 
-    def _updates(self, body: Computation) -> Iterator[int]:
+    def _updates(self, fusion: str) -> Iterator[int]:
         """Bytes of each slice that a fusion writes into a larger array."""
-        for instruction in body.instructions.values():
+        for instruction in self._computations[fusion]:
             if instruction.opcode == "dynamic-update-slice":
                 yield instruction.operands[1].size
             elif instruction.opcode == "fusion":
-                yield from self._updates(self._computations[instruction.called])
+                yield from self._updates(instruction.called)
 
 
 def _array(kind: str, shape: str, layout: str) -> Array:
@@ -213,7 +198,7 @@ def _array(kind: str, shape: str, layout: str) -> Array:
 def _flops(instruction: Instruction) -> float:
     if instruction.opcode not in ("dot", "convolution"):
         return 0
-    x, kernel = (operand.arrays[0].shape for operand in instruction.operands)
+    x, kernel = (operand.arrays[0].shape for operand in instruction.operands[:2])
     out = instruction.arrays[0].shape
     if instruction.opcode == "dot":
         axes = instruction.attribute("lhs_contracting_dims", r"\{([\d,]*)\}").split(",")

@@ -141,12 +141,12 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     results = needs.output_size_in_bytes - needs.alias_size_in_bytes
     temporaries = {TEMPORARIES[job]: needs.temp_size_in_bytes + results}
     code = {"compiled program": needs.generated_code_size_in_bytes}
-    cost = hlo.Program(compiled.as_text()).cost()
+    compiled_flops, bytes_moved = hlo.Program(compiled.as_text()).cost()
     return dataclasses.replace(
         made,
         memory=state | temporaries | code,
-        bytes_moved=cost.bytes,
-        compiled_flops=cost.flops,
+        bytes_moved=bytes_moved,
+        compiled_flops=compiled_flops,
         compile_seconds=seconds,
     )
 

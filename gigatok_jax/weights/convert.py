@@ -37,17 +37,12 @@ class Kind:
 def _vit(known: Mapping[str, vit.ViTConfig], family: str, entries: Callable, **more: Any) -> Kind:
     return Kind(
         entries,
-        _vit_shapes,
+        vit.param_shapes,
         config=vit.ViTConfig,
         model=lambda name: recipes.lookup(name, known, f"{family} model"),
         example=next(iter(known)),
         **more,
     )
-
-
-def _vit_shapes(config: vit.ViTConfig) -> dict:
-    side = config.grid * config.patch_size
-    return layers.param_shapes(vit.ViT(config), (1, side, side, 3))
 
 
 KINDS = {

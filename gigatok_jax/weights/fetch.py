@@ -144,12 +144,8 @@ def fetched(name: str) -> pathlib.Path:
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, downloading those that the cache lacks.
 
-    A file under its name in the cache, downloaded or put there by hand, is used without a
-    connection once its hash is checked.  A download that was cut off resumes where it stopped.
-
-    Args:
-      name: a key of `PUBLISHED`.
-      cache: a directory, created if need be; `cache_dir()` if None.
+    A file under its name in the cache (`cache_dir()`), downloaded or put there by hand, is used
+    without a connection once its hash is checked. An interrupted download is resumed.
 
     Raises:
       UserError: an unknown name, no connection (the message says which file to put where), or a

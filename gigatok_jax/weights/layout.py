@@ -57,15 +57,9 @@ class Entry:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template) -> dict[str, Any]:
-    """Builds our parameters from a PyTorch checkpoint's tensors.
+    """Our parameters, in the structure and the shapes of `template`, as float32 NumPy arrays.
 
-    Args:
-      tensors: name to array; names that no entry mentions are left unread.
-      entries: the checkpoint's description.
-      template: our parameters as shapes (`jax.eval_shape`), nested dictionaries.
-
-    Returns:
-      float32 NumPy arrays in the template's structure, which share no memory with `tensors`.
+    Tensors that no entry mentions are not read; results share no memory with `tensors`.
 
     Raises:
       ValueError: a tensor is missing or has another shape than the architecture needs.

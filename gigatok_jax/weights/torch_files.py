@@ -45,10 +45,9 @@ class Tensors(Mapping[str, np.ndarray]):
 def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
     """Opens a checkpoint.
 
-    A `.pt` file is read with `torch.load(weights_only=True)`: no code in it is run.  The tensors
-    may be wrapped under "model", "state_dict" or "module"; prefixes that `DistributedDataParallel`
-    ("module.") and `torch.compile` ("_orig_mod.") give to names are removed.  Whatever else is in
-    the file (optimizer states, an argparse namespace, the number of steps) is ignored.
+    No code in a `.pt` file is run. The tensors may be wrapped under "model", "state_dict" or
+    "module". The prefixes that `DistributedDataParallel` ("module.") and `torch.compile`
+    ("_orig_mod.") give to names are removed. Whatever else is in the file is ignored.
 
     Args:
       path: a `.safetensors` file, or one that `torch.save` wrote (`.pt`, `.pth`, `.bin`, ...).
