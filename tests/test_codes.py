@@ -406,7 +406,7 @@ def change(**fields):
         ("codes.json", half, "{path}: not JSON"),
         ("codes.json", change(codes=None), "{path}.codes: missing"),
         ("codes.json", change(codes="4"), "{path}.codes: expected integer, got '4'"),
-        ("codes.json", change(color=1), "{path}.color: no such field; known: class_names, codes"),
+        ("codes.json", change(color=1), "{path}.color: no such field; known: class_names, "),
     ],
 )
 def test_damaged_codes_raise_one_line_that_names_the_file(copy, name, damage, message):

@@ -30,12 +30,14 @@ def parameters(config: GeneratorConfig) -> dict:
     return jax.tree.map(jnp.asarray, params)
 
 
+# Optimizations take longer than what is run.
+OPTIONS = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+
+
 @functools.cache
 def program(config, settings):
-    """`sampling.sample` compiled without optimizations, which take longer than what is run."""
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     sample = functools.partial(sampling.sample, config, settings=settings)
-    return jax.jit(sample, compiler_options=options)
+    return jax.jit(sample, compiler_options=OPTIONS)
 
 
 def draw_codes(config, params, classes, keys, settings) -> np.ndarray:
@@ -224,7 +226,7 @@ def test_wrong_setting_names_its_field(generator, settings, message):
 
 @functools.cache
 def uncached(config):
-    return jax.jit(lambda params, codes, classes: Generator(config).apply(params, codes, classes))
+    return jax.jit(Generator(config).apply, compiler_options=OPTIONS)
 
 
 def greedy(config, params, classes, scales) -> np.ndarray:

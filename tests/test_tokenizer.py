@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from gigatok_jax.models import cnn, layers
-from gigatok_jax.models.tokenizer import Tokenizer, TransformerSize, pool_queries
+from gigatok_jax.models.tokenizer import (
+    Tokenizer,
+    TokenTransformer,
+    TransformerSize,
+    pool_queries,
+)
 from gigatok_jax.sharding import RULES
 
 import jaxprs
@@ -67,10 +72,22 @@ def test_semantic_layer_does_not_matter_without_a_projector():
     "changes",
     [
         {"layout": "2d", "latents": 144, "image_size": 48},
-        {"image_size": 48, "latents": 8, "code_dim": 3, "codebook_size": 100},
-        {"image_size": 4, "latents": 1, "channel_multipliers": (1, 2)},
-        {"encoder": TransformerSize(2, 1, 12), "decoder": TransformerSize(1, 4, 32)},
-        {"normalize_codes": False, "gradient": "rotation", "semantic_dim": 0},
+        {
+            "image_size": 48,
+            "latents": 8,
+            "code_dim": 3,
+            "codebook_size": 100,
+            "encoder": TransformerSize(2, 1, 12),
+            "decoder": TransformerSize(1, 4, 32),
+        },
+        {
+            "image_size": 4,
+            "latents": 1,
+            "channel_multipliers": (1, 2),
+            "normalize_codes": False,
+            "gradient": "rotation",
+            "semantic_dim": 0,
+        },
     ],
 )
 def test_shapes_follow_the_configuration(changes):
@@ -137,13 +154,6 @@ def test_every_parameter_names_its_axes(changes):
             assert set(box.names) - {None, "layers"}, path
 
 
-def loss(model, params, images):
-    out = model.apply({"params": params}, images, entropy=True, auxiliary=True)
-    terms = out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss
-    pictures = jnp.mean((out.reconstruction - images) ** 2) + jnp.mean((out.direct - images) ** 2)
-    return sum(terms) + pictures + jnp.mean(jnp.sin(out.semantic_features))
-
-
 class Blocks(nn.Module):
     """A block of the CNN and two transformer layers, under a remat policy."""
 
@@ -166,7 +176,10 @@ def test_remat_changes_neither_the_output_nor_a_gradient():
             output = Blocks(remat).apply({"params": params}, images)
             return jnp.sum(jnp.sin(output)), output
 
-        return jax.jit(jax.grad(total, argnums=(0, 1), has_aux=True))(params, images)
+        gradient = jax.grad(total, argnums=(0, 1), has_aux=True)
+        # It runs once: optimizing would take most of the time.
+        options = {"xla_backend_optimization_level": 0}
+        return jax.jit(gradient, compiler_options=options)(params, images)
 
     expected = run("none")
     for remat in ("dots", "full"):
@@ -178,7 +191,7 @@ def test_backward_pass_does_not_recompute_statistics():
 
     def sums_of_pixels(remat):
         norm = cnn.norm_silu(remat=remat, dtype=x.dtype, name=None)
-        params = norm.init(jax.random.key(0), x)
+        params = {"params": {"scale": jnp.ones(32), "bias": jnp.zeros(32)}}
         program = jax.make_jaxpr(jax.grad(lambda *px: norm.apply(*px).sum(), (0, 1)))(params, x)
         return sum(
             e.primitive.name == "reduce_sum" and e.params["axes"] == (1, 2)
@@ -238,10 +251,12 @@ def test_program_does_not_grow_with_depth():
     def size(depth):
         stack = TransformerSize(depth, 2, 16)
         config = tiny.config(encoder=stack, decoder=stack)
-        model = Tokenizer(config)
-        variables = nn.meta.unbox(jax.eval_shape(model.init, jax.random.key(0), tiny.images(1)))
-        gradient = jax.grad(functools.partial(loss, model))
-        program = jax.make_jaxpr(gradient)(variables["params"], tiny.images(1))
-        return sum(1 for _ in jaxprs.equations(program))
+        module, features = TokenTransformer(config, decoder=False), jnp.ones((1, 64, 8))
+        params = layers.param_shapes(module, features.shape)
+
+        def total(params):
+            return module.apply({"params": params}, features)[0].sum()
+
+        return sum(1 for _ in jaxprs.equations(jax.make_jaxpr(jax.grad(total))(params)))
 
     assert size(2) == size(8)

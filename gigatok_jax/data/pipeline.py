@@ -5,6 +5,7 @@ in it, a permutation gives the example, and (seed, epoch, index) seeds its crop.
 whole batches, in threads or worker processes, so n is the only state to save.
 """
 
+import atexit
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import os
 import signal
 import threading
 from typing import Any
+import weakref
 
 from absl import flags
 import grain
@@ -177,6 +179,16 @@ def _read_batch(read: Callable, map_: Callable, positions: list) -> Batch:
     return batch | {"bad": [message for messages in bad for message in messages]}
 
 
+_open_batches: "weakref.WeakSet[Batches]" = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all():
+    # Later, when modules are gone, Grain can no longer free its shared memory.
+    for batches in list(_open_batches):
+        batches.close()
+
+
 class Batches(Iterator[Batch]):
     """Iterator over host batches, whose state is the number of the next one.
 
@@ -240,6 +252,7 @@ class Batches(Iterator[Batch]):
         if self._next_batch >= len(self._positions):
             raise StopIteration
         if self._stream is None:
+            _open_batches.add(self)
             self._stream = self._open()
         batch = next(self._stream)
         self._next_batch += 1

@@ -16,7 +16,7 @@ from flax import traverse_util
 import jinja2
 import matplotlib
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter, PercentFormatter
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter, PercentFormatter
 import numpy as np
 from PIL import Image
 
@@ -352,6 +352,7 @@ def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Seque
         if len(steps):
             axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
     axes.set(xlabel="step")
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if name in FRACTIONS:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
