@@ -352,7 +352,7 @@ def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Seque
         if len(steps):
             axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
     axes.set(xlabel="step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if name in FRACTIONS:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
