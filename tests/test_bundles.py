@@ -98,15 +98,18 @@ def test_index_must_name_the_arrays_of_its_files(tmp_path, weights):
 
 
 PROCESS = """
+import pathlib
 import sys
+
 import jax
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
+
 from gigatok_jax import bundles, distributed
 
 index, address, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
-distributed.start(distributed.Processes(address, 2, index))
-mesh = jax.make_mesh((2,), ("fsdp",))
+distributed.start(address, 2, index)
+mesh = Mesh(np.array(jax.devices()), ("fsdp",))
 
 
 def shared(array, *axes):
@@ -116,7 +119,7 @@ def shared(array, *axes):
 
 rows = np.arange(12, dtype=np.float32).reshape(4, 3)
 weights = {"rows": shared(rows, "fsdp"), "whole": shared(rows + 1), "local": rows + 2}
-bundles.save(__import__("pathlib").Path(directory), "thing", None, weights, {}, file_bytes=60)
+bundles.save(pathlib.Path(directory), "thing", None, weights, {}, file_bytes=60)
 if index == 1:
     loaded = bundles.load(directory, "thing").weights  # while the other process does not
     assert all(np.array_equal(loaded[k], rows + i) for i, k in enumerate(weights)), loaded
