@@ -6,9 +6,6 @@ import json
 import pathlib
 import re
 
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.run import RunConfig
-from gigatok_jax.training.tokenizer_run import TokenizerRun
 import numpy as np
 import pytest
 
@@ -16,10 +13,11 @@ from gigatok_jax import cli
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation import report
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.task import LoopConfig, RunConfig
 from gigatok_jax.training.telemetry import Telemetry
-from gigatok_jax.training.tokenizer import ObjectiveConfig
+from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 import tiny
 
