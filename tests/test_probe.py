@@ -133,7 +133,7 @@ def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
 def test_probe_rejects_a_reference_before_it_trains(tokenizer, tmp_path):
     np.savez(tmp_path / "real.npz", mu=np.zeros(7), sigma=np.eye(7))
     other = dataclasses.replace(CONFIG, reference=str(tmp_path / "real.npz"))
-    with pytest.raises(UserError, match="statistics of 7 features, but fd_teacher is over 96"):
+    with pytest.raises(UserError, match="statistics of the 96 features of fd_teacher, got 7"):
         probing.probe(tokenizer, other, tmp_path / "probe")
     assert not (tmp_path / "probe").exists()
 
