@@ -161,7 +161,10 @@ def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
     html = (workdirs[0] / "table.html").read_text()
     found = re.search(r"<table>(.*?)</table>", html, re.DOTALL)[1]
     headings, *rows = (
-        [cell.strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL)]
+        [
+            re.sub("<[^>]*>", "", cell).strip()
+            for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", row, re.DOTALL)
+        ]
         for row in re.findall(r"<tr.*?</tr>", found, re.DOTALL)
     )
     return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
