@@ -143,7 +143,8 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         values[verb.positional] = positional
     elif positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
-    return {key: value for key, value in values.items() if key not in IGNORED}
+    # Fields of configurations, which are flags too, have a dot in their names.
+    return {k: v for k, v in values.items() if k not in IGNORED and "." not in k}
 
 
 IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?")

@@ -1,15 +1,13 @@
 """A probe of seconds: drawings of 16 pixels, a generator and a linear probe of six steps."""
 
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.linear_probe_run import LinearProbeRun
-
-from gigatok_jax.config import to_config_dict
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.training.linear_probe import LinearProbeRun
 from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.task import LoopConfig
 
 LOOP = LoopConfig(log_every=2, evaluate_every=0, checkpoint_every=3)
 CONFIG = ProbeConfig(
@@ -38,4 +36,4 @@ CONFIG = ProbeConfig(
 
 def get_config(argument=""):
     del argument
-    return to_config_dict(CONFIG)
+    return CONFIG

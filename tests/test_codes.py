@@ -9,12 +9,11 @@ import pickle
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import test_commands
 
-from gigatok_jax import api, bundles, encoding
+from gigatok_jax import api, bundles, config, encoding
 from gigatok_jax.data import codes
 from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
@@ -29,6 +28,7 @@ import train_config
 
 gigatok, refused = test_commands.gigatok, test_commands.refused
 
+GENERATOR_RUN = f"{config.CONFIGS / 'generator.py'}:b"
 SIZE = 16
 FACTORS = (1.25, 1.0625)
 COUNTS = {"ant": 9, "bee": 7, "cat": 6}
@@ -49,14 +49,6 @@ CONFIG = tiny.config(
     codebook_size=512,  # enough for images to differ in their codes
     semantic_dim=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilations():
-    """Optimizing takes longer than what is run here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -237,7 +229,7 @@ def test_loss_of_stored_codes_is_that_of_encoding_the_images(
 
     def measure(*arguments):
         code, _, lines = gigatok(
-            *("evaluate", "loss", f"--config={train_config.__file__}", *arguments),
+            *("evaluate", "loss", f"--config={GENERATOR_RUN}", *arguments),
             *(f"--generator={tmp_path / 'generator'}", "--batch_size=4", f"--out={tmp_path}"),
         )
         assert code == 0, lines
@@ -270,7 +262,7 @@ def test_loss_of_stored_codes_is_that_of_encoding_the_images(
 def test_encode_rejects_a_wrong_value_in_one_line(gigatok, directory, tmp_path, argument, message):
     out = tmp_path / "codes"
     result = gigatok(
-        *("encode", f"--config={train_config.__file__}", "--config.data.path=X"),
+        *("encode", f"--config={GENERATOR_RUN}", "--config.data.path=X"),
         *(f"--tokenizer={directory}", f"--out={out}", "--batch_size=8", argument),
     )
     assert refused(result) == message

@@ -179,7 +179,7 @@ def override(argument, **fields):
     "path, value, message",
     [
         ("model.latents", 100, "config.model.latents: expected a power of two"),
-        ("model.encoder.heads", 7, "config.model.encoder.heads: expected a divisor"),
+        ("model.encoder.heads", 7, "config.model.encoder.width: expected a multiple of heads=7"),
         ("dtype", "float8", "config.dtype: expected 'auto', 'float32' or 'bfloat16', got 'float8'"),
         ("remat", "some", "config.remat: expected 'none', 'dots' or 'full'"),
         ("batch_size", 0, "config.batch_size: expected greater than 0, got 0"),

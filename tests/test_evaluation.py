@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from gigatok_jax import api, cli
+from gigatok_jax import api, cli, config
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, fid, generation
@@ -146,7 +146,8 @@ def test_commands_write_metrics(networks, tmp_path, capsys):
 @pytest.mark.parametrize("measure", ["reconstruction", "generation"])
 def test_codes_are_no_images(measure, networks, tmp_path, capsys):
     arguments = [f"--{name}={path}" for name, path in networks.items()]
-    data = [f"--config={CONFIG}", "--config.data.source=codes", f"--config.data.path={tmp_path}"]
+    run = f"--config={config.CONFIGS / 'generator.py'}:b"
+    data = [run, "--config.data.source=codes", f"--config.data.path={tmp_path}"]
     command = ["evaluate", measure, *arguments, *data, "--features=embedded", f"--out={tmp_path}"]
     assert cli.main(command) == 2
     assert "config.data.source: expected images, got 'codes'" in capsys.readouterr().err

@@ -6,9 +6,6 @@ import json
 import pathlib
 import re
 
-from gigatok_jax.training.generator_run import GeneratorRun
-from gigatok_jax.training.run import RunConfig
-from gigatok_jax.training.tokenizer_run import TokenizerRun
 import numpy as np
 import pytest
 
@@ -16,10 +13,11 @@ from gigatok_jax import cli
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation import report
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.training.loop import LoopConfig
+from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.optimizer import OptimizerConfig
+from gigatok_jax.training.task import LoopConfig, RunConfig
 from gigatok_jax.training.telemetry import Telemetry
-from gigatok_jax.training.tokenizer import ObjectiveConfig
+from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 import tiny
 
@@ -76,12 +74,12 @@ def test_report_shows_everything_a_run_logged(tmp_path):
     html = html_of(workdir)
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file
     assert charts(html).keys() == {
-        "total loss",
+        "Total loss",
         "PSNR, dB",
         "L2",
-        "learning rate",
-        "images per second",
-        "time spent waiting for input",
+        "Learning rate",
+        "Images per second",
+        "Time spent waiting for input",
     }
     both = charts(html)["L2"]
     assert "training" in both and "held out" in both
@@ -96,9 +94,9 @@ def test_generator_loss_and_held_out_loss_share_a_chart(tmp_path):
         model=GeneratorConfig(1, 2, 16), optimizer=OptimizerConfig(), tokenizer="tok", steps=6
     )
     html = html_of(train(tmp_path / "run", run))
-    loss = charts(html)["cross-entropy per code, nats"]
+    loss = charts(html)["Cross-entropy per code, nats"]
     assert "training" in loss and "held out" in loss
-    assert html.count('alt="cross-entropy per code, nats"') == 1
+    assert html.count('alt="Cross-entropy per code, nats"') == 1
     assert "Generator training: run" in html
 
 

@@ -169,9 +169,7 @@ def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
     if record.get("config.ssim_range", 1) == 2:
         results["ssim_range_2"] = results.pop("ssim")
     own = {name.removeprefix("config."): value for name, value in record.items()}
-    settings = {
-        "Settings": {k: v for k, v in own.items() if not k.startswith(UNUSED_SETTINGS)},
-    }
+    settings = {"Settings": {k: v for k, v in own.items() if not k.startswith(UNUSED_SETTINGS)}}
     if (workdir / "tokenizer.json").exists():
         tokenizer = read_json(workdir / "tokenizer.json", "the tokenizer")
         run = dict(tokenizer["made_by"].get("run", {}))
@@ -238,6 +236,7 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "measured": set().union(*probes),
         "scaling": scaling,
+        "generation_distances": GENERATION_DISTANCES,
         "paper": read_json(PAPER, "the paper's results")["rows"],
     }
 
@@ -352,7 +351,7 @@ def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Seque
         if len(steps):
             axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
     axes.set(xlabel="step")
-    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if name in FRACTIONS:
         axes.yaxis.set_major_formatter(PercentFormatter(1))

@@ -81,7 +81,7 @@ class GeneratorRun(RunConfig):
     @property
     def resolved_optimizer(self) -> OptimizerConfig:
         resolved = super().resolved_optimizer
-        if not self.branch_from:
+        if not 0 < self.branch_step < self.total_steps:
             return resolved
         share = (self.total_steps - self.branch_step) / self.total_steps
         return dataclasses.replace(resolved, decay_share=share)
