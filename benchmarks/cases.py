@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import config as configs
-from gigatok_jax import frozen, recipes, sampling, sharding
+from gigatok_jax import frozen_networks, recipes, sampling, sharding
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import generator, inception, layers, quantizer, tokenizer
 from gigatok_jax.models.layers import compute_dtype
@@ -203,7 +203,7 @@ def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case
         "adversarial": adversarial,
         "channels": run.objective.discriminator_channels,
         "entropy": run.objective.entropy,
-        "teacher_heads": frozen.architecture(run.objective.teacher).heads,
+        "teacher_heads": frozen_networks.architecture(run.objective.teacher).heads,
     }
 
     def expected():

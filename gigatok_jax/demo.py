@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from gigatok_jax import api, frozen, pictures
+from gigatok_jax import api, frozen_networks, pictures
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.evaluation import generation, probing
 from gigatok_jax.evaluation.reconstruction import reconstruct
@@ -84,7 +84,7 @@ def _write(source: Source, folder: Path) -> None:
 
 def _classify(images: np.ndarray, real: Source) -> np.ndarray:
     """Classes of images `[n, S, S, 3]`, by a ridge regression on features of the teacher."""
-    config, params = frozen.load_teacher("embedded")
+    config, params = frozen_networks.load_teacher("embedded")
 
     @jax.jit
     def features(images):

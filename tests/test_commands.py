@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, cli, commands, frozen
+from gigatok_jax import bundles, cli, commands, frozen_networks
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import vit
 from gigatok_jax.training import loop
@@ -116,14 +116,14 @@ def test_unknown_verb(gigatok):
 
 def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigatok, tmp_path):
     with pytest.raises(UserError, match=r"gigatok weights fetch dino_vits16"):
-        frozen.load_dino()
+        frozen_networks.load_dino()
     source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"
     tensors = synth.checkpoint("dino_vits16")
     torch_files.write(source, tensors)
     out = f"--out={fetch.bundle_path('dino_vits16')}"
     code, _, _ = gigatok("convert", "dino", f"--from={source}", "--model=dino_vits16", out)
     assert code == 0
-    params = frozen.load_dino()
+    params = frozen_networks.load_dino()
     torch_files.write(back, convert.to_torch("dino", {"params": params}, vit.DINO["dino_vits16"]))
     for name, returned in torch_files.read(back).items():
         expected = tensors[name].copy()

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigatok_jax import bundles, frozen
+from gigatok_jax import bundles, frozen_networks
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features
@@ -169,13 +169,13 @@ def test_teacher_that_was_not_fetched_says_how_to_get_it(tmp_path, monkeypatch, 
     monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
     command = rf"gigatok weights fetch {NAMES[family]}.* gigatok convert {family} --from=\S+ "
     with pytest.raises(UserError, match=command):
-        frozen.load_teacher(NAMES[family])
+        frozen_networks.load_teacher(NAMES[family])
 
 
 @families
 def test_teacher_is_loaded_by_name_and_by_directory(fetched, family):
     for name in (NAMES[family], str(fetch.bundle_path(NAMES[family]))):
-        config, params = frozen.load_teacher(name)
+        config, params = frozen_networks.load_teacher(name)
         assert config == CONFIGS[family]
         chex.assert_trees_all_equal(params, parameters(family))
 
@@ -184,7 +184,7 @@ def test_bundle_of_a_tokenizer_is_no_teacher(tmp_path):
     config = tiny.config()
     bundles.save(tmp_path / "bundle", "tokenizer", config, tiny.weights(config), {})
     with pytest.raises(UserError, match="holds a tokenizer, expected a dinov2 or clip or siglip"):
-        frozen.load_teacher(str(tmp_path / "bundle"))
+        frozen_networks.load_teacher(str(tmp_path / "bundle"))
 
 
 @families

@@ -11,7 +11,7 @@ import optax
 from PIL import Image, ImageFilter
 import pytest
 
-from gigatok_jax import bundles, frozen
+from gigatok_jax import bundles, frozen_networks
 from gigatok_jax.data import drawings
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import layers, vit
@@ -23,7 +23,7 @@ TAPS = (0, 2, 4, 6)
 
 @pytest.fixture(scope="module")
 def teacher():
-    return frozen.load_teacher("embedded")
+    return frozen_networks.load_teacher("embedded")
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +55,10 @@ def _ridge_accuracy(x, labels, held_out, held_out_labels) -> float:
 
 
 def test_files_are_small_and_load_in_a_second(teacher):
-    size = sum(file.stat().st_size for file in frozen.EMBEDDED.iterdir())
+    size = sum(file.stat().st_size for file in frozen_networks.EMBEDDED.iterdir())
     assert size < 1.6e6
     start = time.perf_counter()
-    frozen.load_teacher("embedded")
+    frozen_networks.load_teacher("embedded")
     assert time.perf_counter() - start < 1
 
 
@@ -142,8 +142,8 @@ def test_feature_distance_is_bounded_and_ignores_token_lengths():
 
 
 def test_teacher_loads_from_a_directory(teacher):
-    config, params = frozen.load_teacher(str(frozen.EMBEDDED))
-    assert config == teacher[0] == frozen.architecture("embedded")
+    config, params = frozen_networks.load_teacher(str(frozen_networks.EMBEDDED))
+    assert config == teacher[0] == frozen_networks.architecture("embedded")
     chex.assert_trees_all_equal(params, teacher[1])
 
 
@@ -152,19 +152,19 @@ def test_training_writes_a_bundle(tmp_path, monkeypatch, teacher):
     monkeypatch.setattr(train_embedded_teacher, "train", lambda *_: (teacher[1], record))
     train_embedded_teacher.main([f"--out={tmp_path / 'new'}"])
     assert bundles.load(tmp_path / "new", "dinov2").made_by == record
-    config, params = frozen.load_teacher(str(tmp_path / "new"))
+    config, params = frozen_networks.load_teacher(str(tmp_path / "new"))
     assert config == teacher[0]
     chex.assert_trees_all_equal(params, teacher[1])
 
 
 def test_unknown_names_and_foreign_directories_are_rejected(tmp_path):
     with pytest.raises(UserError, match=r"dinov9.*embedded"):
-        frozen.load_teacher("dinov9")
+        frozen_networks.load_teacher("dinov9")
     with pytest.raises(UserError, match=r"absent.*a teacher's directory"):
-        frozen.load_teacher(str(tmp_path / "absent"))
+        frozen_networks.load_teacher(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(UserError, match="not a bundle"):
-        frozen.load_teacher(str(tmp_path))
+        frozen_networks.load_teacher(str(tmp_path))
 
 
 def test_augmentation_keeps_the_mask_on_the_object():

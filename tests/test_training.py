@@ -152,7 +152,8 @@ def test_terms_without_weight_are_dropped():
 def test_total_is_the_weighted_sum_of_the_terms(adversarial):
     metrics, objective = adversarial[1], dataclasses.asdict(RUN.objective)
     terms = ALWAYS | AUXILIARY | {"adversarial", "auxiliary_adversarial"}
-    weights = {name: objective.get(name.removeprefix("auxiliary_"), 1.0) for name in terms}
+    objective["feature"] = 1.0  # of the auxiliary terms, the only one without a field
+    weights = {name: objective[name.removeprefix("auxiliary_")] for name in terms}
     total = sum(weights[name] * float(metrics[name]) for name in terms)
     assert float(metrics["total"]) == pytest.approx(total, rel=1e-5)
 

@@ -8,7 +8,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from gigatok_jax import bundles, frozen, pictures
+from gigatok_jax import bundles, frozen_networks, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, vit
 
@@ -62,8 +62,8 @@ def load(name: str) -> Extractor:
     """Loads an extractor.
 
     Args:
-      name: "inception", or a teacher that `frozen.load_teacher` knows. Of a teacher the class
-        token is taken, and the distance is "fd_dinov2" or "fd_teacher", never "fid".
+      name: "inception", or a teacher that `frozen_networks.load_teacher` knows. Of a teacher, the
+        class token is taken, and the distance is "fd_dinov2" or "fd_teacher", never "fid".
 
     Raises:
       UserError: the name is unknown, or the weights are missing.
@@ -71,7 +71,7 @@ def load(name: str) -> Extractor:
     if name == INCEPTION:
         return _inception()
     try:
-        config, params = frozen.load_teacher(name)
+        config, params = frozen_networks.load_teacher(name)
     except UserError as error:
         raise UserError(f"features: {error}; {INCEPTION} and embedded are others") from None
     dinov2 = config in vit.DINOV2.values()
@@ -87,7 +87,7 @@ def load(name: str) -> Extractor:
 
 def _inception() -> Extractor:
     try:
-        params = frozen.load_inception()
+        params = frozen_networks.load_inception()
     except UserError as error:
         raise UserError(
             f"{error}; or compare the features of a teacher: --features=dinov2_vitb14, "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, distributed, frozen, metrics, pictures
+from gigatok_jax import api, distributed, frozen_networks, image_metrics, pictures
 from gigatok_jax.data import crops, pipeline
 from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
@@ -48,7 +48,7 @@ def evaluate(
       data: the data set.
       out: folder that receives `grid.png` and `code_counts.npy`, int64 `[K]`.
       batch_size: images per batch, of all processes together.
-      ssim_range: see `metrics.ssim`.
+      ssim_range: see `image_metrics.ssim`.
 
     Returns:
       "images", "psnr" (dB), "ssim", "lpips" if its weights are there, "codebook_usage" (the share
@@ -96,7 +96,7 @@ def reconstruct(
       out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG for each
         image) and `metrics.json`.
       batch_size: images per batch.
-      ssim_range: see `metrics.ssim`.
+      ssim_range: see `image_metrics.ssim`.
 
     Returns:
       The content of `metrics.json`: "images", "skipped", the metrics of `evaluate` without the
@@ -190,7 +190,7 @@ def _reconstruct(
 def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
     """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
     # Process 0 decides about LPIPS, because only sums of the same metrics can be added.
-    lpips = frozen.load_lpips() if distributed.agree(frozen.has_lpips()) else None
+    lpips = frozen_networks.load_lpips() if distributed.agree(frozen_networks.has_lpips()) else None
     if lpips is None:
         logger.info("no LPIPS: `gigatok weights fetch lpips_vgg16` brings its weights")
 
@@ -198,8 +198,8 @@ def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, 
     def compare(inputs, floats, lpips):
         outputs = pictures.to_uint8(floats)
         values = {
-            "psnr": metrics.psnr(inputs, outputs),
-            "ssim": metrics.ssim(inputs, outputs, ssim_range),
+            "psnr": image_metrics.psnr(inputs, outputs),
+            "ssim": image_metrics.ssim(inputs, outputs, ssim_range),
         }
         if lpips is not None:
             clipped = jnp.clip(floats, -1, 1)

@@ -142,7 +142,7 @@ def pool_queries(grid: jax.Array, count: int) -> jax.Array:
 class TokenizerOutput:
     """What a training step needs from one forward pass; losses are scalars and not weighted."""
 
-    reconstruction: jax.Array  # [B, H, W, 3] float32
+    reconstruction: jax.Array  # [B, H, W, 3] float32 in about [-1, 1], not clipped
     codes: jax.Array  # [B, N] int32
     codebook_loss: jax.Array
     commitment_loss: jax.Array  # with the factor 0.25 that belongs to it

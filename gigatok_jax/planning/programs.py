@@ -11,7 +11,7 @@ from jax import ShapeDtypeStruct
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
-from gigatok_jax import bundles, frozen, sampling, sharding
+from gigatok_jax import bundles, frozen_networks, sampling, sharding
 from gigatok_jax.models import generator, layers, lpips, tokenizer, vit
 from gigatok_jax.training import loop
 from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
@@ -76,7 +76,7 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
         return GeneratorTask(run, config), tokenizer.param_shapes(config)
     objective, config, networks = run.objective, None, {}
     if objective.needs_teacher:
-        config = frozen.architecture(objective.teacher)
+        config = frozen_networks.architecture(objective.teacher)
         networks["teacher"] = _vit_shapes(config, run.model.grid)
     if objective.needs_lpips:
         networks["lpips"] = layers.param_shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))

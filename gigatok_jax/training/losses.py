@@ -1,4 +1,8 @@
-"""Training losses, each a pure function."""
+"""Training losses, each a pure function.
+
+Scalars are means over the batch, so that a batch in parts (`accumulate`) gives the same. Others
+keep the axes that their docstrings name. L2 is in `training.tokenizer`.
+"""
 
 from collections.abc import Sequence
 

@@ -1,8 +1,8 @@
 """Training of a tokenizer: configuration, losses, step and evaluation (paper, 4 and appendix C).
 
 The step trains two players in turn. `tokenizer_loss` reconstructs the batch and adds up the terms
-of the objective; from `disc_start` on, one of them is the discriminator's opinion of the
-reconstructions. `discriminator_loss` then trains the discriminator on the same reconstructions.
+of the objective; from `disc_start` on, one of them is the adversarial loss. `discriminator_loss`
+then trains the discriminator on the same reconstructions.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gigatok_jax import frozen, metrics, pictures
+from gigatok_jax import frozen_networks, image_metrics, pictures
 from gigatok_jax.config import configclass
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import discriminators, layers, norms, quantizer, vit
@@ -44,20 +44,20 @@ SHOWN = 8  # images across a picture of reconstructions
 class ObjectiveConfig:
     """Weights of the loss terms, and the networks that measure them.
 
-    Terms that cost time (perceptual, adversarial, entropy, semantic) are not computed at weight 0.
-    The others stay in the metrics.
+    `l2`, `codebook` and `commitment` are always computed and logged. Every other term is left out
+    at weight 0.
     """
 
     l2: NonNegativeFloat = 1.0
     perceptual: NonNegativeFloat = 1.0
     adversarial: NonNegativeFloat = 0.5
     codebook: NonNegativeFloat = 1.0
-    commitment: NonNegativeFloat = 1.0  # of a loss that contains a factor of 0.25
+    commitment: NonNegativeFloat = 1.0  # multiplies a loss that already has the factor 0.25
     entropy: NonNegativeFloat = 0.0
     semantic: NonNegativeFloat = 0.5
     # "teacher" measures the distance between features of the semantic teacher.
     perceptual_distance: Literal["lpips", "teacher"] = "lpips"
-    teacher: str = "dinov2_vitb14"  # the semantic teacher, see `gigatok_jax.frozen`
+    teacher: str = "dinov2_vitb14"  # the semantic teacher, see `gigatok_jax.frozen_networks`
     # "dino": trained heads on features that a frozen DINO computes from augmented images.
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     disc_start: NonNegativeInt = 20_000  # first step of the discriminator
@@ -128,7 +128,7 @@ class TokenizerRun(RunConfig):
             )
         teacher, networks = None, Frozen()
         if objective.needs_teacher:
-            teacher, params = frozen.load_teacher(objective.teacher)
+            teacher, params = frozen_networks.load_teacher(objective.teacher)
             if objective.semantic and teacher.width != self.model.semantic_dim:
                 raise UserError(
                     f"config.model.semantic_dim: expected {teacher.width}, the width of teacher "
@@ -138,9 +138,9 @@ class TokenizerRun(RunConfig):
             params["positions"] = vit.resize_positions(params["positions"], self.model.grid)
             networks = networks.replace(teacher=params)
         if objective.needs_lpips:
-            networks = networks.replace(lpips=frozen.load_lpips())
+            networks = networks.replace(lpips=frozen_networks.load_lpips())
         if objective.needs_dino:
-            networks = networks.replace(dino=frozen.load_dino())
+            networks = networks.replace(dino=frozen_networks.load_dino())
         return TokenizerTask(self, teacher, frozen=networks)
 
 
@@ -322,24 +322,20 @@ class TokenizerTask(Task):
         )
         # Features of the input are computed once and shared by all terms.
         real = self._real_features(images, frozen)
+        # Weight and value of each term; its name is that of the logged metric.
         terms = {
-            "l2": jnp.mean((out.reconstruction - images) ** 2),
-            "codebook": out.codebook_loss,
-            "commitment": out.commitment_loss,
-        }
-        weights = {
-            "l2": objective.l2,
-            "codebook": objective.codebook,
-            "commitment": objective.commitment,
+            "l2": (objective.l2, jnp.mean((out.reconstruction - images) ** 2)),
+            "codebook": (objective.codebook, out.codebook_loss),
+            "commitment": (objective.commitment, out.commitment_loss),
         }
         if objective.entropy:
-            terms["entropy"], weights["entropy"] = out.entropy_loss, objective.entropy
+            terms["entropy"] = (objective.entropy, out.entropy_loss)
         if objective.perceptual:
-            terms["perceptual"] = self._perceptual(real, out.reconstruction, frozen).mean()
-            weights["perceptual"] = objective.perceptual
-        if objective.semantic and self.run.model.semantic_dim:
-            terms["semantic"] = losses.semantic(out.semantic_features, real["semantic"])
-            weights["semantic"] = objective.semantic
+            distance = self._perceptual(real, out.reconstruction, frozen).mean()
+            terms["perceptual"] = (objective.perceptual, distance)
+        if objective.semantic:
+            value = losses.semantic(out.semantic_features, real["semantic"])
+            terms["semantic"] = (objective.semantic, value)
         if phase.adversarial:
             # Every pass through the discriminator moves its running statistics, so the order of the
             # passes matters: reconstructions, then the auxiliary images, then (in its own update)
@@ -347,25 +343,25 @@ class TokenizerTask(Task):
             logits, discriminator = self._judge(
                 discriminator, out.reconstruction, frozen, jax.random.fold_in(key, 0)
             )
-            terms["adversarial"] = losses.hinge_generator(logits)
-            weights["adversarial"] = objective.adversarial
+            terms["adversarial"] = (objective.adversarial, losses.hinge_generator(logits))
         if phase.auxiliary:
-            # The older recipe's shortcut: the CNN decoder on the CNN encoder's own features.
-            terms["auxiliary_l2"] = jnp.mean((out.direct - images) ** 2)
-            terms["auxiliary_feature"] = out.feature_loss
-            weights |= {"auxiliary_l2": objective.l2, "auxiliary_feature": 1.0}
+            # The older recipe's shortcut: the CNN decoder on the CNN encoder's own features, under
+            # the three image losses that the reference applies to it. Others do not belong here.
+            terms["auxiliary_l2"] = (objective.l2, jnp.mean((out.direct - images) ** 2))
+            terms["auxiliary_feature"] = (1.0, out.feature_loss)
             if objective.perceptual:
-                terms["auxiliary_perceptual"] = self._perceptual(real, out.direct, frozen).mean()
-                weights["auxiliary_perceptual"] = objective.perceptual
+                distance = self._perceptual(real, out.direct, frozen).mean()
+                terms["auxiliary_perceptual"] = (objective.perceptual, distance)
             if phase.adversarial:
                 logits, discriminator = self._judge(
                     discriminator, out.direct, frozen, jax.random.fold_in(key, 1)
                 )
-                terms["auxiliary_adversarial"] = losses.hinge_generator(logits)
-                weights["auxiliary_adversarial"] = objective.adversarial
-        total = sum(weights[name] * value for name, value in terms.items())
+                hinge = losses.hinge_generator(logits)
+                terms["auxiliary_adversarial"] = (objective.adversarial, hinge)
+        total = sum(weight * value for weight, value in terms.values())
+        values = {name: value for name, (_, value) in terms.items()}
         outputs = {"codes": out.codes, "reconstruction": out.reconstruction}
-        return total, ({"total": total} | terms, discriminator, outputs)
+        return total, ({"total": total} | values, discriminator, outputs)
 
     def discriminator_loss(
         self,
@@ -400,7 +396,10 @@ class TokenizerTask(Task):
         codes = self.tokenizer.apply(variables, pictures.to_float(images), method=Tokenizer.encode)
         decoded = self.tokenizer.apply(variables, codes, method=Tokenizer.decode)
         outputs = pictures.to_uint8(decoded)
-        values = {"psnr": metrics.psnr(images, outputs), "ssim": metrics.ssim(images, outputs)}
+        values = {
+            "psnr": image_metrics.psnr(images, outputs),
+            "ssim": image_metrics.ssim(images, outputs),
+        }
         if self.run.objective.perceptual:
             real = self._real_features(pictures.to_float(images), frozen)
             values["perceptual"] = self._perceptual(real, decoded, frozen)

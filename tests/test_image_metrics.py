@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from gigatok_jax import metrics
+from gigatok_jax import image_metrics
 
 
 def batches():
@@ -33,7 +33,7 @@ def test_psnr_is_ten_log_of_peak_over_mean_squared_error():
     error = (images.astype(float) - others) ** 2
     expected = 10 * np.log10(255**2 / error.mean((1, 2, 3)))
     assert expected[0] > expected[1] > expected[2] > 5
-    np.testing.assert_allclose(metrics.psnr(images, others), expected, rtol=1e-5)
+    np.testing.assert_allclose(image_metrics.psnr(images, others), expected, rtol=1e-5)
 
 
 @pytest.mark.parametrize("data_range", [1, 2])
@@ -41,14 +41,14 @@ def test_ssim_is_the_mean_over_windows_and_channels(data_range):
     images, others = batches()
     expected = [ssim(x, y, data_range) for x, y in zip(images, others, strict=True)]
     assert expected[0] > 0.9 > 0.5 > expected[2]
-    np.testing.assert_allclose(metrics.ssim(images, others, data_range), expected, atol=1e-5)
+    np.testing.assert_allclose(image_metrics.ssim(images, others, data_range), expected, atol=1e-5)
 
 
 def test_references_data_range_gives_higher_ssim():
-    assert np.all(metrics.ssim(*batches(), 2) > metrics.ssim(*batches()))
+    assert np.all(image_metrics.ssim(*batches(), 2) > image_metrics.ssim(*batches()))
 
 
 def test_equal_images_have_infinite_psnr_and_ssim_one():
     images, _ = batches()
-    assert np.all(np.isposinf(metrics.psnr(images, images)))
-    np.testing.assert_allclose(metrics.ssim(images, images), 1, rtol=1e-6)
+    assert np.all(np.isposinf(image_metrics.psnr(images, images)))
+    np.testing.assert_allclose(image_metrics.ssim(images, images), 1, rtol=1e-6)
