@@ -9,7 +9,6 @@ import pickle
 import re
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import test_commands
@@ -50,14 +49,6 @@ CONFIG = tiny.config(
     codebook_size=512,  # enough for images to differ in their codes
     semantic_dim=0,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilations():
-    """Optimizing takes longer than what is run here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

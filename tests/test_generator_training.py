@@ -53,14 +53,6 @@ OPTIMIZER = OptimizerConfig(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilations():
-    """Optimizing takes longer than what is run here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory) -> Path:
     """A tokenizer's bundle."""

@@ -49,7 +49,6 @@ def gigatok(count: int, arguments: list[str], tmp_path: pathlib.Path) -> subproc
     """Starts a command in so many processes; the logs of all but the first go to `tmp_path`."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # they run for a second
         "GIGATOK_CACHE": str(tmp_path / "cache"),
         "LOGS": str(tmp_path / "logs"),
     }

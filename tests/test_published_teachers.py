@@ -91,10 +91,10 @@ def test_features_are_those_of_the_published_implementation(family):
     [
         ("clip", {"activation": "gelu"}),
         ("clip", {"epsilon": 1e-6}),
-        ("clip", {"std": vit.IMAGENET[1]}),
+        ("clip", {"std": vit.IMAGENET_STD}),
         ("siglip", {"activation": "gelu"}),
         ("siglip", {"epsilon": 1e-5}),
-        ("siglip", {"mean": vit.IMAGENET[0]}),
+        ("siglip", {"mean": vit.IMAGENET_MEAN}),
     ],
 )
 def test_features_depend_on_every_setting(family, change):

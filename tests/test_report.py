@@ -74,12 +74,12 @@ def test_report_shows_everything_a_run_logged(tmp_path):
     html = html_of(workdir)
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file
     assert charts(html).keys() == {
-        "total loss",
+        "Total loss",
         "PSNR, dB",
         "L2",
-        "learning rate",
-        "images per second",
-        "time spent waiting for input",
+        "Learning rate",
+        "Images per second",
+        "Time spent waiting for input",
     }
     both = charts(html)["L2"]
     assert "training" in both and "held out" in both
@@ -94,9 +94,9 @@ def test_generator_loss_and_held_out_loss_share_a_chart(tmp_path):
         model=GeneratorConfig(1, 2, 16), optimizer=OptimizerConfig(), tokenizer="tok", steps=6
     )
     html = html_of(train(tmp_path / "run", run))
-    loss = charts(html)["cross-entropy per code, nats"]
+    loss = charts(html)["Cross-entropy per code, nats"]
     assert "training" in loss and "held out" in loss
-    assert html.count('alt="cross-entropy per code, nats"') == 1
+    assert html.count('alt="Cross-entropy per code, nats"') == 1
     assert "Generator training: run" in html
 
 

@@ -40,14 +40,6 @@ CLASSES = np.array([0, 2, 1, 0, 2, 1, 0])
 NAMES = [f"{i:06d}_class{c:04d}.png" for i, c in enumerate(CLASSES)]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def fast_compilations():
-    """Optimizing takes longer than what is run here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def tokenizer() -> api.PretrainedTokenizer:
     return api.PretrainedTokenizer(TOKENIZER, tiny.weights(TOKENIZER))

@@ -200,15 +200,23 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
         np.testing.assert_allclose(adversarial[1][name], value, rtol=1e-4, err_msg=name)
 
 
-def test_batch_in_parts_gives_what_the_whole_does(state, batch, frozen):
+def test_batch_in_parts_gives_what_the_whole_does(state, batch):
     # What is computed over a batch is computed over each part: BatchNorm's groups are the parts.
-    objective = dataclasses.replace(RUN.objective, entropy=0.0, patchgan_groups=2)
-    whole = TokenizerTask(dataclasses.replace(RUN, objective=objective), TEACHER)
+    objective = dataclasses.replace(
+        RUN.objective,
+        entropy=0.0,
+        perceptual=0.0,
+        semantic=0.0,
+        auxiliary_steps=0,
+        patchgan_groups=2,
+    )
+    whole = TokenizerTask(dataclasses.replace(RUN, objective=objective))
     objective = dataclasses.replace(objective, patchgan_groups=1)
-    parts = TokenizerTask(dataclasses.replace(RUN, objective=objective, accumulate=2), TEACHER)
+    parts = TokenizerTask(dataclasses.replace(RUN, objective=objective, accumulate=2))
     turns = {"image": batch["image"][[0, 2, 1, 3]]}  # parts are of every other image
-    expected = jit(whole.step, static_argnames="phase")(state, turns, frozen, phase=ADVERSARIAL)
-    found = jit(parts.step, static_argnames="phase")(state, batch, frozen, phase=ADVERSARIAL)
+    phase = Phase(True, False)
+    expected = jit(whole.step, static_argnames="phase")(state, turns, Frozen(), phase=phase)
+    found = jit(parts.step, static_argnames="phase")(state, batch, Frozen(), phase=phase)
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, err_msg=name)

@@ -196,7 +196,7 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         'file_format="array_record").download_and_prepare()\''
     )
     if builder.name == "imagenet2012":
-        how = "see ImageNet in the README"
+        how = "see docs/imagenet.md"
     if not builder.is_prepared():
         raise UserError(f"{config.name} is not prepared in {builder.data_dir}; {how}")
     split = config.split if train else config.eval_split

@@ -169,9 +169,7 @@ def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
     if record.get("config.ssim_range", 1) == 2:
         results["ssim_range_2"] = results.pop("ssim")
     own = {name.removeprefix("config."): value for name, value in record.items()}
-    settings = {
-        "Settings": {k: v for k, v in own.items() if not k.startswith(UNUSED_SETTINGS)},
-    }
+    settings = {"Settings": {k: v for k, v in own.items() if not k.startswith(UNUSED_SETTINGS)}}
     if (workdir / "tokenizer.json").exists():
         tokenizer = read_json(workdir / "tokenizer.json", "the tokenizer")
         run = dict(tokenizer["made_by"].get("run", {}))
@@ -238,6 +236,7 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "measured": set().union(*probes),
         "scaling": scaling,
+        "generation_distances": GENERATION_DISTANCES,
         "paper": read_json(PAPER, "the paper's results")["rows"],
     }
 

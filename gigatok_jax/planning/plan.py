@@ -115,12 +115,13 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     sharding.check_batch(run.batch_size, run.accumulate, mesh)
     program = programs.build(run, mesh, job)
     traced = program.trace()
-    without_remat = programs.build(dataclasses.replace(run, remat="none"), mesh, job).trace()
+    plain = dataclasses.replace(run, remat="none")
+    model = traced if run == plain else programs.build(plain, mesh, job).trace()
     state = program.memory
     made = Plan(
         topology,
         state,
-        model_flops=flops.count(without_remat.jaxpr),
+        model_flops=flops.count(model.jaxpr),
         traced_flops=flops.count(traced.jaxpr),
         bytes_moved=2 * sum(state.values()),  # more is not certain: it is read and written once
     )

@@ -105,6 +105,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         if distributed.is_main():
             telemetry = Telemetry(workdir, start)  # drops rows of steps after `start`
             stack.callback(telemetry.close)
+        stop = stack.enter_context(distributed.stop_signals())
         meter = Meter(unlogged)
 
         def save(step, state):
@@ -133,15 +134,15 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
 
         # A checkpoint comes before the evaluation of the same step. If the run was killed between
         # the two, the evaluation is missing; only process 0 knows.
-        missing = start > 0 and due(config.evaluate_every, start)
-        if missing and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
+        # A fresh run or a branch has no checkpoint of its own yet.
+        resumed = checkpoints.latest == start and due(config.evaluate_every, start)
+        if resumed and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
             evaluate(start, state)
 
         step_function = jit_step(task, state, mesh)
         device_batches = pipeline.prefetch_to_device(
             batches, functools.partial(sharding.put_batch, mesh)
         )
-        stop = stack.enter_context(distributed.stop_signals())
         if telemetry and start < steps:
             logger.info("compiling the step; on a CPU this can take minutes")
         silent = None if telemetry else True  # None: silent unless on a terminal
