@@ -3,6 +3,7 @@
 import json
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 
@@ -19,6 +20,14 @@ CONFIG = pathlib.Path(__file__).parent / "train_config.py"
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
 GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
 DATA = DataConfig(source="embedded", length=64, eval_length=50)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def fast_compilations():
+    """Optimizing takes longer than what is run here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(autouse=True)
