@@ -2,7 +2,11 @@
 
 
 class UserError(Exception):
-    """Input that cannot work. The message names the culprit and what was expected."""
+    """Input that cannot work. The message reads `WHERE: expected WHAT, got WHAT`.
+
+    WHERE is a path, a `--flag` or a field such as `config.a.b`. A configuration's own checks name
+    the field as their class knows it; `config.from_mapping` adds the path.
+    """
 
     exit_code = 2
 

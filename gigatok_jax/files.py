@@ -109,7 +109,7 @@ def refuse_other(
 
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
-    """Sixteen hex digits of files' names below `root`, their sizes and times of change."""
+    """Sixteen hex digits of files' names below `root` (not its own), sizes and times of change."""
     digest = hashlib.sha256()
     for name in names:
         found = (root / name).stat()

@@ -250,8 +250,8 @@ def test_data_sets_that_are_not_ready_are_named(prepared, tmp_path):
             _open(DataConfig(path=str(data_dir), **fields))
         assert "\n" not in str(caught.value)
 
-    fails("data.name: expected a data set of TFDS, got 'no_such_set'", name="no_such_set")
-    fails(r"imagenet2012 is not prepared.*docs/imagenet.md", name="imagenet2012")
+    fails("config.data.name: expected a data set of TFDS, got 'no_such_set'", name="no_such_set")
+    fails(r"imagenet2012 is not prepared.*docs/data.md", name="imagenet2012")
     name = "photos_in_folder"
     fails(r"not prepared.*tfds\.builder\(.photos_in_folder.*download", tmp_path, name=name)
     fails("no split 'test', expected train, validation", name=name, split="test")

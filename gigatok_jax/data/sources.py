@@ -1,8 +1,9 @@
 """Where labelled images come from: folders, TensorFlow Datasets, drawings, or stored codes.
 
-A source gives random access: `source[i]` is a dict of `image` (RGB image or uint8 [H, W, 3]) or
-`codes`, `label` (int) and `key` (str, names the example). A broken file raises `BadImage`.
-Sources are pickled for worker processes, so they hold little and open files on first use.
+A source gives random access: `source[i]` is a dict of `image` (a Pillow image in mode RGB, or uint8
+[H, W, 3]) or `codes` (int32 [crops, N]), `label` (int) and `key` (str, names the example). Sources
+are pickled for worker processes, so a pickle holds little: names and paths, or arguments with which
+`__reduce__` opens the files again.
 """
 
 from collections.abc import Callable
@@ -11,11 +12,10 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
-from ml_collections import ConfigDict
 import pydantic
 from pydantic import NonNegativeInt, PositiveInt
 
-from gigatok_jax.config import configclass, from_mapping
+from gigatok_jax.config import configclass
 from gigatok_jax.data import codes, crops
 from gigatok_jax.data.drawings import EmbeddedSource
 from gigatok_jax.data.folders import open_folder
@@ -24,7 +24,7 @@ from gigatok_jax.files import stamp
 
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
 
-# Fields of `DataConfig` that concern how images are read, or only training crops.
+# Changing these does not make stored codes or a probe's results stale; every other field does.
 NOT_CONTENT = ("workers", "prefetch", "max_bad_share", "resize")
 
 Example = dict[str, Any]
@@ -34,6 +34,7 @@ Example = dict[str, Any]
 class DataConfig:
     """Which images to read, and how."""
 
+    # "embedded": drawings that the program makes itself. "codes": what `gigatok encode` wrote.
     source: Literal["tfds", "folder", "embedded", "codes"] = "tfds"
     path: str = ""  # folder, or what `gigatok encode` wrote; tfds: `data_dir`, "" is TFDS's default
     name: str = "imagenet2012"  # tfds: `builder[/config][:version]`
@@ -71,7 +72,7 @@ class DataConfig:
             "embedded": ("length", "eval_length"),
             "codes": ("path",),
         }
-        for name in required[self.source]:
+        for name in required.get(self.source, ()):
             value = getattr(self, name)
             if not value:
                 expected = "at least 1" if value == 0 else "a value"
@@ -85,29 +86,23 @@ class DataConfig:
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
 
 
-def data_config(config: ConfigDict) -> DataConfig:
-    """The `data` of any run's configuration.
-
-    Raises:
-        UserError: it is missing or wrong.
-    """
-    if "data" not in config:
-        raise UserError("config.data: missing, expected what a training run's configuration has")
-    return from_mapping(DataConfig, config.to_dict()["data"], "config.data")
-
-
 class Source(Protocol):
-    """Random access to labelled images or their codes."""
+    """Random access to labelled images or their codes.
+
+    The training and evaluation sources of a configuration have the same `class_names`, and every
+    label is in [0, len(class_names)). Several threads, and worker processes, read one source.
+    """
 
     class_names: tuple[str, ...]  # by label
-    codes: int  # codes per image; 0: examples have images
+    codes: int  # number of codes per image; 0: examples have images
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, index: int) -> Example: ...
+    def __getitem__(self, index: int) -> Example:
+        """Raises IndexError beyond the end, and BadImage for an image that cannot be read."""
 
     def version(self) -> str:
-        """Text that changes with the examples or their files, found without decoding any."""
+        """Names cached results: differs if the examples or their files do; nothing is decoded."""
 
 
 class _First:
@@ -187,7 +182,8 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         builder = tfds.builder(config.name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
-            f"data.name: expected a data set of TFDS, got {config.name!r}: {first_line(error)}"
+            f"config.data.name: expected a data set of TFDS, got {config.name!r}: "
+            f"{first_line(error)}"
         ) from error
     quoted = f'"{data_dir}"' if data_dir else "None"
     how = (
@@ -196,7 +192,7 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         'file_format="array_record").download_and_prepare()\''
     )
     if builder.name == "imagenet2012":
-        how = "see docs/imagenet.md"
+        how = "see docs/data.md"
     if not builder.is_prepared():
         raise UserError(f"{config.name} is not prepared in {builder.data_dir}; {how}")
     split = config.split if train else config.eval_split
@@ -250,5 +246,7 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     length = config.length if train else config.eval_length
     if length > len(source):
         field = "length" if train else "eval_length"
-        raise UserError(f"data.{field}: expected at most the {len(source)} examples, got {length}")
+        raise UserError(
+            f"config.data.{field}: expected at most the {len(source)} examples, got {length}"
+        )
     return _First(source, length) if 0 < length < len(source) else source
