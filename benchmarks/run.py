@@ -32,7 +32,6 @@ from benchmarks.timing import calls
 from gigatok_jax.cli import take_huge_pages
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import write_json
-from gigatok_jax.models import layers
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.planning.chips import CHIPS, Chip
 
@@ -67,7 +66,9 @@ def main() -> None:
     parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file of the results")
     parser.add_argument("--repeats", type=int, default=5, help="timed calls of each; 5")
     parser.add_argument("--photos", type=pathlib.Path, help="folder of JPEGs for `input`")
-    parser.add_argument("--remat", choices=layers.REMAT, help="of training steps; the config's")
+    parser.add_argument(
+        "--remat", choices=("none", "dots", "full"), help="of training steps; the config's"
+    )
     parser.add_argument("--no-yardstick", action="store_true", help="measure ours alone")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
