@@ -280,12 +280,8 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
             images.append(center_crop(example["image"], size))
         if len(images) == MAPPED:
             break
-    images = np.stack(images)
-    tokens = probe.tokenizer.decoder_features(probe.tokenizer.encode(images), layer=1)
-    maps = component_maps(np.asarray(tokens))
-    scale = size // maps.shape[1]
-    maps = maps.repeat(scale, axis=1).repeat(scale, axis=2)
-    pictures.save_png(out.with_suffix(".png"), pictures.grid([images, maps]))
+    picture = feature_maps(probe.tokenizer, np.stack(images))
+    pictures.save_png(out.with_suffix(".png"), picture)
     return {}
 
 
@@ -301,6 +297,17 @@ STEPS = {
     "samples": _sample_classes,
     "maps": _map_features,
 }
+
+
+def feature_maps(
+    tokenizer: api.PretrainedTokenizer, images: np.ndarray, layer: int = 1
+) -> np.ndarray:
+    """A picture of images uint8 `[n, S, S, 3]` over maps of a decoder layer's features."""
+    tokens = tokenizer.decoder_features(tokenizer.encode(images), layer=layer)
+    maps = component_maps(np.asarray(tokens))
+    scale = images.shape[1] // maps.shape[1]
+    maps = maps.repeat(scale, axis=1).repeat(scale, axis=2)
+    return pictures.grid([images, maps])
 
 
 def component_maps(features: np.ndarray) -> np.ndarray:
