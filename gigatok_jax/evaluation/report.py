@@ -247,8 +247,10 @@ def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
     for probe, size in zip(probes, sizes, strict=True):
         point = (size, probe[name])
         axes.scatter(*point, s=36, zorder=3, color=probe["colour"])
-        offset = {"textcoords": "offset points", "xytext": (5, 5), "fontsize": 8}
-        axes.annotate(probe["label"], point, **offset)
+        # Labels of large tokenizers stand on the left, or the edge would cut them off.
+        offset, side = (5, "left") if size**2 <= min(sizes) * max(sizes) else (-5, "right")
+        place = {"xytext": (offset, 5), "textcoords": "offset points", "ha": side}
+        axes.annotate(probe["label"], point, fontsize=8, **place)
     ends = sorted({min(sizes), max(sizes)})
     axes.set(xscale="log", xlabel="tokenizer, million parameters")
     axes.set_xticks(ends, [f"{size:,.3g}" for size in ends])
