@@ -22,6 +22,7 @@ import typing
 from typing import Any, TypeVar, dataclass_transform
 
 from ml_collections import ConfigDict, config_dict
+import numpy as np
 import pydantic
 import pydantic.dataclasses
 
@@ -45,10 +46,17 @@ def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
     settings = pydantic.ConfigDict(strict=True, extra="forbid")
     cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=settings)
     initialize = cls.__init__
+    names = [field.name for field in dataclasses.fields(cls)]
 
     def __init__(self, *args, **kwargs):
+        if len(args) > len(names):
+            raise TypeError(f"{cls.__name__} takes {len(names)} values, got {len(args)}")
+        # By name, so that errors name the field; NumPy's numbers count as Python's.
+        values = dict(zip(names, args, strict=False)) | kwargs
+        for name, value in values.items():
+            values[name] = value.item() if isinstance(value, np.generic) else value
         try:
-            initialize(self, *args, **kwargs)
+            initialize(self, **values)
         except pydantic.ValidationError as error:
             raise ValueError(_first_line(error, cls)) from None
 
