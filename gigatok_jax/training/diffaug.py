@@ -55,7 +55,7 @@ def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
     for axis, part in zip((1, 2), jax.random.split(key), strict=True):
         extent = images.shape[axis]
         length = round(CUTOUT * extent)
-        # The upper bound is that of the authors' code, which is asymmetric for even lengths.
+        # The bound is that of the published DiffAug.
         middle = jax.random.randint(part, (len(images), 1), 0, extent + 1 - length % 2)
         offset = jnp.arange(extent) - middle + length // 2  # [B, H or W], from the rectangle's edge
         within = (offset >= 0) & (offset < length)
