@@ -46,7 +46,7 @@ def _teacher(name: str) -> Path:
     directory = EMBEDDED if name == "embedded" else Path(name)
     if not (directory / "config.json").exists():
         known = ", ".join(["embedded", *vit.PUBLISHED])
-        raise UserError(f"teacher: expected {known} or the directory of a teacher's bundle, got {name!r}")
+        raise UserError(f"teacher: expected one of {known}, or a teacher's bundle, got {name!r}")
     return directory
 
 
