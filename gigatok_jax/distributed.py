@@ -50,8 +50,8 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, timeout: int =
     given = (bool(coordinator), count > 0, index >= 0)
     if any(given) and not (all(given) and ":" in coordinator and index < count):
         raise UserError(
-            "--coordinator, --processes and --process: expected all of them (HOST:PORT, and "
-            f"--process below --processes) or none, got {coordinator!r}, {count} and {index}"
+            "--coordinator, --processes and --process: expected all of them or none, as HOST:PORT, "
+            f"a count and an index below it, got {coordinator!r}, {count} and {index}"
         )
     if timeout < 10:
         raise UserError(f"--timeout: expected at least 10 seconds, got {timeout}")

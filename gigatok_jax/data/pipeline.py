@@ -271,8 +271,8 @@ class Batches(Iterator[Batch]):
             stream = batches.to_iter_dataset(grain.ReadOptions(0, 0))
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
             return iter(stream.mp_prefetch(options, _start_worker))
-        # Threads share the examples of a batch, so that the first batch is ready soon and few examples
-        # are in memory. Two batches are read at once, so that no thread idles at the end of one.
+        # Threads share a batch, so that the first one is ready soon and few examples are in memory.
+        # Two batches are read at once, so that no thread idles at the end of one.
         self._threads = ThreadPoolExecutor(_cores(), thread_name_prefix="images")
         batches = positions.map(functools.partial(_read_batch, self._read, self._threads.map))
         return iter(batches.to_iter_dataset(grain.ReadOptions(2, ahead)))

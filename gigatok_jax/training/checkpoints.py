@@ -1,4 +1,4 @@
-"""Asynchronous checkpoints of a run: its state, its place in the data, its unlogged metrics."""
+"""Asynchronous checkpoints of a run: its state, position in the data, and unlogged metrics."""
 
 import pathlib
 from typing import Any, NamedTuple
@@ -9,7 +9,7 @@ from gigatok_jax.errors import UserError, first_line
 
 
 class Restored(NamedTuple):
-    """A checkpoint's content; `progress` is what JSON can hold."""
+    """A restored checkpoint; `progress` is JSON data."""
 
     step: int
     state: Any
@@ -22,8 +22,8 @@ class Checkpoints:
     Args:
       directory: created if it is missing.
       keep_last: number of newest checkpoints to keep.
-      keep_every: checkpoints at multiples of this many steps are kept too; 0: none.
-      read_only: changes nothing in the directory, where another run may be at work.
+      keep_every: also keep checkpoints at multiples of this many steps; 0: none.
+      read_only: leave the directory untouched, because another run may be using it.
     """
 
     def __init__(
@@ -56,6 +56,7 @@ class Checkpoints:
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Copies `state` to the host and returns; files are written in the background."""
+        # A run that stops right after a regular checkpoint asks for the same step again.
         if step == self.latest:
             return
         items = ocp.args.Composite(
@@ -67,15 +68,15 @@ class Checkpoints:
         """Restores a checkpoint; every process of the run calls this.
 
         Args:
-          abstract_state: shapes, types and shardings to restore to, which may differ from those
-            that were saved.
-          step: the checkpoint; None: the newest.
+          abstract_state: shapes, types and shardings to restore to; shardings may differ from the
+            saved ones.
+          step: which checkpoint; None: the newest.
 
         Returns:
-          The checkpoint, or None where it does not exist.
+          The checkpoint, or None if it does not exist.
 
         Raises:
-          UserError: it is damaged, or belongs to another model.
+          UserError: the checkpoint is damaged or belongs to another model.
         """
         step = self.latest if step is None else step
         if step not in self.steps:
@@ -87,16 +88,16 @@ class Checkpoints:
             restored = self._manager.restore(step, args=items)
         except Exception as error:  # Orbax raises half a dozen types, bare ones too
             raise UserError(
-                f"{self._manager.directory / str(step)}: checkpoint is damaged, or of another "
-                f"model ({first_line(error)})"
+                f"{self._manager.directory / str(step)}: checkpoint is damaged or belongs to "
+                f"another model ({first_line(error)})"
             ) from error
         return Restored(step, restored.state, restored.progress)
 
     def wait(self) -> None:
-        """Waits for what is being written."""
+        """Waits until all checkpoints are written."""
         self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, and frees the threads that write."""
+        """Waits, then stops the writer threads."""
         self.wait()
         self._manager.close()

@@ -1,8 +1,7 @@
-"""DiffAug: differentiable augmentation of what a discriminator sees (Zhao et al. 2020).
+"""DiffAug: differentiable augmentation of a discriminator's input (Zhao et al. 2020).
 
-Strengths are those of StyleGAN-T, which VAR and the reference took over.  Each function maps
-images `[B, H, W, C]`, floats in [-1, 1] where nothing else is said, with a random draw for every
-image.
+Strengths are those of StyleGAN-T, which VAR and the reference adopted. Each function maps images
+`[B, H, W, C]`, floats in [-1, 1], to the same shape, with random parameters for each image.
 """
 
 import jax
@@ -17,14 +16,14 @@ CUTOUT = 0.2  # of the extent
 
 
 def augment(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Translation, colour and cutout, in this order, always all of them."""
+    """Applies translation, colour and cutout, always all three, in this order."""
     for function, part in zip((translate, color, cutout), jax.random.split(key, 3), strict=True):
         images = function(images, part)
     return images
 
 
 def translate(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Moves each image by up to 12.5 % of its height and width; zeros come in from outside."""
+    """Moves each image by up to 12.5 % of its height and width, padding with zeros."""
     batch, *shape = images.shape
     reach = [round(TRANSLATION * extent) for extent in shape[:2]]
     padded = jnp.pad(images, ((0, 0), *((r, r) for r in reach), (0, 0)))
@@ -51,13 +50,14 @@ def color(images: jax.Array, key: jax.Array) -> jax.Array:
 
 
 def cutout(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Sets a rectangle of 20 % of the height and width to 0; it may reach over the edge."""
+    """Zeroes a rectangle of 20 % of the height and width, which may extend over the edge."""
     inside = True
     for axis, part in zip((1, 2), jax.random.split(key), strict=True):
         extent = images.shape[axis]
         length = round(CUTOUT * extent)
+        # The upper bound is that of the authors' code, which is asymmetric for even lengths.
         middle = jax.random.randint(part, (len(images), 1), 0, extent + 1 - length % 2)
-        place = jnp.arange(extent) - middle + length // 2  # [B, H or W], within the rectangle
-        within = (place >= 0) & (place < length)
+        offset = jnp.arange(extent) - middle + length // 2  # [B, H or W], from the rectangle's edge
+        within = (offset >= 0) & (offset < length)
         inside &= jnp.expand_dims(within, 3 - axis)
     return jnp.where(inside[..., None], 0.0, images)

@@ -25,7 +25,7 @@ from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.training.task import BundleContent, RunConfig, Task, mean_gradients, update
 
-COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples of each
+COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples per class
 
 
 @configclass(kw_only=True)
@@ -43,13 +43,13 @@ class GeneratorRun(RunConfig):
     task: Literal["generator"] = "generator"
     epochs: PositiveFloat = 300.0
     batch_size: PositiveInt = 256
-    # Bundle or workdir of the tokenizer that made the codes. Stored codes can be trained on without
-    # it, but then there are no pictures.
+    # Bundle or workdir of the tokenizer that made the codes. Training on stored codes does not need
+    # it, but then writes no pictures.
     tokenizer: str = ""
-    # Fraction of the images whose class is hidden, so that guidance can be used.
+    # Fraction of the images that train the null class, which guidance needs.
     class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # Workdir and step of another run. This run starts from that checkpoint, and its rate decays
-    # over the steps that remain: by default a quarter of those made, a fifth of the whole.
+    # Workdir and step of another run, whose checkpoint this run starts from. The learning rate
+    # decays over the remaining steps, by default branch_step / 4 (a fifth of the whole).
     branch_from: str = ""
     branch_step: NonNegativeInt = 0
     sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # of the pictures
@@ -123,12 +123,9 @@ class GeneratorRun(RunConfig):
 
 
 def _check_branch_point(run: GeneratorRun) -> None:
-    """Rejects another model's run, and a step outside its constant phase.
-
-    A run that has already branched off does not need the other one: its files may be gone.
-    """
+    """Rejects a run of another model, and a step outside its constant phase."""
     path = pathlib.Path(run.branch_from) / "config.json"
-    if not path.exists():
+    if not path.exists():  # a branch with checkpoints of its own does not need the other run
         return
     other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
     if other.model != run.model:
@@ -161,7 +158,7 @@ class GeneratorTask(Task):
 
     Args:
       run: the configuration.
-      tokenizer: architecture of the tokenizer, or None where only stored codes are read.
+      tokenizer: architecture of the tokenizer; may be None if batches hold codes.
       frozen: the tokenizer's parameters.
       fingerprint: of the tokenizer that made the codes.
     """
@@ -186,8 +183,8 @@ class GeneratorTask(Task):
         self.class_count = len(batches.class_names)
         if self.class_count > self.run.model.classes:
             raise UserError(
-                f"config.model.classes: expected at least {self.class_count}, the number of the "
-                f"data's classes, got {self.run.model.classes}"
+                f"config.model.classes: expected at least {self.class_count}, the number of "
+                f"classes in the data, got {self.run.model.classes}"
             )
 
     def init(self, key: jax.Array) -> GeneratorState:
@@ -214,7 +211,7 @@ class GeneratorTask(Task):
           batch: "label", int32 `[B]`, and "codes", int32 `[B, N]`, or "image", uint8
             `[B, H, W, 3]`, which the tokenizer encodes.
           frozen: the tokenizer's parameters, or None.
-          phase: unused; all steps are one compilation.
+          phase: unused; all steps run one compilation.
 
         Returns:
           The next state, and scalars: the mean cross entropy "total", norms, the learning rate.
@@ -298,7 +295,7 @@ def batch_codes(
     params: Any,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
-    """A batch's "codes", int32 `[B, N]`, or those that the tokenizer gives its "image"."""
+    """The "codes" of a batch, int32 `[B, N]`; without them, those of its "image"."""
     if "codes" in batch:
         return batch["codes"]
     images = pictures.to_float(batch["image"])
@@ -327,5 +324,5 @@ def validation_loss(
 
 
 def params_for_use(state: GeneratorState) -> Any:
-    """The averaged weights, or the last ones where no average is kept."""
+    """The averaged weights or, without an average, the last ones."""
     return state.params if state.average is None else state.average

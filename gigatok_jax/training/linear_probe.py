@@ -37,14 +37,14 @@ class LinearProbeRun(RunConfig):
     epochs: PositiveFloat = 90.0
     batch_size: PositiveInt = 16_384
     evaluation_images: PositiveInt = 50_000
-    # Images at once through the frozen network, over all devices; a divisor of larger batches.
+    # Images per pass of the frozen network, over all devices; must divide a larger batch_size.
     feature_batch_size: PositiveInt = 1_024
-    # What is probed, averaged over tokens. "generator": the output of one of its layers for the
+    # Features to probe, averaged over tokens. "generator": the output of one of its layers for the
     # null class and all codes but the last (paper, 3.1). "encoder": the encoder transformer's
     # output after its last LayerNorm, of width W (appendix F). "latents": before the quantizer, of
     # width D. "decoder": the output of a layer of the decoder transformer.
     features: Literal["generator", "encoder", "latents", "decoder"] = "generator"
-    # From 1. 0: the generator's middle layer, or the decoder layer of the semantic loss.
+    # Counted from 1. 0: the generator's middle layer, or the decoder's layer of the semantic loss.
     layer: NonNegativeInt = 0
     tokenizer: str = ""  # bundle or workdir; not needed for a generator's features of stored codes
     generator: str = ""
@@ -81,7 +81,7 @@ class LinearProbeRun(RunConfig):
 
 @dataclasses.dataclass(frozen=True)
 class Probed:
-    """A frozen network and what is taken from it."""
+    """A frozen network and the features taken from it."""
 
     apply: Callable[[Any, Mapping[str, jax.Array]], jax.Array]  # frozen arrays, batch -> [B, W]
     width: int  # W
@@ -202,7 +202,7 @@ class LinearProbeTask(Task):
       run: the configuration.
       probed: the frozen network.
       image_size: of the images that it sees, in pixels; 0 for stored codes.
-      classes: number of classes; `check_data` sets it to that of the data.
+      classes: number of classes, until `check_data` sets that of the data.
     """
 
     def __init__(
@@ -239,9 +239,9 @@ class LinearProbeTask(Task):
 
         Args:
           state: before the update.
-          batch: what the frozen network reads, and "label", int32 `[B]`.
+          batch: input of the frozen network ("image" or "codes"), and "label", int32 `[B]`.
           frozen: the frozen networks.
-          phase: unused; all steps are one compilation.
+          phase: unused; all steps run one compilation.
 
         Returns:
           The next state, and scalars: the mean cross entropy "total", the batch's "accuracy",
@@ -270,6 +270,7 @@ class LinearProbeTask(Task):
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits = self.module.apply(variables, self._features(frozen, batch), train=False)
         labels = batch["label"]
+        # Number of classes with larger logits than the label's.
         rank = jnp.sum(logits > jnp.take_along_axis(logits, labels[:, None], 1), axis=1)
         values = {
             "accuracy": (rank == 0).astype(jnp.float32),
@@ -279,7 +280,7 @@ class LinearProbeTask(Task):
         return values, ()
 
     def _features(self, frozen: Any, batch: Mapping[str, jax.Array]) -> jax.Array:
-        """Features `[B, W]`, computed in parts: LARS's batches are too large for the network."""
+        """Features `[B, W]`, computed in parts: batches for LARS are too large for the network."""
         parts = math.ceil(len(batch["label"]) / self.run.feature_batch_size)
         if parts == 1:
             return self.probed.apply(frozen, batch)

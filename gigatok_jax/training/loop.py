@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2  # keeps a device busy while the host prepares the next step
 
-# Fields that decide what a checkpoint contains, by the beginning of their path. Of the average,
-# only whether it is kept does.
+# Config prefixes that change the structure of a checkpoint. For the average's decay, only zero or
+# nonzero does.
 STRUCTURE = ("config.task", "config.model", "config.objective.discriminator")
 AVERAGE = "config.average_decay"
 
@@ -49,14 +49,14 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
       workdir: where the run lives; created if it is missing.
 
     Raises:
-      UserError: configuration, data, weights or the content of `workdir` cannot work.
-      RunStopped: a metric became non-finite (nothing is saved), or a signal stopped the run (after
-        a checkpoint).
+      UserError: the configuration, data, weights or `workdir` cannot be used.
+      RunStopped: a metric became non-finite (without a checkpoint), or a signal stopped the run
+        (after a checkpoint).
     """
     if not run.steps and not getattr(run, "branch_from", ""):
         logger.info("%g epochs are %d steps", run.epochs, run.total_steps)
 
-    # What can be rejected without reading anything comes first.
+    # Check first what needs no files: a bad mesh is rejected before networks and data load.
     try:
         mesh = sharding.make_mesh(run.mesh)
         sharding.check_batch(run.batch_size, run.accumulate, mesh)
@@ -64,8 +64,8 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"config.{error}") from error
 
-    # The workdir is claimed only after networks and data have been opened: a run that cannot work
-    # leaves nothing behind.
+    # Open networks and data before claiming the workdir, so that a run that cannot start leaves
+    # nothing behind.
     task = run.open_task()
     batches = pipeline.train_batches(run.data, task.image_size, run.batch_size, run.seed, *block)
     task.check_data(batches)
@@ -75,7 +75,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     config, steps = run.loop, run.total_steps
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
-        # Frozen networks are placed once; as host arrays they would be copied at every step.
+        # Place frozen networks once; host arrays would be copied to the devices at every step.
         shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
         frozen = sharding.put(task.frozen, shardings)
         checkpoints = Checkpoints(
@@ -83,7 +83,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         )
         stack.callback(checkpoints.close)
 
-        # The state: from the newest checkpoint, from another run's, or fresh.
+        # The state comes from the newest checkpoint, from another run, or from initialization.
         abstract = abstract_state(task, mesh)
         restored = checkpoints.restore(abstract)
         origin = workdir
@@ -109,20 +109,19 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         meter = Meter(unlogged)
 
         def save(step, state):
-            # A checkpoint must never contain values that are not finite: a run that resumes from
-            # it could not recover.
+            # Never save non-finite values: a run that resumes from them could not recover.
             meter.check(step, checkpoints.latest)
             progress = {
                 "batches": device_batches.get_state(),
-                # Steps since the last log: a run that resumes logs the same means as one that never
-                # stopped. Copied, because the list grows while the checkpoint is written.
+                # With the rows since the last log, a resumed run logs the same means as one that
+                # never stopped. Copied, because the list grows while the checkpoint is written.
                 "unlogged": list(meter.rows),
                 "identity": dict(task.identity),
             }
             checkpoints.save(step, state, progress)
 
         def evaluate(step, state):
-            metrics, pictures = held_out(state, frozen)  # on all processes
+            metrics, pictures = held_out(state, frozen)  # collective: all processes
             if telemetry:
                 telemetry.scalars(step, metrics)
                 telemetry.pictures(step, pictures)
@@ -132,9 +131,9 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         def due(every, step):
             return (every and step % every == 0) or step == steps
 
-        # A checkpoint comes before the evaluation of the same step. If the run was killed between
-        # the two, the evaluation is missing; only process 0 knows.
-        # A fresh run or a branch has no checkpoint of its own yet.
+        # The checkpoint of a step is saved before its evaluation, so a kill in between leaves the
+        # evaluation missing. Only process 0, which has the log, can tell. A fresh run or a branch
+        # has no checkpoint of its own yet.
         resumed = checkpoints.latest == start and due(config.evaluate_every, start)
         if resumed and not distributed.agree(telemetry is None or telemetry.evaluated(start)):
             evaluate(start, state)
@@ -144,8 +143,8 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
             batches, functools.partial(sharding.put_batch, mesh)
         )
         if telemetry and start < steps:
-            logger.info("compiling the step; on a CPU this can take minutes")
-        silent = None if telemetry else True  # None: silent unless on a terminal
+            logger.info("compiling the training step; on a CPU this can take minutes")
+        silent = None if telemetry else True  # None shows the bar only on a terminal
         bar = stack.enter_context(
             tqdm(initial=start, total=steps, unit="step", disable=silent, mininterval=1)
         )
@@ -155,7 +154,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
             meter.add(metrics, len(batch["label"]))
             bar.update()
 
-            # Metrics are fetched here only; fetching at each step would stall the devices.
+            # Fetch metrics only here; fetching at every step would stall the devices.
             if due(config.log_every, step):
                 row = meter.row(step, checkpoints.latest)
                 if advice := task.advise({"step": step} | row):
@@ -168,21 +167,21 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
                     if bar.disable:
                         logger.info("step %d/%d: %s", step, steps, _describe(row))
 
-            # The checkpoint comes first, so that an evaluation that fails costs no steps.
+            # Save before evaluating, so that a failed evaluation costs no steps.
             if due(config.checkpoint_every, step):
                 save(step, state)
 
             if due(config.evaluate_every, step):
-                meter.check(step, checkpoints.latest)  # weights that are not finite stop the run
+                meter.check(step, checkpoints.latest)  # do not evaluate non-finite weights
                 evaluate(step, state)
 
-            # Last, when everything else of this step is done. All processes agree on the step.
+            # Stop only when this step is completely done. All processes agree on the step.
             if stop.after(step) and step < steps:
                 save(step, state)
                 bundles.save(workdir / "bundle", *task.bundle(state))
                 raise RunStopped(
-                    f"stopped by {stop.signal} after step {step} of {steps}; everything is saved, "
-                    "and the same command resumes from there"
+                    f"stopped by {stop.signal} after step {step} of {steps}; the state is "
+                    "saved, and the same command resumes the run"
                 )
         bundles.save(workdir / "bundle", *task.bundle(state))
 
@@ -194,22 +193,22 @@ def abstract_state(task: Task, mesh: jax.sharding.Mesh) -> Any:
 
 
 def fresh_state(task: Task, abstract: Any, seed: int) -> Any:
-    """A new state, created sharded: no device ever holds all of it."""
+    """A new state, created sharded, so that no device ever holds all of it."""
 
     def init(key):
         return nn.meta.unbox(task.init(key))
 
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
-    # It runs once. On CPU, optimizing its hundreds of random generators would take a minute.
+    # This runs once, and on CPU optimizing its hundreds of random generators would take a minute.
     options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
 
 
 def jit_step(task: Task, state: Any, mesh: jax.sharding.Mesh) -> Callable:
-    """The compiled `(state, batch, frozen, *, phase) -> (state, metrics)`.
+    """Compiles `task.step` as `(state, batch, frozen, *, phase) -> (state, metrics)`.
 
-    The input state is donated: do not use it after the call. `state` may be abstract; its shardings
-    are those of the next state.
+    The input state is donated: do not use it after the call. The output state gets the shardings of
+    `state`, which may be abstract.
     """
 
     def step(state, batch, frozen, *, phase):
@@ -225,7 +224,7 @@ def jit_step(task: Task, state: Any, mesh: jax.sharding.Mesh) -> Callable:
 
 
 def _restore_branch(task: Task, abstract: Any) -> Restored:
-    """The checkpoint of another run that this one starts from; its metrics stay there."""
+    """Restores the checkpoint of another run to start from, without its unlogged metrics."""
     workdir, step = task.branch
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
     restored = checkpoints.restore(abstract, step)
@@ -237,16 +236,19 @@ def _restore_branch(task: Task, abstract: Any) -> Restored:
 
 
 def _claim_workdir(workdir: pathlib.Path, run: RunConfig) -> None:
-    """Writes `config.json`; rejects a workdir whose checkpoints have another structure."""
+    """Writes `config.json`; rejects a workdir whose checkpoints do not fit `run`."""
     path = workdir / "config.json"
-    record = json.loads(json.dumps(dataclasses.asdict(run)))
+    record = _as_json(run)
     if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
         old = read_json(path, "the run there")
         if old.get("task") == run.task:
-            # Options added after the run was created are missing from its config.json; it had
-            # their defaults.
-            old = dataclasses.asdict(from_mapping(type(run), old, f"{path}: config"))
-        old, new = (_flat(json.loads(json.dumps(mapping))) for mapping in (old, record))
+            # Options added after the run was created are missing from its config.json; use their
+            # defaults.
+            old = _as_json(from_mapping(type(run), old, f"{path}: config"))
+        old, new = (
+            flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
+            for mapping in (old, record)
+        )
         for name in sorted(old.keys() | new.keys()):
             before, now = old.get(name), new.get(name)
             if before == now:
@@ -254,20 +256,21 @@ def _claim_workdir(workdir: pathlib.Path, run: RunConfig) -> None:
             if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
-    distributed.barrier("config", working=True)  # every process has read the old one
+    distributed.barrier("config", working=True)  # all processes have read the old file
     if distributed.is_main():
         write_json(path, record)
 
 
-def _flat(mapping: dict[str, Any]) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
+def _as_json(run: RunConfig) -> dict[str, Any]:
+    """The run as `config.json` stores it, with lists for tuples."""
+    return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
 class Meter:
     """Collects metrics on the devices and fetches many at once, so that steps overlap.
 
     Attributes:
-      rows: one dictionary of floats for each step since the last log.
+      rows: the metrics of each step since the last log.
     """
 
     def __init__(self, rows: list[dict[str, float]]):
@@ -288,7 +291,7 @@ class Meter:
         self._pending.append(metrics)
         self._images += images
         if len(self._pending) > STEPS_IN_FLIGHT:
-            # Without a limit the host would run ahead, and its batches would fill the memory.
+            # Otherwise the host would run ahead, and its batches would fill the memory.
             jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT])
 
     def check(self, step: int, checkpoint: int | None) -> None:
@@ -310,7 +313,7 @@ class Meter:
     def row(self, step: int, checkpoint: int | None) -> dict[str, float]:
         """Means and rates since the last call.
 
-        A metric that some steps lack (a term that starts later) is averaged over the others.
+        A metric that some steps lack (a term that starts later) is averaged over the rest.
         """
         self.check(step, checkpoint)
         values = collections.defaultdict(list)

@@ -1,7 +1,7 @@
 """Training losses, each a pure function.
 
-Scalars are means over the batch, so that a batch in parts (`accumulate`) gives the same. Others
-keep the axes that their docstrings name. L2 is in `training.tokenizer`.
+Scalars are means over the batch, so that computing a batch in parts (`accumulate`) gives the same
+value. The L2 loss is inline in `training.tokenizer`.
 """
 
 from collections.abc import Sequence
@@ -22,26 +22,26 @@ def hinge_generator(logits_fake: jax.Array) -> jax.Array:
 
 
 def semantic(features: jax.Array, target: jax.Array) -> jax.Array:
-    """-mean cosine between `[B, T, C]` projected features and the teacher's, a token at a time.
+    """Negative cosine similarity of projected features and the teacher's, both `[B, T, C]`.
 
-    The paper's formula has the sign the other way; it is minimised.
+    Averaged over tokens. The paper's formula has the opposite sign; this one is minimised.
     """
     return -jnp.sum(normalize(features) * normalize(target), axis=-1).mean()
 
 
 def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
-    """Perceptual distance of two batches of images from a frozen network's features.
+    """Perceptual distance between two batches of images, from a frozen network's features.
 
-    As in LPIPS, without its learned weights: every token is normalised to unit length, squared
-    differences are summed over its channels, and the mean is taken over tokens and layers. Lies in
-    [0, 4], is computed in float32, and is differentiable where the images are equal.
+    As in LPIPS, but without learned weights: tokens are normalised to unit length, and squared
+    differences are summed over channels and averaged over tokens and layers. Computed in float32,
+    and differentiable where the images are equal.
 
     Args:
-      first, second: a layer's features `[B, T, C]` each, such as the taps of `models.vit.ViT`;
-        T and C may differ between layers.
+      first, second: features `[B, T, C]` of each layer, such as the taps of `models.vit.ViT`; T and
+        C may differ between layers.
 
     Returns:
-      `[B]`.
+      `[B]`, in [0, 4].
     """
 
     def layer(x, y):
@@ -52,9 +52,9 @@ def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) ->
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-log softmax of the targets, float32 `[...]`, of logits `[..., K]` of any type.
+    """Cross entropy of targets `[...]` under logits `[..., K]` of any type, float32 `[...]`.
 
-    The conversion to float32 is part of the reduction: no copy of the logits is made.
+    The conversion to float32 fuses into the reduction, so the logits are not copied.
     """
     normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -26,17 +26,17 @@ class OptimizerConfig:
     final_rate: NonNegativeFloat = 1e-5  # where the cosine ends
     # "warmup_stable_decay" is constant and then decays to 0.
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
-    warmup_steps: NonNegativeInt | None = None  # linear from 1 % of the rate; None: warmup_epochs
+    warmup_steps: NonNegativeInt | None = None  # linear from 1 % of rate; None: from warmup_epochs
     warmup_epochs: NonNegativeFloat = 0.0
     decay_share: Fraction = 0.2  # fraction of all steps over which "warmup_stable_decay" decays
-    b1: Fraction = 0.9  # momentum, of LARS too
+    b1: Fraction = 0.9  # momentum, also in LARS
     b2: Fraction = 0.95
     weight_decay: NonNegativeFloat = 1e-4  # decoupled in AdamW, part of the gradient in LARS
-    decayed: Literal["all", "matrices"] = "all"  # "matrices" leaves out biases and norms' gains
+    decayed: Literal["all", "matrices"] = "all"  # "matrices" excludes biases and norm gains
     clip: NonNegativeFloat = 10.0  # maximum global norm of the gradient; 0 turns clipping off
 
     def resolve(self, batch_size: int, epoch_images: int) -> "OptimizerConfig":
-        """The same with `rate` and `warmup_steps` as numbers: both follow the batch size."""
+        """Fills in `rate` and `warmup_steps` where they follow from the batch size."""
         rate, warmup = self.rate, self.warmup_steps
         if rate is None:
             rate = self.base_rate * batch_size / 256
@@ -48,8 +48,8 @@ class OptimizerConfig:
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """The learning rate at step 0, 1, ... of `steps` (`tests/data/parity/schedules.npz`).
 
-    The reference sets the rate after each step, so that its very first step runs at the full base
-    rate. Here the schedule holds from the first step on.
+    The reference sets the rate after each step, so its very first step runs at the full base rate.
+    Here the schedule applies to the first step too.
     """
     warmup = config.warmup_steps
 
@@ -104,13 +104,13 @@ def make_optimizer(
 
 
 def is_matrix(params: Any) -> Any:
-    """Whether each parameter has two or more dimensions in a single layer.
+    """Whether each parameter has two or more dimensions within its layer.
 
-    Decided by name: layers are stacked here, so that even biases have two dimensions.
+    Decided by name, because layers are stacked and even biases have two dimensions here.
     """
 
     def decide(path, _):
-        names = [entry.key for entry in path if hasattr(entry, "key")]  # boxes have no key
+        names = [entry.key for entry in path if hasattr(entry, "key")]  # Flax's boxes have no key
         return names[-1] not in ("scale", "bias")
 
     return jax.tree.map_with_path(decide, params)
@@ -119,8 +119,8 @@ def is_matrix(params: Any) -> Any:
 def moving_average(average: Any, params: Any, decay: float, step: jax.Array) -> Any:
     """The exponential moving average of the weights after step number `step` (from 0).
 
-    The reference's decay is constant. Here it grows towards that value as (1 + step) / (10 + step):
-    short runs leave their first weights behind.
+    The reference's decay is constant. Here it rises to that value as (1 + step) / (10 + step), so
+    that short runs forget their initial weights.
     """
     decay = jnp.minimum(decay, (1 + step) / (10 + step))
     return jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), average, params)

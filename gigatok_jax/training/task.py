@@ -1,8 +1,8 @@
-"""What all training tasks share: the run's configuration, the task's interface, accumulation.
+"""Shared by all training tasks: configuration of a run, interface of a task, accumulation.
 
 A *run* is a configuration. A *task* turns it into pure functions of arrays (`init`, `step`,
-`measure`), plus the few things that only the task knows: its frozen networks, its pictures, its
-bundle. `training.loop` does the rest, the same for every task.
+`measure`) and knows what is specific to it: frozen networks, pictures, bundle. `training.loop` does
+the rest, in the same way for every task.
 """
 
 import collections
@@ -33,7 +33,7 @@ Decay = Annotated[float, Field(ge=0, lt=1)]
 class LoopConfig:
     """How often things happen, in steps."""
 
-    log_every: PositiveInt = 50  # metrics, averaged since the last time
+    log_every: PositiveInt = 50  # metrics, averaged since the previous log
     evaluate_every: NonNegativeInt = 5_000  # held-out metrics and pictures; 0: only at the end
     checkpoint_every: NonNegativeInt = 5_000  # 0: only at the end
     keep_last: PositiveInt = 2  # number of newest checkpoints to keep
@@ -42,7 +42,7 @@ class LoopConfig:
 
 @configclass(kw_only=True)
 class RunConfig:
-    """The settings that every training run has."""
+    """Settings shared by all training runs."""
 
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -52,14 +52,14 @@ class RunConfig:
     epoch_images: PositiveInt = 1_280_000
     steps: NonNegativeInt = 0  # length of the run; 0: from `epochs` and `batch_size`
     batch_size: PositiveInt = 128  # images per step, over all devices
-    # Splits each batch into this many parts, one after the other, to save memory. What is computed
-    # over a batch (entropy loss, BatchNorm of the discriminator) is then computed over each part.
+    # Process each batch in this many parts, one after the other, to save memory. Batch statistics
+    # (entropy loss, the discriminator's BatchNorm) are then those of each part.
     accumulate: PositiveInt = 1
     seed: int = 0
     average_decay: Decay = 0.0  # moving average of weights; 0: none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # "auto": bfloat16, float32 on CPU
-    # Activations to recompute in the backward pass: "dots" recomputes what lies between products
-    # with weights (mostly faster than storing it), "full" everything inside a block.
+    # Activations to recompute in the backward pass: "dots" keeps only products with weights, which
+    # is mostly faster than storing everything; "full" recomputes everything inside a block.
     remat: Literal["none", "dots", "full"] = "dots"
     evaluation_images: PositiveInt = 512  # held-out images per evaluation
 
@@ -87,10 +87,10 @@ class RunConfig:
         return self.optimizer.resolve(self.batch_size, self.epoch_images)
 
     def open_task(self) -> "Task":
-        """The run's task, its frozen networks read from disk.
+        """Creates the run's task, and reads its frozen networks from disk.
 
         Raises:
-          UserError: weights are missing, or do not fit the configuration.
+          UserError: weights are missing or do not fit the configuration.
         """
         raise NotImplementedError
 
@@ -109,9 +109,9 @@ class Task:
 
     Attributes:
       run: the configuration.
-      frozen: arrays that each step receives beside the state, or None.
-      image_size: side of the images that batches hold, in pixels; 0 for stored codes.
-      identity: values that a checkpoint must agree on with the run that resumes from it, by name.
+      frozen: arrays that each step receives besides the state, or None.
+      image_size: side of the images in a batch, in pixels; 0 for stored codes.
+      identity: values by name that must be equal in a checkpoint and the run that resumes from it.
       branch: workdir and step of another run to start from, or None.
     """
 
@@ -126,7 +126,7 @@ class Task:
         raise NotImplementedError
 
     def phase(self, step: int) -> Hashable:
-        """Identifies the compilation of `step` that step number `step` needs."""
+        """Key of the compilation of `step` that step number `step` runs."""
         return None
 
     def step(
@@ -146,11 +146,11 @@ class Task:
         return {}
 
     def advise(self, row: Mapping[str, float]) -> str | None:
-        """A warning that follows from logged metrics, or None."""
+        """A warning about the logged metrics, or None."""
         return None
 
     def bundle(self, state: Any) -> BundleContent:
-        """What the run's bundle contains."""
+        """Content of the run's bundle."""
         raise NotImplementedError
 
     def check_data(self, batches: pipeline.Batches) -> None:
@@ -160,7 +160,7 @@ class Task:
 def update(
     run: RunConfig, params: Any, gradients: Any, optimizer_state: Any, average: Any, step: jax.Array
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-    """One optimizer step: new parameters, optimizer state and average, and what to log of them."""
+    """One optimizer step: new parameters, optimizer state and average, and metrics."""
     config = run.resolved_optimizer
     algorithm = optimizer.make_optimizer(config, run.total_steps)
     updates, optimizer_state = algorithm.update(gradients, optimizer_state, params)
@@ -169,7 +169,7 @@ def update(
         average = optimizer.moving_average(average, params, run.average_decay, step)
     metrics = {
         "gradient_norm": optax.tree.norm(gradients),  # before clipping
-        # Logged because the loop saves no checkpoint after a metric that is not finite.
+        # The loop saves no checkpoint after a non-finite metric, so this guards the weights.
         "parameter_norm": optax.tree.norm(params),
         "learning_rate": optimizer.learning_rate(config, run.total_steps)(step),
     }
@@ -197,17 +197,17 @@ def mean_gradients(
     batch: Any,
     key: jax.Array,
 ) -> tuple[Any, dict[str, jax.Array], Any, Any]:
-    """The gradient of a loss over a batch that is computed in parts, one after the other.
+    """Gradient of a loss over a batch, computed in parts, one after the other.
 
     Args:
       loss: function of `(params, carry, part, key)` that returns a scalar and `(metrics, carry,
-        outputs)`: metrics are means over the part, `carry` goes on to the next part (running
+        outputs)`: metrics are means over the part, `carry` is passed to the next part (running
         statistics), and outputs have a leading batch axis.
       parts: number of parts.
-      params: what the gradient is taken of.
+      params: the arrays to differentiate.
       carry: what the first part receives.
       batch: pytree of arrays `[B, ...]`, B a multiple of `parts`.
-      key: random key; each part gets one of its own.
+      key: random key; each part gets its own.
 
     Returns:
       Gradients and metrics (means over all parts), the last carry, and outputs `[B, ...]` in the
@@ -224,6 +224,7 @@ def mean_gradients(
         return (jax.tree.map(jnp.add, totals, (gradients, metrics)), carry), outputs
 
     divided = (split(batch, parts), jax.random.split(key, parts))
+    # The scan needs the shapes of gradients and metrics for its initial totals.
     first = jax.tree.map(lambda x: x[0], divided)
     gradients, (metrics, _, _) = jax.eval_shape(gradient, params, carry, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), (gradients, metrics))
@@ -270,11 +271,11 @@ def held_out_means(
     batches: Any,
     images: int,
 ) -> dict[str, float]:
-    """Means over the first `images` readable images of one pass, of all processes together.
+    """Means over the first `images` readable images, over all processes.
 
     Args:
-      measure: function of this process's arrays ("image" or "codes", and "label") to values of
-        each image, `[B/P]` by name.
+      measure: maps this process's arrays ("image" or "codes", and "label") to the values of each
+        image, `[B/P]` by name.
       batches: this process's batches, see `pipeline.eval_batches`.
       images: maximum number of images.
 
@@ -286,8 +287,8 @@ def held_out_means(
         values = measure({k: batch[k] for k in ("image", "codes", "label") if k in batch})
         rows = {name: np.asarray(value, np.float64) for name, value in values.items()}
         gathered = distributed.gather_rows(rows | {k: batch[k] for k in ("index", "valid")})
-        # Sorted by index, so that the mean does not depend on which process read which image. Rows
-        # are unique because processes along `tensor` read the same block.
+        # Sort by index, so that the mean does not depend on which process read which image. Drop
+        # duplicates, because processes along the `tensor` axis read the same block.
         index, first = np.unique(gathered["index"], return_index=True)
         keep = first[gathered["valid"][first] & (index >= 0)][: images - count]
         for name in rows:

@@ -1,4 +1,4 @@
-"""What a run leaves to look at: `metrics.jsonl`, TensorBoard events, pictures."""
+"""Records of a run: `metrics.jsonl`, TensorBoard events, pictures."""
 
 from collections.abc import Mapping
 import json
@@ -15,11 +15,11 @@ from gigatok_jax.pictures import save_png
 class Telemetry:
     """Writes one process's metrics and pictures into a workdir.
 
-    Rows of steps after `step`, left by a run that was killed, are dropped.
+    Rows after `step`, which a killed run left behind, are dropped.
 
     Args:
-      workdir: exists.
-      step: updates made before this start.
+      workdir: an existing folder.
+      step: number of updates made so far.
     """
 
     def __init__(self, workdir: pathlib.Path, step: int):
@@ -35,7 +35,7 @@ class Telemetry:
         return any(row["step"] == step and "total" not in row for row in rows)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        # JSON has no NaN; a metric that is none is written as null.
+        # JSON has no NaN or infinity; both become null.
         row = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step} | row) + "\n")
         self._file.flush()
@@ -54,7 +54,7 @@ class Telemetry:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`; a last line cut off by a kill is left out."""
+    """Rows of a `metrics.jsonl`, without a last line that a kill cut off."""
     rows = []
     for line in path.read_text().splitlines():
         try:

@@ -65,8 +65,8 @@ class ObjectiveConfig:
     # Parts of a batch that PatchGAN's BatchNorm normalizes separately, on any mesh. In the
     # reference, each GPU normalized its own images.
     patchgan_groups: PositiveInt = 1
-    # First steps that also train the CNN decoder on the CNN encoder's features, and the decoder
-    # transformer to reproduce them: 15,000 in the older recipe.
+    # Initial steps that also train the CNN decoder on the CNN encoder's features, and the decoder
+    # transformer to reproduce these features: 15,000 in the older recipe.
     auxiliary_steps: NonNegativeInt = 0
 
     @property
@@ -121,10 +121,9 @@ class TokenizerRun(RunConfig):
         objective = self.objective
         if objective.adversarial and objective.disc_start >= self.total_steps:
             logger.warning(
-                "the run has %d steps and no discriminator: it would start at step "
-                "objective.disc_start=%d",
-                self.total_steps,
+                "the discriminator never trains: objective.disc_start=%d, but the run has %d steps",
                 objective.disc_start,
+                self.total_steps,
             )
         teacher, networks = None, Frozen()
         if objective.needs_teacher:
@@ -146,7 +145,7 @@ class TokenizerRun(RunConfig):
 
 @flax.struct.dataclass
 class Frozen:
-    """Networks that training reads and never changes; None where the objective needs none."""
+    """Parameters of the frozen networks; None for those that the objective does not need."""
 
     teacher: Any = None
     lpips: Any = None
@@ -169,7 +168,7 @@ class TokenizerState:
 
 @dataclasses.dataclass(frozen=True)
 class Phase:
-    """What distinguishes one compilation of the step from another."""
+    """Static settings of a step; each combination is one compilation."""
 
     adversarial: bool
     auxiliary: bool
@@ -209,12 +208,12 @@ class TokenizerTask(Task):
     def init(self, key: jax.Array) -> TokenizerState:
         run, size = self.run, self.image_size
         tokenizer_key, discriminator_key, step_key = jax.random.split(key, 3)
-        judged = jnp.zeros((1, size, size, 3))
+        inputs = jnp.zeros((1, size, size, 3))  # of the discriminator
         if run.objective.discriminator == "dino":
             depths = len(vit.quarters(self.dino))
-            judged = jnp.zeros((depths, 1, self.dino.grid**2, self.dino.width))
+            inputs = jnp.zeros((depths, 1, self.dino.grid**2, self.dino.width))
         params = init_params(self.tokenizer, tokenizer_key)
-        discriminator = self.discriminator.init(discriminator_key, judged)
+        discriminator = self.discriminator.init(discriminator_key, inputs)
         adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
@@ -275,9 +274,9 @@ class TokenizerTask(Task):
         if not phase.adversarial:
             return next_state, metrics
 
-        # The discriminator learns from the reconstructions that the tokenizer was just trained on:
-        # they were made before its update, as in the reference, and need no second forward pass.
-        # Its running statistics start from where the tokenizer's pass left them.
+        # As in the reference, the discriminator learns from the reconstructions made before the
+        # tokenizer's update, which saves a second forward pass. Its running statistics continue
+        # from the tokenizer's pass.
         def discriminator_loss(params, statistics, pair, key):
             return self.discriminator_loss(params, statistics, *pair, frozen, key)
 
@@ -320,7 +319,7 @@ class TokenizerTask(Task):
             auxiliary=phase.auxiliary,
             rngs={"dropout": key} if self.run.model.dropout else {},
         )
-        # Features of the input are computed once and shared by all terms.
+        # Several terms share the features of the input.
         real = self._real_features(images, frozen)
         # Weight and value of each term; its name is that of the logged metric.
         terms = {
@@ -337,23 +336,23 @@ class TokenizerTask(Task):
             value = losses.semantic(out.semantic_features, real["semantic"])
             terms["semantic"] = (objective.semantic, value)
         if phase.adversarial:
-            # Every pass through the discriminator moves its running statistics, so the order of the
-            # passes matters: reconstructions, then the auxiliary images, then (in its own update)
-            # real images and reconstructions. The statistics are handed from one to the next.
-            logits, discriminator = self._judge(
+            # Every pass through the discriminator updates its running statistics, so the order
+            # matters: reconstructions, then auxiliary images, then (in the discriminator's own
+            # update) real images and reconstructions.
+            logits, discriminator = self._discriminate(
                 discriminator, out.reconstruction, frozen, jax.random.fold_in(key, 0)
             )
             terms["adversarial"] = (objective.adversarial, losses.hinge_generator(logits))
         if phase.auxiliary:
-            # The older recipe's shortcut: the CNN decoder on the CNN encoder's own features, under
-            # the three image losses that the reference applies to it. Others do not belong here.
+            # The older recipe's shortcut feeds the CNN encoder's features to the CNN decoder. As in
+            # the reference, only the image losses (L2, perceptual, adversarial) apply to it.
             terms["auxiliary_l2"] = (objective.l2, jnp.mean((out.direct - images) ** 2))
             terms["auxiliary_feature"] = (1.0, out.feature_loss)
             if objective.perceptual:
                 distance = self._perceptual(real, out.direct, frozen).mean()
                 terms["auxiliary_perceptual"] = (objective.perceptual, distance)
             if phase.adversarial:
-                logits, discriminator = self._judge(
+                logits, discriminator = self._discriminate(
                     discriminator, out.direct, frozen, jax.random.fold_in(key, 1)
                 )
                 hinge = losses.hinge_generator(logits)
@@ -379,8 +378,10 @@ class TokenizerTask(Task):
         # Keys 0 and 1 are the tokenizer's: the two players see different augmentations.
         real_key, fake_key = (jax.random.fold_in(key, number) for number in (2, 3))
         discriminator = {"params": params, "batch_stats": statistics}
-        logits_real, discriminator = self._judge(discriminator, images, frozen, real_key)
-        logits_fake, discriminator = self._judge(discriminator, reconstructions, frozen, fake_key)
+        logits_real, discriminator = self._discriminate(discriminator, images, frozen, real_key)
+        logits_fake, discriminator = self._discriminate(
+            discriminator, reconstructions, frozen, fake_key
+        )
         value = losses.hinge_discriminator(logits_real, logits_fake)
         metrics = {
             "discriminator": value,
@@ -391,7 +392,7 @@ class TokenizerTask(Task):
         return weighted, (metrics, discriminator["batch_stats"], None)
 
     def measure(self, state, batch, frozen):
-        """PSNR, SSIM and perceptual distance of each image; and the first images, for a picture."""
+        """PSNR, SSIM and perceptual distance of each image, and the first images for a picture."""
         images, variables = batch["image"], {"params": weights_for_use(state)["params"]}
         codes = self.tokenizer.apply(variables, pictures.to_float(images), method=Tokenizer.encode)
         decoded = self.tokenizer.apply(variables, codes, method=Tokenizer.decode)
@@ -410,7 +411,7 @@ class TokenizerTask(Task):
         return {"reconstruction": pictures.grid(shown)}
 
     def advise(self, row: Mapping[str, float]) -> str | None:
-        """Warns, once, when codebook usage stays low: collapse is the usual failure of training."""
+        """Warns once when codebook usage stays low: collapse is the usual failure of training."""
         run, step, usage = self.run, row["step"], row["codebook_usage"]
         # A short history cannot contain every code.
         assigned = min(step * run.batch_size * run.model.latents, quantizer.HISTORY_LENGTH)
@@ -424,7 +425,7 @@ class TokenizerTask(Task):
         self._warned = True
         return (
             f"only {usage:.1%} of the {run.model.codebook_size} codes have been in use since step "
-            f"{self._low_since}: the codebook may have collapsed. What helps: "
+            f"{self._low_since}: the codebook may have collapsed. Remedies: "
             "objective.entropy=0.005, a longer optimizer.warmup_steps, a lower optimizer.rate, "
             "model.gradient='rotation', a larger batch_size or a smaller model.codebook_size"
         )
@@ -436,7 +437,7 @@ class TokenizerTask(Task):
         return BundleContent("tokenizer", self.run.model, weights_for_use(state), made_by)
 
     def _real_features(self, images, frozen) -> dict[str, Any]:
-        """What the frozen networks see in the input."""
+        """The frozen networks' features of the input."""
         features = {}
         if self.run.objective.needs_lpips:
             features["lpips"] = self._lpips(frozen, LPIPS.features, images)
@@ -456,7 +457,7 @@ class TokenizerTask(Task):
         return LPIPS(self.dtype).apply({"params": frozen.lpips}, *args, method=method)
 
     def _teacher_features(self, images, frozen):
-        """Final patch tokens `[B, T, C]`, and those at the depths of the perceptual distance."""
+        """Final patch tokens `[B, T, C]`, and those that the perceptual distance compares."""
         taps = ()
         if self.run.objective.perceptual_distance == "teacher":
             taps = vit.quarters(self.teacher)
@@ -465,10 +466,10 @@ class TokenizerTask(Task):
         _, tokens, tapped = module.apply({"params": frozen.teacher}, inputs, taps)
         return tokens, tapped
 
-    def _judge(self, discriminator, images, frozen, key):
-        """The discriminator's logits, and the discriminator with its statistics updated.
+    def _discriminate(self, discriminator, images, frozen, key):
+        """The discriminator's logits, and the discriminator with updated statistics.
 
-        `key` augments what the "dino" discriminator sees.
+        `key` augments the input of the "dino" discriminator.
         """
         if self.run.objective.discriminator == "dino":
             augmentation, crop = jax.random.split(key)
@@ -485,6 +486,6 @@ class TokenizerTask(Task):
 
 
 def weights_for_use(state: TokenizerState) -> dict[str, Any]:
-    """The averaged weights (the last ones where no average is kept), and the usage history."""
+    """The averaged weights (without an average, the last ones) and the usage history."""
     params = state.params if state.average is None else state.average
     return {"params": params, "history": state.history}
