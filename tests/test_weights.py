@@ -374,6 +374,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, torch, monk
 
 
 def test_unknown_suffix_is_rejected_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"out\.npz: expected a name that ends in"):
+    with pytest.raises(UserError, match=r"out\.npz: expected a file name that ends in"):
         torch_files.write(tmp_path / "new" / "out.npz", {"w": np.ones(2)})
     assert list(tmp_path.iterdir()) == []
