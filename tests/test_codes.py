@@ -393,7 +393,11 @@ def change(**fields):
             lambda path: shutil.copy(path.parent / SHARDS[2], path),
             "{path}: holds 1 records, expected 7",
         ),
-        ("codes.json", Path.unlink, "{folder}: no codes.json, expected the output of `gigatok encode`"),
+        (
+            "codes.json",
+            Path.unlink,
+            "{folder}: no codes.json, expected the output of `gigatok encode`",
+        ),
         ("codes.json", unfinished, "{folder}: encoding is incomplete; the same `gigatok encode`"),
         ("codes.json", half, "{path}: expected JSON"),
         ("codes.json", change(codes=None), "{path}.codes: missing"),

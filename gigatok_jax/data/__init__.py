@@ -1,4 +1,4 @@
 """Data loading: sources of labelled images, crops, and batches that resume exactly.
 
-This package does not import JAX, so that its worker processes start fast and use little memory.
+Nothing here uses JAX, because worker processes must not claim devices.
 """
