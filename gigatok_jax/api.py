@@ -107,7 +107,7 @@ class PretrainedTokenizer(Pretrained):
         return self._run(Tokenizer.decoder_features, codes, layer=layer)
 
     def semantic_features(self, codes) -> jax.Array:
-        """Features that the semantic loss aligns with the teacher's, `[B, grid*grid, C]`."""
+        """Features that the semantic loss aligns with the teacher, float32 `[B, grid*grid, C]`."""
         if not self.config.semantic_dim:
             raise ValueError("this tokenizer has no projector: it was trained without a teacher")
         return self._run(Tokenizer.semantic_features, self._codes(codes, self.config.latents))

@@ -1,4 +1,4 @@
-"""The whole program at work on drawings that it makes itself; minutes on two cores."""
+"""The demo: a tokenizer and a generator of embedded drawings, in minutes on two cores."""
 
 import dataclasses
 from pathlib import Path
@@ -19,17 +19,17 @@ from gigatok_jax.training.loop import train
 from gigatok_jax.training.tokenizer import TokenizerRun
 
 HELD_OUT = 96  # drawings to reconstruct
-PER_CLASS = 40  # samples
-REAL = 2_000  # real drawings that the classifier of samples learns from
+PER_CLASS = 40  # samples per class
+REAL = 2_000  # drawings to train the classifier of samples on
 
 
 def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
     """Trains a tokenizer, reconstructs held-out drawings, probes the tokenizer, and samples.
 
-    A restart resumes where the last one stopped.
+    A second call resumes where the first one stopped.
 
     Args:
-      workdir: gets `tokenizer/` (the run), `drawings/`, `reconstructions/`, `probe/` and
+      workdir: directory for `tokenizer/` (the run), `drawings/`, `reconstructions/`, `probe/` and
         `samples/`.
       run: how to train the tokenizer.
       config: how to probe it.
@@ -68,13 +68,13 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
 
 
 def _real_drawings(count: int, size: int) -> Source:
-    """Drawings that neither tokenizer nor generator were trained on."""
+    """Drawings that neither the tokenizer nor the generator was trained on."""
     data = DataConfig(source="embedded", length=1, eval_length=count)
     return open_source(data, train=False, image_size=size)
 
 
 def _write(source: Source, folder: Path) -> None:
-    """Writes PNGs into a folder per class."""
+    """Writes PNG files, in one sub-folder per class."""
     with replacing(folder) as aside:
         for example in (source[i] for i in range(len(source))):
             path = aside / source.class_names[example["label"]] / f"{example['key'][-8:]}.png"
@@ -83,7 +83,7 @@ def _write(source: Source, folder: Path) -> None:
 
 
 def _classify(images: np.ndarray, real: Source) -> np.ndarray:
-    """Classes of images `[n, S, S, 3]`, by a ridge regression on features of the teacher."""
+    """Classifies images `[n, S, S, 3]` by ridge regression on the teacher's features."""
     config, params = frozen_networks.load_teacher("embedded")
 
     @jax.jit

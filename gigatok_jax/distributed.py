@@ -1,7 +1,6 @@
-"""Several processes as one run: how they find each other, wait for each other, and end together.
+"""Runs of several processes: joining, waiting, exchanging values, and stopping together.
 
-The only module that knows JAX's distributed runtime. In a single process, everything here does
-nothing and returns at once.
+Only this module uses JAX's distributed runtime. In a single process its functions are no-ops.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -23,49 +22,51 @@ from gigatok_jax import files
 from gigatok_jax.errors import RunStopped, UserError, first_line
 
 TIMEOUT = 120  # seconds
-WORKING = 7 * 24 * 3600  # seconds that a barrier waits for processes at work
-GRACE = 10  # seconds within which all processes have met the same error
-CAUSES = "gigatok_causes/"  # where failed processes leave their error, in the runtime's store
+WORKING = 7 * 24 * 3600  # seconds that a barrier waits for processes that are busy
+GRACE = 10  # seconds in which an error that all processes raise has reached all of them
+CAUSES = "gigatok_causes/"  # prefix in the runtime's key-value store: errors of failed processes
 
 _timeout = TIMEOUT  # set by `start`
 T = TypeVar("T")
 
 
 def start(coordinator: str = "", count: int = 0, index: int = -1, timeout: int = TIMEOUT) -> None:
-    """Joins the other processes of this run; called before any other JAX function.
+    """Joins the other processes of this run; call it before any other JAX function.
 
     Args:
-      coordinator: HOST:PORT of process 0. "": processes are found where the environment describes
-        them: TPU pods (Cloud and GKE), SLURM's srun, Open MPI. Otherwise this process is alone.
-      count: number of processes, given together with `coordinator`.
-      index: index of this process, likewise.
-      timeout: seconds after which a process that is silent, or does not come to a barrier, is given
-        up, and the run with it.
+      coordinator: HOST:PORT of process 0. If empty, the other processes are found from the
+        environment on TPU pods (Cloud and GKE), under SLURM's srun, and under Open MPI; anywhere
+        else this process runs alone.
+      count: number of processes; required with `coordinator`.
+      index: index of this process; required with `coordinator`.
+      timeout: seconds without a sign of life, or of waiting at a barrier, after which a process
+        counts as lost and the run ends.
 
     Raises:
       UserError: the arguments contradict each other.
-      RunStopped: the others do not come.
+      RunStopped: the other processes did not join in time.
     """
     global _timeout
     given = (bool(coordinator), count > 0, index >= 0)
     if any(given) and not (all(given) and ":" in coordinator and index < count):
         raise UserError(
             "--coordinator, --processes and --process: expected all of them or none, as HOST:PORT, "
-            f"a number and a smaller one, got {coordinator!r}, {count} and {index}"
+            f"a count and an index below it, got {coordinator!r}, {count} and {index}"
         )
     if timeout < 10:
         raise UserError(f"--timeout: expected at least 10 seconds, got {timeout}")
     if not coordinator and not _launched_with_others(os.environ):
         return
     _timeout = timeout
-    # Until there is something to save, SIGTERM ends a process at once; see `stop_signals`.
+    # SIGTERM must end a process at once until there is something to save; see `stop_signals`.
     jax.config.update("jax_enable_preemption_service", False)
     try:
         jax.distributed.initialize(
             coordinator or None,
             count or None,
             index if coordinator else None,
-            # Given by hand, a process has all devices of its machine, whatever a launcher says.
+            # Launchers may assign each process some of the devices. A process that is described
+            # by flags uses all devices of its machine.
             cluster_detection_method="deactivate" if coordinator else None,
             initialization_timeout=timeout,
             heartbeat_timeout_seconds=timeout,
@@ -74,63 +75,63 @@ def start(coordinator: str = "", count: int = 0, index: int = -1, timeout: int =
     except ValueError as error:
         if coordinator:
             raise UserError(f"--coordinator, --processes and --process: {error}") from error
-        # Otherwise a single TPU machine, which belongs to no cluster.
+        # Otherwise this is a single TPU machine, which JAX cannot find a cluster for.
     except RuntimeError as error:
-        raise RunStopped(f"the processes of this run did not come together: {error}") from error
+        raise RunStopped(f"the processes of this run could not connect: {error}") from error
 
 
 def _launched_with_others(environment: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX knows started this process as one of several."""
     devices = any(pathlib.Path(name).exists() for name in ("/dev/accel0", "/dev/vfio/0"))
     if devices and environment.get("JAX_PLATFORMS") != "cpu" and importlib.util.find_spec("libtpu"):
-        return True  # A TPU: on Cloud only its metadata server knows of others, and JAX asks it.
+        return True  # a TPU: on Cloud only the metadata server knows the others, and JAX asks it
     sizes = [environment.get("OMPI_COMM_WORLD_SIZE", "1")]
-    if "SLURM_STEP_NUM_NODES" in environment:  # of srun, not of the batch script around it
+    if "SLURM_STEP_NUM_NODES" in environment:  # set by srun, but not in the batch script
         sizes.append(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     return "," in environment.get("TPU_WORKER_HOSTNAMES", "") or any(int(n) > 1 for n in sizes)
 
 
 def started() -> bool:
-    """Whether this process has joined others."""
+    """Whether this process has joined a run of several."""
     return jax.distributed.is_initialized()
 
 
 def is_main() -> bool:
-    """Whether this is the process that writes logs, pictures and metrics."""
+    """Whether this process writes the logs, pictures and metrics."""
     return not started() or jax.process_index() == 0
 
 
 def place() -> tuple[int, int]:
-    """Index of this process, and the number of processes."""
+    """Index of this process and number of processes."""
     return (jax.process_index(), jax.process_count()) if started() else (0, 1)
 
 
 def barrier(name: str, *, working: bool = False) -> None:
-    """Waits until every process has come here.
+    """Waits until every process has reached this barrier.
 
     Args:
-      name: what the barrier follows, for messages.
-      working: the others may be at work for days; only a silent process is given up.
+      name: of the barrier, for messages.
+      working: let the other processes work for days, and give up only if one of them dies.
 
     Raises:
-      RunStopped: a process does not come.
+      RunStopped: a process is lost.
     """
     if started():
         _wait(name, WORKING if working else _timeout)
 
 
 def agree(value: int) -> int:
-    """Process 0's value, in all processes."""
+    """Returns process 0's value, an int32, in every process."""
     if not started():
         return int(value)
     return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
 
 
 def in_main(make: Callable[[], T]) -> T | None:
-    """Calls `make` in process 0 while the others wait; they get None.
+    """Calls `make` in process 0 while the others wait. They return None.
 
     Raises:
-      UserError: of `make`; the other processes point to it.
+      UserError: `make` raised it; the other processes refer to process 0.
     """
     result = error = None
     if is_main():
@@ -145,40 +146,31 @@ def in_main(make: Callable[[], T]) -> T | None:
 
 
 def gather_rows(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Rows of all processes, those of process 0 first.
-
-    Args:
-      arrays: host arrays `[n, ...]`, n the same in all processes.
-    """
+    """Concatenates host arrays `[n, ...]` in process order; n must be the same everywhere."""
     if not started():
         return dict(arrays)
-    # As bytes: JAX would round float64 to float32.
+    # As bytes, because JAX would round float64 to float32.
     bits = {name: np.ascontiguousarray(x).view(np.uint8) for name, x in arrays.items()}
     gathered = multihost_utils.process_allgather(bits, tiled=True)
     return {name: np.asarray(x).view(arrays[name].dtype) for name, x in gathered.items()}
 
 
 def sums(values: Mapping[str, float | np.ndarray]) -> dict[str, np.ndarray]:
-    """Sums over all processes, always added in the same order."""
+    """Sums over all processes, always in the same order and so bit for bit reproducible."""
     rows = gather_rows({name: np.asarray(value)[None] for name, value in values.items()})
     return {name: row.sum(axis=0) for name, row in rows.items()}
 
 
 def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
-    """`files.claim`, where only process 0 writes."""
+    """`files.claim` for all processes; only process 0 writes."""
     files.claim(path, record, describes, write=is_main())
 
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """`files.replacing`, with one temporary path that all processes write to."""
+    """`files.replacing` for a directory that all processes write to; process 0 renames it."""
     aside = files.aside_path(path, agree(os.getpid()))
-    if is_main():
-        with files.replacing(path):
-            barrier("start of writing")
-            yield aside
-            barrier("end of writing", working=True)
-    else:
+    with files.replacing(path) if is_main() else contextlib.nullcontext():
         barrier("start of writing")
         yield aside
         barrier("end of writing", working=True)
@@ -189,14 +181,14 @@ class Stop:
     """Whether to stop after a step; every process gets the same answer.
 
     Attributes:
-      signal: name of the signal that asked for it, or None.
+      signal: name of the signal received, or None.
     """
 
     def __init__(self):
         self.signal: str | None = None
 
     def after(self, step: int) -> bool:
-        """Called by every process after each step."""
+        """Whether to stop now; every process must call this after each step."""
         if not started():
             return self.signal is not None
         if multihost_utils.reached_preemption_sync_point(step):
@@ -206,7 +198,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Stop]:
-    """Turns the first SIGTERM or SIGINT of any process into a `Stop`; a second one acts at once."""
+    """Turns the first SIGTERM or SIGINT to any process into a `Stop`; the second acts as usual."""
     stop, previous = Stop(), {}
 
     def handle(number, frame):
@@ -219,8 +211,8 @@ def stop_signals() -> Iterator[Stop]:
         signal.signal(signal.SIGINT, previous[signal.SIGINT])
         os.kill(os.getpid(), signal.SIGTERM)
 
-    # With several processes, JAX's preemption service takes SIGTERM: it tells the other processes
-    # and finds a step that all of them can still reach.
+    # With several processes, JAX's preemption service handles SIGTERM: it notifies the others and
+    # picks a step that all of them can still reach. SIGINT is therefore passed on as SIGTERM.
     several = started()
     handlers = {signal.SIGINT: pass_on if several else handle, signal.SIGTERM: handle}
     for number, handler in handlers.items():
@@ -249,34 +241,31 @@ def _preemption_service() -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends this process when another one is lost, with a message that names the lost one.
+    """If another process is lost, raises RunStopped with a message that names it.
 
-    A broken collective raises something cryptic in the processes that survive. They meet at a
-    barrier instead, whose failure tells who is missing.
-
-    Raises:
-      RunStopped: another process is lost.
+    A lost process breaks collectives, which raise cryptic errors in the others. The survivors then
+    meet at a barrier, whose failure names the missing process.
     """
     try:
         yield
     except Exception as error:
         if not started():
             raise
-        # An error that another process's loss cannot have caused.
+        # The loss of another process cannot cause these.
         own = isinstance(error, (UserError, OSError))
         cause = str(error) if own else f"{type(error).__name__}: {first_line(error)}"
         with contextlib.suppress(RuntimeError):
             _client().key_value_set(f"{CAUSES}{jax.process_index()}", cause)
         try:
-            # If only this process failed, the others keep running until it exits: wait briefly.
-            # Otherwise wait for less than the timeout, after which the runtime kills the process.
+            # If only this process failed, the others keep running and will not come: wait briefly.
+            # Otherwise wait less than the timeout, after which the runtime kills this process.
             _wait("end", GRACE if own else _timeout // 2)
         except RunStopped as lost:
             if not own:
                 traceback.print_exception(error)  # it may be the cause after all
                 raise lost from error
         raise
-    # Process 0 may have more to do, and the runtime takes a process that leaves for a lost one.
+    # Process 0 may still be working, and the runtime would report processes that exit as lost.
     barrier("the command's end", working=True)
 
 
@@ -288,24 +277,26 @@ def _wait(name: str, seconds: int) -> None:
 
 
 def _describe_loss(message: str, name: str, seconds: int) -> str:
-    """Says which processes are missing at a barrier, and why where they left their error."""
-    # Two forms of the runtime's message list the missing processes.
+    """Names the processes missing at a barrier, with the errors that they left behind."""
+    # The runtime's message lists the missing processes in one of two forms.
     listed = re.search(r"task names:\s*([\d\s,]+)", message)
     missing = listed[1].replace(",", " ").split() if listed else re.findall(r"task:(\d+)", message)
     causes = {}
     with contextlib.suppress(RuntimeError):
         causes = dict(_client().key_value_dir_get(CAUSES)) if listed else {}
-    told = "".join(
+    errors = "".join(
         f"; process {key.rpartition('/')[2]}: {text}"
         for key, text in sorted(causes.items())
         if text
     )
     if not missing:
-        return f"the processes lost each other at {name!r} ({first_line(Exception(message))}){told}"
+        return (
+            f"the processes lost each other at {name!r} ({first_line(Exception(message))}){errors}"
+        )
     which = "process" if len(missing) == 1 else "processes"
     return (
         f"lost {which} {', '.join(sorted(missing, key=int))} of 0 to {jax.process_count() - 1}, "
-        f"not at {name!r} within {seconds} s{told}; the same command resumes from the last "
+        f"not at {name!r} within {seconds} s{errors}; the same command resumes from the last "
         "checkpoint"
     )
 
@@ -315,7 +306,7 @@ def _client() -> Any:
 
 
 def _runtime() -> Any:
-    # Barriers with a timeout, and switching the preemption service, have no public name.
+    # Barriers with a timeout and switching the preemption service have no public API.
     from jax._src import distributed
 
     return distributed.global_state

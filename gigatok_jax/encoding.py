@@ -1,4 +1,4 @@
-"""Storing the codes of a data set, so that training a generator need not encode images."""
+"""Encodes a data set once, so that training a generator reads codes instead of images."""
 
 import dataclasses
 import logging
@@ -29,15 +29,15 @@ def encode(
 ) -> None:
     """Encodes the training and evaluation images of a data set into ArrayRecord shards.
 
-    Shards that `out` already has are kept; each process writes its share of the others.
+    Existing shards in `out` are kept; each process writes its share of the others.
 
     Args:
       bundle: a tokenizer.
-      data: must have images.
-      out: gets the shards and `codes.json`, which describes them.
-      crop_factors: store ten crops of each training image per factor, see `crops.ten_crops`. If
-        empty, store its centre crop, as of evaluation images.
-      batch_size: images read at once, and crops encoded at once.
+      data: a data set of images.
+      out: directory for the shards and `codes.json`, which describes them.
+      crop_factors: store ten crops of each training image per factor (see `crops.ten_crops`). If
+        empty, store the centre crop only, as for evaluation images.
+      batch_size: number of images to read, and of crops to encode, at a time.
       shard_images: images per shard, a multiple of `batch_size`.
 
     Raises:
@@ -98,7 +98,7 @@ def _write_missing(
     batch_size: int,
     shard_images: int,
 ) -> None:
-    """Writes the shards of this process's share that are missing."""
+    """Writes this process's share of the shards, except those that exist."""
     dtype = np.uint16 if tokenizer.config.codebook_size <= 2**16 else np.int32
 
     def encoded(images: np.ndarray) -> np.ndarray:
@@ -122,7 +122,7 @@ def _write_missing(
         for shard, start, count in zip(mine, starts, counts, strict=True):
             if not paths[shard].exists():
                 first = {"next_batch": start // batch_size}
-                if batches.get_state() != first:  # setting the state restarts the workers
+                if batches.get_state() != first:  # because set_state restarts the workers
                     batches.set_state(first)
                 stored.write_shard(paths[shard], records(count))
             bar.update(count)

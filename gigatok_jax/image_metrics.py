@@ -1,4 +1,4 @@
-"""Reconstruction metrics on images after the uint8 step."""
+"""Reconstruction metrics of uint8 images."""
 
 import jax
 from jax import lax
@@ -10,7 +10,7 @@ SSIM_WINDOW = 7
 def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB, `[B]`, of two uint8 batches `[B, H, W, C]`.
 
-    Infinite where the images are equal.
+    It is infinite for equal images.
     """
     error = (images.astype(jnp.float32) - others.astype(jnp.float32)) / 255
     return -10 * jnp.log10(jnp.mean(error**2, axis=(1, 2, 3)))
@@ -19,12 +19,12 @@ def psnr(images: jax.Array, others: jax.Array) -> jax.Array:
 def ssim(images: jax.Array, others: jax.Array, data_range: float = 1.0) -> jax.Array:
     """Structural similarity, `[B]`, of two uint8 batches `[B, H, W, C]`.
 
-    As scikit-image defines it by default (Wang et al. 2004 with a uniform 7x7 window, unbiased
-    covariances, the border of 3 left out), averaged over channels.
+    Follows scikit-image's defaults (Wang et al. 2004 with a uniform 7x7 window, unbiased
+    covariances, and a border of 3 pixels excluded); averages over channels.
 
     Args:
-      images, others: the batches; compared in [0, 1].
-      data_range: 1 is the range of the images; the reference's 2 gives higher values.
+      images, others: the batches, which are scaled to [0, 1].
+      data_range: 1 is the true range; 2, as in the reference, gives higher values.
     """
     x, y = (a.astype(jnp.float32) / 255 for a in (images, others))
 

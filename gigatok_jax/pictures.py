@@ -1,4 +1,4 @@
-"""Arrays to pictures that people look at."""
+"""Conversion of images between float and uint8, grids of images, and PNG files."""
 
 from collections.abc import Sequence
 import pathlib
@@ -11,16 +11,16 @@ from PIL import Image
 
 from gigatok_jax.files import replacing
 
-VISIBLE = 96  # pixels that an image in a grid should be high, if whole enlargement allows
+VISIBLE = 96  # pixels; smaller images in a grid are enlarged to at most this height
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """uint8 images as float32 in [-1, 1]."""
+    """Maps uint8 images to float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Float images in [-1, 1] as the reference stores them: clip(127.5 x + 128), truncated."""
+    """Maps float images in [-1, 1] to uint8 as in the reference: clip(127.5 x + 128), truncated."""
     return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
 
 
@@ -31,10 +31,10 @@ def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
 
 
 def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:
-    """One picture of several rows of images.
+    """Arranges rows of images in one picture.
 
     Args:
-      rows: uint8 arrays `[n, H, W, 3]`, all of one shape; small ones are enlarged.
+      rows: uint8 arrays `[n, H, W, 3]` of equal shape; small images are enlarged.
       gap: white pixels between images.
 
     Returns:

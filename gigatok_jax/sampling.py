@@ -18,8 +18,8 @@ Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
 ]
 SCHEDULES = get_args(Schedule)
-NEAR_ONE = 1e-4  # what the reference adds to scales that would otherwise be 1
-STAGES = 4  # lengths that the cache of keys and values grows through
+NEAR_ONE = 1e-4  # the reference adds this to scales that would otherwise be 1
+STAGES = 4  # the cache of keys and values grows to its full length in this many steps
 
 Finite = Field(allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -29,8 +29,8 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class SamplingConfig:
     """How codes are sampled.
 
-    Classifier-free guidance by a scale s makes logits = uncond + s (cond - uncond). The schedule
-    says how the scale of code j depends on r = j / (N - 1); code 0 always has all of it:
+    Classifier-free guidance with scale s computes logits = uncond + s (cond - uncond). Under a
+    schedule, the scale of code j depends on r = j / (N - 1), except that code 0 always has scale s:
 
       constant:         s
       step:             1 before `schedule_start`, then s
@@ -46,8 +46,8 @@ class SamplingConfig:
     schedule_start: Share = 0.18
     schedule_end: Share = 1.0
     temperature: Annotated[float, Field(ge=0), Finite] = 1.0  # divides the logits; 0: arg-max
-    top_k: NonNegativeInt = 0  # sample from the k likeliest codes only; 0: from all
-    # Sample from the likeliest codes only, as many as it takes for their probability to exceed p.
+    top_k: NonNegativeInt = 0  # sample from the k most likely codes only; 0: from all
+    # Sample only from the fewest codes whose probabilities sum to more than p.
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
@@ -62,7 +62,8 @@ class SamplingConfig:
     def scales(self, codes: int) -> np.ndarray | None:
         """Guidance scale of each of `codes` codes, float32 `[N]`; None without guidance.
 
-        The reference's 1e-4 is kept: it can decide between codes that are nearly as likely.
+        The reference adds 1e-4 to some scales. It is kept because it can change which of two nearly
+        equally likely codes is sampled.
         """
         if self.guidance == 1:
             return None
@@ -82,13 +83,15 @@ class SamplingConfig:
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
-    """Logits `[..., K]` with -inf where a code must not be sampled; see `SamplingConfig`."""
+    """Sets logits `[..., K]` outside top-k and top-p to -inf; see `SamplingConfig`."""
     if 0 < top_k < logits.shape[-1]:
         least = jax.lax.top_k(logits, top_k)[0][..., -1:]
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         descending = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[..., :-1]  # before the next code
+        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[
+            ..., :-1
+        ]  # mass before codes 1, 2, ...
         count = 1 + jnp.sum(before <= top_p, axis=-1, keepdims=True)
         least = jnp.take_along_axis(descending, count - 1, axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)
@@ -96,7 +99,7 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
 
 
 def draw(logits: jax.Array, keys: jax.Array, settings: SamplingConfig) -> jax.Array:
-    """One code each, int32 `[B]`, of float32 logits `[B, K]` and as many keys."""
+    """Samples codes, int32 `[B]`, from float32 logits `[B, K]`, with one key per row."""
     if settings.temperature == 0:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = truncate(logits / settings.temperature, settings.top_k, settings.top_p)
@@ -113,13 +116,13 @@ def sample(
 ) -> jax.Array:
     """Samples the codes of images.
 
-    Another guidance or schedule needs no new compilation.
+    Changing the guidance scale or schedule does not recompile.
 
     Args:
       config: the generator's architecture.
       params: its parameters.
       classes: `[B]` int32.
-      keys: `[B]` random keys; an image depends on its own only.
+      keys: `[B]` random keys; an image depends only on its own.
       settings: how to sample.
       dtype: type of the computation; logits are float32.
 
@@ -127,6 +130,7 @@ def sample(
       int32 `[B, N]`.
     """
     scales = settings.scales(config.codes)
+    # Guidance enters the compiled program only as the array `scales`.
     unguided = SamplingConfig(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
@@ -135,9 +139,9 @@ def sample(
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "dtype"))
 def _sample(config, params, classes, keys, settings, scales, dtype):
-    """The whole loop in one program; `scales`, `[N]`, is an array, and None without guidance."""
+    """The decode loop as one program; `scales` is an array `[N]`, or None without guidance."""
     rows = classes
-    if scales is not None:  # conditional rows first, then as many unconditional ones
+    if scales is not None:  # conditional rows, then unconditional ones
         rows = jnp.concatenate([classes, jnp.full_like(classes, config.null_class)])
     decoder = Decoder(config, params, rows, dtype)
 
@@ -153,7 +157,7 @@ def _sample(config, params, classes, keys, settings, scales, dtype):
         code = draw(logits, position_keys, settings)
         return codes.at[:, position].set(code), cache
 
-    # The cache grows in stages, as attention reads all of it at each step.
+    # Attention reads the whole cache at every step, so a cache that grows saves time.
     ends = [math.ceil(config.codes * stage / STAGES) for stage in range(STAGES + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)

@@ -1,19 +1,19 @@
-"""Where arrays live on the devices: mesh axes, the table of logical axes, and all that follows.
+"""How arrays are sharded over devices: mesh axes, rules for logical axes, and their use.
 
 A mesh has three axes: `data` (replicas), `fsdp` (replicas that divide the parameters among them)
-and `tensor` (parts of a layer). Models never name them. They name what an axis *is* ("embed",
-"heads", "mlp", ...), and `RULES` maps these logical axes to the mesh:
+and `tensor` (parts of a layer). Models never name them. They use logical axes ("embed", "heads",
+"mlp", ...), which `RULES` maps to the mesh:
 
   - Parameters carry logical axes from initialization on (`nn.with_logical_partitioning`), so that
     `state_shardings` can lay out the whole training state before any of it exists.
-  - Activations are pinned with `constrain`, which keeps the batch divided where XLA would otherwise
-    replicate it.
-  - Parameters that are divided along `fsdp` are divided in memory only. `gather` makes them whole
-    where they are used: a product with a part of a kernel would leave partial sums of activations,
-    which are far larger than the kernel. The gradient takes the same way back (reduce-scatter).
+  - Activations are constrained with `constrain`, which keeps the batch sharded where XLA would
+    otherwise replicate it.
+  - Sharding along `fsdp` only saves memory. `gather` reassembles a parameter where it is used:
+    multiplying by a shard of a kernel would require a sum over devices of activations, which are
+    far larger than the kernel. Gradients are reduce-scattered in turn.
 
-Flax has constraints of its own, but they act only under `jax.set_mesh`, where `nn.DenseGeneral`
-fails (Flax 0.12). `use(mesh)` takes their place while a program is traced.
+Flax's own constraints work only under `jax.set_mesh`, where `nn.DenseGeneral` fails (Flax 0.12).
+`use(mesh)` takes its place while a program is traced.
 """
 
 import collections
@@ -36,8 +36,7 @@ AXES = ("data", "fsdp", "tensor")
 # Linen's logical constraints need Auto axes; jax.make_mesh makes Explicit ones by default.
 TYPES = (AxisType.Auto,) * len(AXES)
 
-# Logical axis to mesh axes; where two logical axes of an array want the same mesh axis, the earlier
-# rule wins.
+# Logical axes to mesh axes. If two axes of an array map to the same mesh axis, the first rule wins.
 RULES = (
     ("batch", ("data", "fsdp")),
     ("heads", "tensor"),
@@ -53,28 +52,30 @@ RULES = (
     ("length", None),
     ("activation_embed", None),
 )
-GATHERED = ("embed", "conv_out")  # logical axes that `gather` makes whole
+GATHERED = ("embed", "conv_out")  # logical axes that `gather` reassembles
 
-FROZEN_LIMIT = 2**16  # elements; smaller frozen arrays are not worth dividing
-PARAMETER_LIMIT = 2**18  # elements (1 MiB of float32); larger parameters never stay whole
+FROZEN_LIMIT = 2**16  # elements; smaller frozen arrays are not worth sharding
+PARAMETER_LIMIT = 2**18  # elements (1 MiB of float32); parameters from this size are always sharded
 
 DeviceCount = Annotated[int, Field(ge=-1)]
 
 
 @configclass
 class MeshConfig:
-    """How a run's arrays are divided over its devices."""
+    """How a run's arrays are sharded over its devices."""
 
-    data: DeviceCount = -1  # devices along each axis; one of the three may be -1: the rest
+    data: DeviceCount = -1  # devices along each axis; -1, for one of the three, means the rest
     fsdp: DeviceCount = 1
     tensor: DeviceCount = 1
-    shard_frozen: bool = False  # divide the frozen networks along `fsdp` too
+    shard_frozen: bool = False  # shard the frozen networks along `fsdp` too
 
     @model_validator(mode="after")
     def _check(self):
         sizes = self.sizes
         if sizes.count(-1) > 1 or 0 in sizes:
-            raise ValueError(f"data, fsdp, tensor must be positive, one may be -1; got {sizes}")
+            raise ValueError(
+                f"data, fsdp, tensor: expected positive numbers, one may be -1, got {sizes}"
+            )
         return self
 
     @property
@@ -84,7 +85,7 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh over `devices`; None: over all devices of all processes.
+    """Makes a mesh of `devices`, by default all devices of all processes.
 
     Raises:
       ValueError: the number of devices does not match the config.
@@ -94,20 +95,21 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:
-    """Like `make_mesh`, for `count` devices that need not exist."""
+    """Like `make_mesh`, for `count` devices that do not exist."""
     return AbstractMesh(_mesh_shape(config, count), AXES, axis_types=TYPES)
 
 
 def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
     sizes = list(config.sizes)
     if -1 in sizes:
-        sizes[sizes.index(-1)] = max(count // -math.prod(sizes), 1)
+        known = math.prod(size for size in sizes if size != -1)
+        sizes[sizes.index(-1)] = max(count // known, 1)
     if math.prod(sizes) != count:
         raise ValueError(f"mesh {sizes} needs {math.prod(sizes)} devices, found {count}")
     return tuple(sizes)
 
 
-# Set by `use` while a program is traced: logical axes of an array to its sharding.
+# Set by `use` while a program is traced: maps the logical axes of an array to its sharding.
 _sharding_of: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None] = (
     contextvars.ContextVar("sharding_of", default=None)
 )
@@ -115,7 +117,7 @@ _sharding_of: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | N
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Programs traced inside this context are divided over `mesh`; without it, nothing is."""
+    """Makes `constrain` and `gather` take effect, on `mesh`, in programs traced in this context."""
 
     def sharding_of(axes):
         return nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, RULES)
@@ -128,20 +130,20 @@ def use(mesh: Mesh) -> Iterator[None]:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """Pins the sharding of an array with the given logical axes."""
+    """Constrains the sharding of an array with the given logical axes."""
     sharding_of = _sharding_of.get()
     return x if sharding_of is None else jax.lax.with_sharding_constraint(x, sharding_of(axes))
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:
-    """A parameter with the given logical axes, whole along those of `GATHERED`."""
+    """Reassembles a parameter with the given logical axes along those in `GATHERED`."""
     return constrain(x, *(None if axis in GATHERED else axis for axis in axes))
 
 
 def promote(*axes: str | None) -> Callable:
-    """For `promote_dtype` of a Linen layer whose kernel has the given logical axes.
+    """The `promote_dtype` of a Linen layer whose kernel has the given logical axes.
 
-    Kernel and bias are gathered after the cast: bfloat16 halves what travels between devices.
+    It gathers kernel and bias after the cast, because bfloat16 halves the communication.
     """
 
     def promote_and_gather(x, kernel, bias, *, dtype):
@@ -162,20 +164,20 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_shards(mesh: Mesh | AbstractMesh) -> int:
-    """Number of parts that a batch is divided into."""
+    """Number of shards of a batch."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def batch_block(mesh: Mesh) -> tuple[int, int]:
-    """Index of the block of each global batch that this process reads, and the number of blocks.
+    """Index of the block of each batch that this process reads, and the number of blocks.
 
-    Processes whose devices differ along `tensor` only read the same block.
+    Processes whose devices differ only along `tensor` read the same block.
 
     Raises:
       ValueError: a process does not own a contiguous block of the batch (raised on every process).
     """
     shards = batch_shards(mesh)
-    owned = collections.defaultdict(set)  # process to the parts of the batch on its devices
+    owned = collections.defaultdict(set)  # process to the shards of the batch on its devices
     for device, index in batch_sharding(mesh).devices_indices_map((shards,)).items():
         owned[device.process_index].add(index[0].start or 0)
     length = len(owned[jax.process_index()])
@@ -183,14 +185,14 @@ def batch_block(mesh: Mesh) -> tuple[int, int]:
         first = min(parts)
         if parts != set(range(first, first + length)) or first % length or shards % length:
             raise ValueError(
-                f"mesh: the devices of a process must share one block of the batch, but process "
-                f"{process} has parts {sorted(parts)} of {shards}"
+                f"mesh: expected each process to own one block of the batch, but process {process} "
+                f"owns parts {sorted(parts)} of {shards}"
             )
     return min(owned[jax.process_index()]) // length, shards // length
 
 
 def check_batch(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> None:
-    """Raises ValueError if the devices cannot share a batch (or its `accumulate` parts) equally."""
+    """Raises ValueError unless every microbatch (of `accumulate`) divides equally over devices."""
     if batch_size % (accumulate * batch_shards(mesh)):
         parts = f"accumulate={accumulate} times " if accumulate > 1 else ""
         raise ValueError(
@@ -200,27 +202,28 @@ def check_batch(batch_size: int, accumulate: int, mesh: Mesh | AbstractMesh) -> 
 
 
 def put_batch(mesh: Mesh, local: Any) -> Any:
-    """Global arrays made of every process's block, a pytree of host arrays `[B/P, ...]`."""
+    """Assembles global arrays from every process's block, a pytree of host arrays `[B/P, ...]`."""
     put = functools.partial(jax.make_array_from_process_local_data, batch_sharding(mesh))
     return jax.tree.map(put, local)
 
 
 def local_block(array: jax.Array) -> np.ndarray:
-    """This process's block `[B/P, ...]` of an array that is divided like a batch."""
+    """This process's block `[B/P, ...]` of an array that is sharded like a batch."""
     rows = {shard.index[0].start or 0: shard.data for shard in array.addressable_shards}
     return np.concatenate([rows[start] for start in sorted(rows)])
 
 
 def replicate(mesh: Mesh, tree: Any) -> Any:
-    """Copies of divided arrays, whole on every device."""
+    """Copies sharded arrays to every device."""
     return jax.jit(lambda x: x, out_shardings=replicated(mesh))(tree)
 
 
 def state_shardings(boxed_state: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of an abstract state whose parameters carry logical axes (`nn.Partitioned`).
 
-    `RULES` decide, with two exceptions. An axis that the mesh does not divide evenly stays whole.
-    A large array that would then be whole along `fsdp` is divided along its longest free axis.
+    `RULES` decide, with two exceptions. An axis that the mesh does not divide evenly is not
+    sharded. A large array that the rules do not shard along `fsdp` is sharded along its longest
+    remaining axis that `fsdp` divides.
     """
     by_rules = nn.logical_to_mesh_sharding(nn.get_partition_spec(boxed_state), mesh, RULES)
 
@@ -241,7 +244,8 @@ def state_shardings(boxed_state: Any, mesh: Mesh | AbstractMesh) -> Any:
 def frozen_shardings(frozen: Any, mesh: Mesh | AbstractMesh, *, shard: bool) -> Any:
     """Shardings of arrays (or shapes) without logical axes.
 
-    With `shard`, large arrays are divided along their longest axis that `fsdp` divides evenly.
+    With `shard`, large arrays are sharded along their longest axis that `fsdp` divides; otherwise
+    all are replicated.
     """
 
     def fit(array):
@@ -255,19 +259,19 @@ def frozen_shardings(frozen: Any, mesh: Mesh | AbstractMesh, *, shard: bool) -> 
 
 
 def put(tree: Any, shardings: Any) -> Any:
-    """Host arrays that every process has, placed as `shardings` (of the same structure) say."""
+    """Puts host arrays, the same in every process, on devices; `shardings` has their structure."""
     if jax.process_count() == 1:
         return jax.device_put(tree, shardings)
 
     def place(array, sharding):
-        host = np.asarray(array)
+        host = np.asarray(array)  # each device copies only its own shard of it
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
     return jax.tree.map(place, tree, shardings)
 
 
 def abstract(arrays: Any, shardings: Any) -> Any:
-    """Shapes and types of arrays, with their shardings."""
+    """Shapes and types of arrays, with shardings attached."""
     return jax.tree.map(
         lambda array, sharding: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding),
         arrays,
@@ -281,7 +285,7 @@ def _devices_along(mesh: Mesh | AbstractMesh, axes: str | tuple[str, ...]) -> in
 
 
 def _divide_longest(spec: list, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
-    """Gives the longest free axis that `fsdp` divides evenly to it, if there is one."""
+    """Shards the longest free axis that `fsdp` divides, if any, by changing `spec`."""
     fits = [
         i for i, length in enumerate(shape) if spec[i] is None and length % mesh.shape["fsdp"] == 0
     ]

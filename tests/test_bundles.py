@@ -162,16 +162,16 @@ def test_another_kind_is_rejected(bundle):
 
 def test_directory_without_a_bundle_is_rejected(tmp_path):
     for directory in (tmp_path, tmp_path / "missing"):
-        assert refusal(directory) == f"{directory}: not a bundle, it has no config.json"
+        assert refusal(directory) == f"{directory}: not a bundle: it has no config.json"
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "config.json: not JSON"),
-        ("", "config.json: not JSON"),
-        ("[1]", "config.json: not a bundle's description"),
-        ('{"format": 99, "kind": "thing"}', "config.json: not a bundle's description"),
+        ("{", "config.json: expected JSON"),
+        ("", "config.json: expected JSON"),
+        ("[1]", "config.json: not the config of a bundle"),
+        ('{"format": 99, "kind": "thing"}', "config.json: not the config of a bundle"),
     ],
 )
 def test_broken_description_is_rejected(bundle, content, message):
@@ -200,7 +200,7 @@ def test_damaged_weights_are_rejected(bundle, damage):
 
 def test_run_that_has_written_no_bundle_says_when_it_will(tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert refusal(tmp_path).startswith(f"{tmp_path}: this run has written no bundle yet")
+    assert refusal(tmp_path).startswith(f"{tmp_path}: this run has not written a bundle yet")
 
 
 def test_workdir_stands_for_its_bundle(bundle, weights):

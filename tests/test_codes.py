@@ -300,7 +300,7 @@ def test_killed_encoding_resumes_to_the_same_files(
         run(Mortal(tokenizer, after))  # half-way through the second shard
     assert set(contents(out)) == {"codes.json", SHARDS[0]}
     first = (out / SHARDS[0]).stat()
-    with pytest.raises(UserError, match="encoding has not ended"):
+    with pytest.raises(UserError, match="encoding is incomplete"):
         codes.CodesSource(out, "train")
     # What a process leaves that has no time to tidy up.
     stale = out / f".{SHARDS[1]}.4194305.partial"
@@ -393,9 +393,13 @@ def change(**fields):
             lambda path: shutil.copy(path.parent / SHARDS[2], path),
             "{path}: holds 1 records, expected 7",
         ),
-        ("codes.json", Path.unlink, "{folder}: no codes.json, expected what `gigatok encode`"),
-        ("codes.json", unfinished, "{folder}: encoding has not ended; the same `gigatok encode`"),
-        ("codes.json", half, "{path}: not JSON"),
+        (
+            "codes.json",
+            Path.unlink,
+            "{folder}: no codes.json, expected the output of `gigatok encode`",
+        ),
+        ("codes.json", unfinished, "{folder}: encoding is incomplete; the same `gigatok encode`"),
+        ("codes.json", half, "{path}: expected JSON"),
         ("codes.json", change(codes=None), "{path}.codes: missing"),
         ("codes.json", change(codes="4"), "{path}.codes: expected integer, got '4'"),
         ("codes.json", change(color=1), "{path}.color: no such field; known: class_names, "),
@@ -413,7 +417,7 @@ def test_split_that_was_not_encoded_is_an_error(copy):
     info = codes.read_info(copy)
     only = dataclasses.replace(info, images={"train": info.images["train"]})
     codes.write_info(copy, only)
-    with pytest.raises(UserError, match=r"^\S+: has no codes of split 'validation'$"):
+    with pytest.raises(UserError, match=r"^\S+: no codes of split 'validation'$"):
         codes.CodesSource(copy, "validation")
 
 

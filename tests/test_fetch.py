@@ -151,7 +151,7 @@ def test_partial_file_longer_than_the_servers_is_started_over(tmp_path, server, 
 
 def test_half_a_file_is_never_seen_under_its_name(tmp_path, server, publish):
     server.cuts = [1000, 0, 0]
-    with pytest.raises(UserError, match="connection ended at byte 1000 of 10240"):
+    with pytest.raises(UserError, match="connection lost at byte 1000 of 10240"):
         fetch.download("it", cache=tmp_path)
     assert names(tmp_path) == ["0.pth.partial", "0.pth.partial.version"]
     fetch.download("it", cache=tmp_path)
@@ -250,8 +250,8 @@ def test_weights_that_were_not_fetched_say_how_to_get_them(tmp_path, monkeypatch
     with pytest.raises(UserError) as error:
         fetch.fetched("lpips_vgg16")
     assert str(error.value) == (
-        f"lpips_vgg16: its weights are not in {path}; get them with: gigatok weights fetch "
-        "lpips_vgg16, or from files with: gigatok convert lpips --from=vgg16-397923af.pth "
+        f"lpips_vgg16: no weights in {path}; download them with: gigatok weights fetch "
+        "lpips_vgg16, or convert files with: gigatok convert lpips --from=vgg16-397923af.pth "
         f"--from=lpips_vgg_v0.1.pth --out={path}"
     )
     path.mkdir(parents=True)

@@ -198,8 +198,8 @@ def test_constants_of_old_checkpoints_are_ignored():
     "changes, message",
     [
         ({"depth": 3}, r"'layers\.2\..*' is missing"),
-        ({"depth": 1}, r"'layers\.1\..*' of shape \[.*\] has no place"),
-        ({"positions": "rotary"}, r"'positional_embedding' of shape \[10, 16\] has no place"),
+        ({"depth": 1}, r"'layers\.1\..*' of shape \[.*\] does not belong"),
+        ({"positions": "rotary"}, r"'positional_embedding' of shape \[10, 16\] does not belong"),
         ({"qk_norm": True}, r"'layers\.0\.attention\.q_norm\.weight' is missing"),
         ({"codes": 16}, r"'positional_embedding' has shape \[10, 16\].* needs \[17, 16\]"),
         ({"classes": 6}, r"'cls_embedding\..*' has shape \[6, 16\].* needs \[7, 16\]"),
@@ -220,9 +220,9 @@ def test_checkpoint_of_another_architecture_names_the_tensor(changes, message):
         ({"adaln": "all"}, "adaln: expected 'none', .*, got 'all'"),
         ({"dropout": 1.0}, "dropout: expected less than 1, got 1.0"),
         ({"dropout": -0.1}, "dropout: expected greater than or equal to 0, got -0.1"),
-        ({"heads": 3}, "width: expected heads times a multiple of 1, got 16 for 3 heads"),
-        ({"width": 6, "positions": "rotary"}, "width: expected heads times a multiple of 2, got 6"),
-        ({"width": 12, "positions": "rotary_2d"}, "width: expected heads times a multiple of 4"),
+        ({"heads": 3}, "width: expected a multiple of 3 for 3 heads and learned positions, got 16"),
+        ({"width": 6, "positions": "rotary"}, "width: expected a multiple of 4 for 2 heads"),
+        ({"width": 12, "positions": "rotary_2d"}, "width: expected a multiple of 8 "),
         ({"codes": 8, "positions": "rotary_2d"}, "codes: expected a square .*, got 8"),
     ],
 )

@@ -402,7 +402,7 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
         ),
         (
             {"classes": 2},
-            r"config\.model\.classes: expected at least 3, the number of the data's classes, got 2",
+            r"config\.model\.classes: expected at least 3, the number of classes in the data",
         ),
     ],
 )
@@ -414,7 +414,7 @@ def test_codes_that_do_not_fit_the_model_are_refused(stored, tmp_path, fields, m
 
 def test_codes_of_another_tokenizer_are_refused(stored, directory, tmp_path):
     others = codes_of_another(stored, tmp_path / "codes")
-    message = "^the stored codes are those of another tokenizer than the generator's$"
+    message = "^the stored codes were made by a different tokenizer than the generator's$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", others, tokenizer=str(directory))
     assert not (tmp_path / "run").exists()

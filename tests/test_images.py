@@ -104,11 +104,11 @@ def test_sixteen_bit_colour_keeps_its_upper_bits():
 @pytest.mark.parametrize(
     "data, reason",
     [
-        (b"", "no image"),
-        (b"these are words", "no image"),
+        (b"", "not an image"),
+        (b"these are words", "not an image"),
         (_file(_photo(200, 200), "JPEG")[:-2000], "truncated"),
         (_file(_photo(200, 200), "PNG")[:5000], "."),
-        (_file(Image.new("F", (4, 4)), "TIFF"), "no agreed range"),
+        (_file(Image.new("F", (4, 4)), "TIFF"), "range is undefined"),
         ("/no/such/file.png", "No such file"),
     ],
 )

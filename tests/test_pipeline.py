@@ -243,7 +243,7 @@ def test_too_many_bad_images_stop_the_run(root):
 def test_set_without_any_readable_image_stops_at_once(root, workers):
     for path in root.glob("*/*"):
         path.write_text("words")
-    with pytest.raises(UserError, match="23 images in a row cannot be read, the last: "):
+    with pytest.raises(UserError, match="23 images in a row cannot be read; the last one: "):
         _take(_train(root, max_bad_share=1, workers=workers), 1)
 
 

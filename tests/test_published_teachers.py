@@ -131,10 +131,10 @@ def test_vision_tower_returns_bit_for_bit_through_files(tmp_path, monkeypatch, f
 @pytest.mark.parametrize(
     "family, extra, message",
     [
-        ("clip", "visual.transformer.resblocks.0.ls_1.gamma", "has no place"),
-        ("clip", "visual.transformer.resblocks.3.ln_1.weight", "has no place"),
-        ("siglip", "vision_model.encoder.layers.3.layer_norm1.weight", "has no place"),
-        ("siglip", "vision_model.embeddings.class_embedding", "has no place"),
+        ("clip", "visual.transformer.resblocks.0.ls_1.gamma", "does not belong"),
+        ("clip", "visual.transformer.resblocks.3.ln_1.weight", "does not belong"),
+        ("siglip", "vision_model.encoder.layers.3.layer_norm1.weight", "does not belong"),
+        ("siglip", "vision_model.embeddings.class_embedding", "does not belong"),
     ],
 )
 def test_tower_of_another_architecture_names_the_tensor(family, extra, message):

@@ -394,5 +394,5 @@ def test_raw_keys_are_accepted(generator):
 
 
 def test_number_of_keys_must_match_the_images(generator):
-    with pytest.raises(ValueError, match=r"key: expected one, or 2, got \[3\]"):
+    with pytest.raises(ValueError, match=r"key: expected 1 or 2 keys, got \[3\]"):
         generator.sample([0, 1], jax.random.split(jax.random.key(0), 3))

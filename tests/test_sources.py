@@ -250,7 +250,7 @@ def test_data_sets_that_are_not_ready_are_named(prepared, tmp_path):
             _open(DataConfig(path=str(data_dir), **fields))
         assert "\n" not in str(caught.value)
 
-    fails("config.data.name: expected a data set of TFDS, got 'no_such_set'", name="no_such_set")
+    fails("config.data.name: expected a TFDS data set, got 'no_such_set'", name="no_such_set")
     fails(r"imagenet2012 is not prepared.*docs/data.md", name="imagenet2012")
     name = "photos_in_folder"
     fails(r"not prepared.*tfds\.builder\(.photos_in_folder.*download", tmp_path, name=name)

@@ -158,12 +158,12 @@ def test_training_writes_a_bundle(tmp_path, monkeypatch, teacher):
 
 
 def test_unknown_names_and_foreign_directories_are_rejected(tmp_path):
-    with pytest.raises(UserError, match=r"dinov9.*embedded"):
+    with pytest.raises(UserError, match=r"embedded.*dinov9"):
         frozen_networks.load_teacher("dinov9")
-    with pytest.raises(UserError, match=r"absent.*a teacher's directory"):
+    with pytest.raises(UserError, match=r"a teacher's bundle.*absent"):
         frozen_networks.load_teacher(str(tmp_path / "absent"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UserError, match="not a bundle"):
+    with pytest.raises(UserError, match="not the config of a bundle"):
         frozen_networks.load_teacher(str(tmp_path))
 
 

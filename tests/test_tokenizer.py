@@ -30,7 +30,7 @@ import tiny
         ({"image_size": 0}, "image_size: expected greater than 0, got 0"),
         ({"latents": 12}, "latents: expected a power of two in a 1d tokenizer, got 12"),
         ({"latents": 0}, "latents: expected greater than 0"),
-        ({"latents": 256}, "latents: 256 queries pool the 8x8 grid in 8x16 equal blocks"),
+        ({"latents": 256}, "latents: the queries are pooled from 8x16 blocks, which do not"),
         ({"layout": "2d"}, "latents: expected 64 .the 8x8 grid. in a 2d tokenizer, got 16"),
         ({"layout": "3d"}, "layout: expected '1d' or '2d', got '3d'"),
         ({"semantic_layer": 3}, r"semantic_layer: expected 1\.\.2 \(the decoder's depth\), got 3"),

@@ -150,13 +150,13 @@ def test_only_tensors_of_the_network_are_read():
     "change, message",
     [
         (dict(depth=3), r"'s2to1encoder\.transformer\.2\..*' is missing"),
-        (dict(depth=1), r"'s2to1encoder\.transformer\.1\..*' of shape \[.*\] has no place"),
-        (dict(layout="2d"), r"has no place"),
+        (dict(depth=1), r"'s2to1encoder\.transformer\.1\..*' of shape \[.*\] does not belong"),
+        (dict(layout="2d"), r"does not belong"),
         (
             dict(codebook_size=128),
             r"'quantize\.embedding\.weight' has shape \[64, 8\].* needs \[128, 8\]",
         ),
-        (dict(semantic_dim=0), r"distill_mlp.*has no place"),
+        (dict(semantic_dim=0), r"distill_mlp.*does not belong"),
     ],
 )
 def test_checkpoint_of_another_architecture_names_the_tensor(change, message):
@@ -323,7 +323,7 @@ def test_other_files_than_checkpoints_end_in_one_line(tmp_path, torch, suffix):
     whole = path.read_bytes()
     for length in (len(whole) // 2, len(whole) - 10):
         path.write_bytes(whole[:length])
-        assert "cut short" in one_line_error(path)
+        assert "truncated" in one_line_error(path)
 
 
 def test_safetensors_file_has_no_ema(tmp_path):
@@ -374,6 +374,6 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, torch, monk
 
 
 def test_unknown_suffix_is_rejected_before_anything_is_written(tmp_path):
-    with pytest.raises(UserError, match=r"out\.npz: expected a name that ends in"):
+    with pytest.raises(UserError, match=r"out\.npz: expected a file name that ends in"):
         torch_files.write(tmp_path / "new" / "out.npz", {"w": np.ones(2)})
     assert list(tmp_path.iterdir()) == []

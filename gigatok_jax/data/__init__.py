@@ -1,4 +1,4 @@
-"""Images in: sources of labelled images, crops, and batches that resume exactly.
+"""Data loading: sources of labelled images, crops, and batches that resume exactly.
 
-This package never imports JAX by itself: its worker processes stay light.
+Nothing here uses JAX, because worker processes must not claim devices.
 """

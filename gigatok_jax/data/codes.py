@@ -20,24 +20,20 @@ SPLITS = ("train", "validation")
 
 @configclass
 class CodesInfo:
-    """What a folder of codes holds."""
+    """Description of a folder of codes."""
 
     tokenizer: str  # fingerprint of the tokenizer's weights, see `bundles.Bundle`
     codes: int  # per crop, N
     codebook_size: int  # K
     class_names: tuple[str, ...]  # by label
-    data: dict[str, Any]  # what was encoded, see `DataConfig.content`
+    data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
     crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one centre crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
-    # Split to the number of records in each shard; empty until everything is encoded.
+    # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
     def check(self, *, codes: int, codebook_size: int, tokenizer: str | None) -> None:
-        """Rejects codes of another shape or, if one is given, of another tokenizer.
-
-        Raises:
-          UserError: the codes do not fit.
-        """
+        """Raises UserError for codes of another shape or, if given, of another tokenizer."""
         for name, wanted in (("codes", codes), ("codebook_size", codebook_size)):
             if getattr(self, name) != wanted:
                 raise UserError(
@@ -45,11 +41,13 @@ class CodesInfo:
                     "the stored codes"
                 )
         if tokenizer not in (None, self.tokenizer):
-            raise UserError("the stored codes are those of another tokenizer than the generator's")
+            raise UserError(
+                "the stored codes were made by a different tokenizer than the generator's"
+            )
 
 
 def read_info(folder: Path) -> CodesInfo | None:
-    """The folder's `codes.json`, or None if it has none.
+    """Reads the folder's `codes.json`; returns None if it does not exist.
 
     Raises:
       UserError: the file is damaged.
@@ -61,15 +59,15 @@ def read_info(folder: Path) -> CodesInfo | None:
 
 
 def find_info(path: str) -> CodesInfo:
-    """`read_info` of a path that a user gave.
+    """`read_info` of a folder that must hold codes.
 
     Raises:
-      UserError: the folder has no codes, or their description is damaged.
+      UserError: `codes.json` is missing or damaged.
     """
     folder = Path(path).expanduser()
     info = read_info(folder)
     if info is None:
-        raise UserError(f"{folder}: no codes.json, expected what `gigatok encode` writes")
+        raise UserError(f"{folder}: no codes.json, expected the output of `gigatok encode`")
     return info
 
 
@@ -82,19 +80,19 @@ def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
 
 
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:
-    """The records of an evaluation batch with codes [B, crops, N], for `write_shard`."""
+    """Records for `write_shard` from an evaluation batch and its codes [B, crops, N]."""
     for i in np.flatnonzero(batch["valid"]):
         label, key = int(batch["label"][i]), str(batch["key"][i])
         yield {"codes": codes[i], "label": label, "key": key}
 
 
 def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
-    """Writes a complete shard, or nothing, of {"codes": int [crops, N], "label", "key"}."""
+    """Atomically writes a shard of records {"codes": int [crops, N], "label", "key"}."""
     for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a killed process
         stale.unlink()
     with contextlib.ExitStack() as stack:
         aside = stack.enter_context(replacing(path))
-        # Groups of one record, because training reads single records in random order.
+        # One record per group, because training reads records in random order.
         writer = ArrayRecordWriter(str(aside), "group_size:1")
         stack.callback(writer.close)
         for record in records:
@@ -114,8 +112,8 @@ def count(path: Path) -> int:
             return reader.num_records()
     except Exception as error:  # plain RuntimeErrors and ValueErrors from the C++ library
         raise UserError(
-            f"{path}: missing or damaged shard of codes ({first_line(error)}); remove it, and the "
-            "same `gigatok encode` writes it anew"
+            f"{path}: missing or damaged shard of codes ({first_line(error)}); remove it and run "
+            "the same `gigatok encode` again"
         ) from None
 
 
@@ -123,7 +121,7 @@ class CodesSource:
     """One split's codes; an example is {"codes": int32 [crops, N], "label", "key"}.
 
     Args:
-      folder: what `gigatok encode` wrote.
+      folder: output of `gigatok encode`.
       split: one of `SPLITS`.
 
     Raises:
@@ -135,10 +133,10 @@ class CodesSource:
         info = find_info(folder)
         if not info.images:
             raise UserError(
-                f"{folder}: encoding has not ended; the same `gigatok encode` resumes it"
+                f"{folder}: encoding is incomplete; the same `gigatok encode` resumes it"
             )
         if split not in info.images:
-            raise UserError(f"{folder}: has no codes of split {split!r}")
+            raise UserError(f"{folder}: no codes of split {split!r}")
         counts = info.images[split]
         self.info, self.class_names, self.codes = info, info.class_names, info.codes
         self._paths = [shard_path(folder, split, i, len(counts)) for i in range(len(counts))]

@@ -1,4 +1,4 @@
-"""Image files to RGB, and the crops of ADM (guided-diffusion) that training and evaluation use."""
+"""Decoding image files to RGB, and the crops of ADM (guided-diffusion)."""
 
 import functools
 import io
@@ -16,18 +16,20 @@ BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
 class BadImage(ValueError):
-    """An image that cannot be read; the message says why."""
+    """An unreadable image; the message says why."""
 
 
 def load(data: bytes | str | os.PathLike) -> Image.Image:
-    """Reads one image file, a path or its content, as RGB and decodes it completely.
+    """Decodes an image file, given as its path or content, to RGB.
 
-    Opaque 8-bit images of any mode, CMYK JPEGs included, look as Pillow's `convert("RGB")` shows
-    them. Transparent pixels turn white (the reference shows the arbitrary colour stored under
-    them), 16-bit grey keeps its upper 8 bits. EXIF orientation is ignored, as in the reference.
+    Opaque 8-bit images of any mode, including CMYK JPEGs, are converted by Pillow's
+    `convert("RGB")`. Transparent pixels become white (the reference shows the arbitrary colour
+    stored under them), and 16-bit grey keeps its upper 8 bits. EXIF orientation is ignored, as in
+    the reference.
 
     Raises:
-        BadImage: the file is missing, truncated or no image, or its pixels have no agreed range.
+        BadImage: the file is missing, truncated or not an image, or the range of its pixel values
+            is undefined.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -35,8 +37,8 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
     except BadImage:
         raise
     except UnidentifiedImageError as error:
-        raise BadImage("no image, or none that Pillow knows") from error
-    except Exception as error:  # Pillow's decoders raise almost anything on a broken file.
+        raise BadImage("not an image, or in a format unknown to Pillow") from error
+    except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
         raise BadImage(reason or type(error).__name__) from error
 
@@ -46,10 +48,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImage("grey values beyond 16 bits")
+            raise BadImage("grey values exceed 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise BadImage("floating-point grey values, which have no agreed range")
+        raise BadImage("floating-point grey values, whose range is undefined")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -57,9 +59,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _halve(image: Image.Image, short_side: int) -> tuple[Image.Image, tuple[int, int]]:
-    """Halves an image while possible; also returns the size that has this short side, in pixels.
+    """Halves an image while possible; also returns the final size, with the given short side.
 
-    Rounding is part of ADM's standard: halves round down, the final size rounds half to even.
+    Rounding follows ADM: halving rounds down, and the final size rounds half to even.
     """
     while min(image.size) >= 2 * short_side:
         image = image.resize((image.width // 2, image.height // 2), BOX)
@@ -88,12 +90,12 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 
 
 def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.ndarray:
-    """The corners and the centre of a larger centre crop, and their mirror images.
+    """Crops of the corners and the centre of a larger centre crop, and their mirror images.
 
     Args:
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
-        factor: of S, the side of the larger crop, rounded down.
+        factor: side of the larger crop, relative to S; the product is rounded down.
 
     Returns:
         uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, centre, then flipped.
@@ -108,23 +110,23 @@ def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.n
 
 @functools.cache
 def opencv():
-    """OpenCV, or UserError if it is not installed."""
+    """Imports OpenCV, or raises UserError."""
     try:
         import cv2
     except ImportError as error:
         raise UserError("data.resize=linear needs OpenCV: pip install -e '.[opencv]'") from error
-    cv2.setNumThreads(1)  # many readers run side by side already
+    cv2.setNumThreads(1)  # many readers run in parallel already
     return cv2
 
 
 def _linear(image: np.ndarray, size: int, columns: list[float], rows: list[float]) -> np.ndarray:
-    """A box of an image, [low, high] in columns and rows, resized to a square."""
+    """Resizes a box of an image, [low, high] in columns and rows, to a square."""
     cv2 = opencv()
     matrix = np.zeros((2, 3))
     for axis, (low, high) in enumerate((columns, rows)):
         step = (high - low) / size
         matrix[axis, axis] = step
-        matrix[axis, 2] = low + (step - 1) / 2  # OpenCV counts from the first pixel's centre
+        matrix[axis, 2] = low + (step - 1) / 2  # in OpenCV, 0 is the centre of the first pixel
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
@@ -135,16 +137,16 @@ def random_crop(
     rng: np.random.Generator,
     resize: Resize = "bicubic",
 ) -> np.ndarray:
-    """The training crop: short side uniform in [S, 5/4 S], crop uniform in that, flip with p = 0.5.
+    """The training crop: short side uniform in [S, 5/4 S], random position, flip with p = 0.5.
 
-    For speed, only the part that the crop shows is resized. Bicubic pixels may differ from those
-    of ADM, which resizes the whole image, by what Pillow rounds between rows and columns.
+    For speed, only the crop is resized, whereas ADM resizes the whole image. Bicubic results may
+    differ from ADM's by Pillow's rounding between its horizontal and vertical pass.
 
     Args:
         image: RGB, or uint8 [H, W, 3].
         size: side S in pixels.
-        rng: decides the crop.
-        resize: "linear" is OpenCV's, without antialiasing, in a fifth of the time.
+        rng: source of randomness.
+        resize: "linear" uses OpenCV without antialiasing, in a fifth of the time.
 
     Returns:
         uint8 [S, S, 3].

@@ -1,9 +1,9 @@
 """Ten kinds of drawn objects: a labelled image data set that needs no download.
 
-A drawing is a function of (seed, split, index) alone; the size only sets how finely it is
-sampled. An object is a stack of parts: outlines in a unit frame (x right, y down, within about
-[-1, 1]). Only edges are supersampled. Light, texture and background are smooth and computed once
-per pixel, which is fast and leaves images that a small autoencoder can compress.
+A drawing depends only on (seed, split, index); its size is a matter of resolution. An object is a
+stack of parts, which are outlines in a unit frame (x right, y down, within about [-1, 1]). Only
+edges are supersampled. Light, texture and background are smooth and computed once per pixel, which
+is fast and makes images that a small autoencoder can compress.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from gigatok_jax.config import configclass
 
 SPLITS = ("train", "validation")
-VERSION = 1  # change it with the drawings, so that results stored for other ones are not reused
+VERSION = 1  # increase when drawings change, so that stored results are not reused
 
 Array = np.ndarray
 Rng = np.random.Generator
@@ -33,25 +33,27 @@ class Drawing(NamedTuple):
 
 
 class Part(NamedTuple):
-    """One paint's share of an object, drawn over the parts before it."""
+    """The outlines of one paint, drawn over the preceding parts of an object."""
 
     paint: str  # key of the palette; "body" carries the drawing's texture
     outlines: tuple[Array, ...]  # closed polygons, each float [V, 2], filled together
-    decal: bool = False  # lies flat on the last other part: clipped to it, lit like it
-    relief: float = 0.05  # how far the roundness of the edges reaches inwards, per frame width
-    tint: float = 1.0  # brightness, for faces turned from the light
-    axes: Array = np.eye(2, dtype=np.float32)  # from object coordinates to those of the texture
+    decal: bool = (
+        False  # lies flat on the last part that is no decal: clipped to it and lit like it
+    )
+    relief: float = 0.05  # width of the rounded edge, relative to the frame
+    tint: float = 1.0  # brightness, for faces turned away from the light
+    axes: Array = np.eye(2, dtype=np.float32)  # from object to texture coordinates
 
 
 class Kind(NamedTuple):
     """How the drawings of a class vary.
 
-    As in photos, each kind of object has its usual colours, and shares some with other kinds.
+    As in photos, each class has typical colours, some of which it shares with other classes.
     """
 
     parts: Callable[[Rng], list[Part]]
-    turn: float  # largest, in degrees
-    hues: tuple[float, float]  # range of the "body" paint; other hues keep their distance from it
+    turn: float  # maximum rotation, in degrees
+    hues: tuple[float, float]  # range of the "body" paint; other hues are relative to it
 
 
 def _box(x: float, y: float, rx: float, ry: float) -> Array:
@@ -64,7 +66,7 @@ def _rotation(angle: float) -> Array:
 
 
 def _circle(radius: float | Array = 1.0, vertices: int = 97) -> Array:
-    """Closed outline, clockwise from the top; one radius, or one per vertex."""
+    """Closed outline, clockwise from the top; `radius` may differ per vertex."""
     angle = np.linspace(0, 2 * np.pi, vertices)
     return np.stack([radius * np.sin(angle), -radius * np.cos(angle)], -1)
 
@@ -84,7 +86,7 @@ def _smooth(*points: tuple[float, float], steps: int = 12) -> Array:
 
 
 def _ball(rng: Rng) -> list[Part]:
-    width = math.pi / rng.integers(3, 6)  # of a gore, in longitude
+    width = math.pi / rng.integers(3, 6)  # of a gore (a stripe of the ball), in longitude
     latitude = np.linspace(-np.pi / 2, np.pi / 2, 24)
 
     def meridian(longitude: float) -> Array:
@@ -234,13 +236,13 @@ CLASS_NAMES = tuple(KINDS)  # label = position
 
 
 def _hsv(hue: float, saturation: float, value: float) -> Array:
-    """RGB in [0, 1], float32 [3]; hue in steps that look alike (HSV has too much green)."""
+    """RGB in [0, 1], float32 [3]; spaces hues perceptually, because HSV has too much green."""
     hue = np.interp(hue % 1.0, (0, 0.3, 0.5, 0.75, 1), (0, 0.16, 0.42, 0.68, 1))
     return np.array(colorsys.hsv_to_rgb(hue, saturation, value), np.float32)
 
 
 def _palette(rng: Rng, hues: tuple[float, float]) -> dict[str, Array]:
-    """A main hue, an accent beside it, a muted ground far from both, and natural paints."""
+    """A main hue, a nearby accent, a muted ground far from both, and natural paints."""
     hue, saturation, value = rng.uniform(*hues), rng.uniform(0.55, 0.8), rng.uniform(0.78, 0.95)
     side = rng.choice([-1.0, 1.0])
     beside, ground = hue + side * rng.uniform(0.12, 0.3), hue - side * rng.uniform(0.3, 0.5)
@@ -260,7 +262,7 @@ def _palette(rng: Rng, hues: tuple[float, float]) -> dict[str, Array]:
 
 
 def _background(rng: Rng, x: Array) -> Array:
-    """Gradient, soft horizon or blobs: share of the ground colour [S, S] for pixels x [S]."""
+    """Gradient, soft horizon or blobs: share of ground colour [S, S] at coordinates x [S]."""
     y = x[:, None]
     match rng.integers(3):
         case 0:
@@ -275,7 +277,7 @@ def _background(rng: Rng, x: Array) -> Array:
     return np.clip(share, 0, 1)
 
 
-# Share of the drawings, and wave. Busy ones are rarer because a small codebook blurs them.
+# Probability and wave. Busy textures are rarer, because a small codebook blurs them.
 TEXTURES = (
     (0.12, lambda u, v: np.sin(u)),  # stripes
     (0.12, lambda u, v: np.cos(u) + np.cos(v) - 0.7),  # dots
@@ -286,17 +288,17 @@ TEXTURES = (
 
 
 def _texture(rng: Rng) -> Callable[[Array], Array]:
-    """Function from coordinates in frame units [2, S, S] to the pattern colour's share [S, S]."""
+    """Function from object coordinates [2, S, S] to the share of pattern colour [S, S]."""
     shares, waves = zip(*TEXTURES, strict=True)
     wave = waves[rng.choice(len(waves), p=shares)]
     turn = _rotation(rng.integers(4) * math.pi / 4)
-    k = 2 * math.pi / rng.uniform(0.18, 0.28)  # finer periods cost a tokenizer too much
+    k = 2 * math.pi / rng.uniform(0.18, 0.28)  # a small tokenizer cannot reproduce finer periods
     axes = (k * turn).astype(np.float32)
     return lambda at: 0.5 + 0.5 * np.tanh(2 * wave(*np.tensordot(axes, at, 1)))
 
 
 def _coverage(outlines: list[Array], size: int) -> Array:
-    """Antialiased fill of polygons in frame units -> float32 [S, S] in [0, 1]."""
+    """Fills polygons in image units, antialiased -> float32 [S, S] in [0, 1]."""
     fine = 4 if size <= 64 else 3 if size <= 128 else 2
     canvas = Image.new("L", (size * fine, size * fine))
     pen = ImageDraw.Draw(canvas)
@@ -307,7 +309,7 @@ def _coverage(outlines: list[Array], size: int) -> Array:
 
 @functools.lru_cache(maxsize=128)
 def _gaussian(size: int, sigma: float, shift: float = 0.0, slope: bool = False) -> Array:
-    """[S, S] matrix: blurs and shifts a column (`slope`: sigma times its derivative)."""
+    """[S, S] matrix that blurs and shifts a column (`slope`: sigma times the derivative)."""
     at = (np.arange(size) + 0.5) / size
     z = (at[:, None] - at - shift) / sigma
     kernel = np.exp(-0.5 * z * z) / (size * sigma * math.sqrt(2 * math.pi))
@@ -315,7 +317,7 @@ def _gaussian(size: int, sigma: float, shift: float = 0.0, slope: bool = False) 
 
 
 def _light(cover: Array, relief: float, lx: float, ly: float) -> tuple[Array, Array]:
-    """Diffuse factor and added highlight, [S, S] each, of a pillow that rises from the edges."""
+    """Diffuse factor and highlight, [S, S] each, of a pillow that rises from the edges."""
     blur, slope = _gaussian(len(cover), relief), _gaussian(len(cover), relief, slope=True)
     gx, gy = blur @ cover @ slope.T, slope @ cover @ blur.T
     shine = np.exp(-60 * ((gx + 0.16 * lx) ** 2 + (gy + 0.16 * ly) ** 2))
@@ -333,8 +335,8 @@ def _paint(
 ) -> Array:
     """Paints the object and its shadow into `image` [S, S, 3]; returns its mask [S, S].
 
-    `covers` has the coverage [S, S] of each part, `at` the object coordinates [2, S, S] of the
-    pixels, `light` the direction to the light (radians, clockwise from right).
+    `covers` is the coverage [S, S] of each part, `at` the object coordinates [2, S, S] of the
+    pixels, and `light` the direction to the light (radians, clockwise from the right).
     """
     size, lx, ly = len(image), math.cos(light), math.sin(light)
     solid = [cover for part, cover in zip(parts, covers, strict=True) if not part.decal]
@@ -375,12 +377,12 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     scale, stretch = rng.uniform(0.27, 0.33), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
     pose = _rotation(math.radians(rng.uniform(-kind.turn, kind.turn))) * (stretch, 1)
     centre = 0.5 + 0.5 * (0.48 - scale) * rng.uniform(-1, 1, 2)
-    # From above; whole steps, so that the cache of `_gaussian` serves the shadows too.
+    # From above, in steps of 5 degrees so that `_gaussian` caches the matrices of shadows.
     light = math.radians(5 * int(rng.integers(-26, -9)))
 
     x = ((np.arange(image_size) + 0.5) / image_size).astype(np.float32)
     image = colours["sky"] + _background(rng, x)[..., None] * (colours["ground"] - colours["sky"])
-    at = np.stack(np.meshgrid(*(x - c for c in centre.tolist())))  # [2, S, S], first x, then y
+    at = np.stack(np.meshgrid(*(x - c for c in centre.tolist())))  # [2, S, S]: x, y
     at = np.tensordot(np.linalg.inv(pose).astype(np.float32), at, 1)
     placed = [[scale * outline @ pose.T + centre for outline in p.outlines] for p in parts]
     covers = [_coverage(outlines, image_size) for outlines in placed]
@@ -390,7 +392,7 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
 
 @configclass
 class EmbeddedSource:
-    """Drawings as a data source, the classes in turn."""
+    """Drawings as a data source; classes alternate."""
 
     length: int
     image_size: int = 64  # side S in pixels

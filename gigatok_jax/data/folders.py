@@ -15,7 +15,7 @@ from gigatok_jax.files import stamp
 
 logger = logging.getLogger(__name__)
 
-# By extension, because opening a million files would take too long; not hidden.
+# Files are selected by name, because opening a million would take too long. Excludes hidden files.
 IMAGE_NAME = re.compile(
     r"[^.].*\.(jpe?g|jpe|jfif|jp2|png|webp|gif|bmp|tiff?|p[bgpn]m)", re.IGNORECASE | re.DOTALL
 )
@@ -26,7 +26,7 @@ class FolderSource:
 
     Args:
         root: the folder; keys are paths relative to it.
-        classes: class name, in the order of labels, to paths relative to `root`.
+        classes: class names, in the order of labels, to paths relative to `root`.
     """
 
     codes = 0
@@ -57,7 +57,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     """Opens the training or evaluation images of a folder; arguments as in `DataConfig`.
 
     Raises:
-        UserError: the folder or the requested part of it has no images.
+        UserError: the folder, or the requested part of it, has no images.
     """
     if not root.is_dir():
         reason = "not a folder" if root.exists() else "no such folder"
@@ -69,7 +69,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
         if _folders(root / "train"):  # otherwise `train` is the name of a class
             raise UserError(
                 f"{root}: has train/ but neither val/ nor validation/; "
-                f"add one, or name {root / 'train'} to hold out some of its images"
+                f"add one, or use {root / 'train'} to hold out some of its images"
             )
     classes = _classes(root, "")
     if holdout:
@@ -80,17 +80,17 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
             for label, group in classes.items()
         }
         if train and len(names) == 1:
-            raise UserError(f"{root}: only one image, which is held out for evaluation")
+            raise UserError(f"{root}: its only image is held out for evaluation")
     return FolderSource(root, classes)
 
 
 def _split(root: Path, split: str) -> dict[str, list[str]]:
-    """`_classes` of one split; every split has the labels of the training images."""
+    """`_classes` of one split, with the labels of the training split."""
     classes = _classes(root, split)
     trained = _folders(root / "train")
-    if split == "train" or not trained:  # without sub-folders, both splits are one class
+    if split == "train" or not trained:  # without sub-folders, all images are one class
         return classes
-    # A class needs a training image. The first one found settles it; there may be a million.
+    # A class needs a training image. Looking for one only is fast, even among a million.
     labels = [name for name in trained if next(_walk(root, f"train/{name}"), None)]
     if unknown := sorted(set(classes) - set(labels)):
         raise UserError(f"{root / split / unknown[0]}: no such class in {root / 'train'}")
@@ -98,7 +98,7 @@ def _split(root: Path, split: str) -> dict[str, list[str]]:
 
 
 def _classes(root: Path, split: str) -> dict[str, list[str]]:
-    """Class to its images, for the classes that have any; paths are relative to `root`."""
+    """Maps each class that has images to their paths, relative to `root`."""
     folder = root / split
     prefix = f"{split}/" if split else ""
     found = {name: sorted(_walk(root, prefix + name)) for name in _folders(folder)}
@@ -109,10 +109,10 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
-        # Photos without classes can still train a tokenizer: they form one class.
+        # Photos without classes can still train a tokenizer, as a single class.
         classes = {folder.resolve().name: [prefix + name for name in loose]}
     if not classes:
-        raise UserError(f"{folder}: no images in it, expected class sub-folders of images")
+        raise UserError(f"{folder}: no images, expected class sub-folders of images")
     return classes
 
 
@@ -121,15 +121,15 @@ def _folders(folder: Path) -> list[str]:
 
 
 def _is_folder(entry: os.DirEntry) -> bool:
-    # `is_dir` needs no system call for a file, but raises for a link that leads to itself.
+    # `entry.is_dir` usually needs no system call, but raises for a link to itself.
     found = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
     return found and entry.name[0] != "."
 
 
 def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
-    """Paths, relative to `root`, of the images in and under its sub-folder `below`.
+    """Yields paths, relative to `root`, of all images below its sub-folder `below`.
 
-    Skips hidden files and folders. Follows links, except back to a folder that is being walked.
+    Skips hidden files and folders. Follows links, except to a folder above (`above`).
     """
     real = os.path.realpath(root / below)
     if real in above:
@@ -144,10 +144,10 @@ def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
 
 
 def image_paths(path: Path) -> list[Path]:
-    """The image file at `path`, or all images in and under the folder, sorted.
+    """The image file `path`, or all images below the folder `path`, sorted.
 
     Raises:
-        UserError: there is nothing at `path`, or no image.
+        UserError: `path` does not exist, or has no images.
     """
     if path.is_file():
         return [path]
@@ -155,5 +155,5 @@ def image_paths(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or folder, expected images")
     found = [path / name for name in sorted(_walk(path, ""))]
     if not found:
-        raise UserError(f"{path}: no images in it")
+        raise UserError(f"{path}: no images")
     return found

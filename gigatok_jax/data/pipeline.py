@@ -1,8 +1,8 @@
-"""Batches of crops: the same for any number of hosts, workers and restarts.
+"""Batches of crops that do not depend on the number of hosts, workers or restarts.
 
-Batch n of a run is a pure function of (source, seed, n): position n·B + i is an epoch and a place
-in it, a permutation gives the example, and (seed, epoch, index) seeds its crop. Grain reads ahead
-whole batches, in threads or worker processes, so n is the only state to save.
+Batch n of a run is a pure function of (source, seed, n): position n·B + i determines the epoch and
+the place in it, the epoch's permutation gives the example, and (seed, epoch, index) seeds the crop.
+Grain prefetches whole batches, in threads or worker processes, so n is the only state to save.
 """
 
 import atexit
@@ -29,9 +29,9 @@ from gigatok_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-EPOCHS = 10**9  # without end; Grain's own endless repetition overflows for batches of one
-BAD_RUN = 100  # unreadable images in a row that end the search for a substitute
-MIN_READ = 200  # examples to read before the share of unreadable ones is checked
+EPOCHS = 10**9  # practically endless; Grain's endless repetition overflows for batches of one
+BAD_RUN = 100  # unreadable images in a row after which the search for a substitute ends
+MIN_READ = 200  # examples to read before checking the share of unreadable ones
 
 Batch = dict[str, Any]
 State = dict[str, int]
@@ -52,22 +52,23 @@ def train_batches(
     Args:
         config: what to read, and how.
         image_size: side S in pixels.
-        batch_size: B of all processes together, a multiple of `process_count`.
+        batch_size: global batch size B, a multiple of `process_count`.
         seed: of order and crops, >= 0.
         process_index, process_count: the part of each batch that this process reads.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. Where the source has
+        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. If the source has
         codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch not be divided.
+        UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=True, image_size=image_size)
     if config.resize == "linear" and not source.codes:
-        opencv()  # fails now, not in a worker, if it is not installed
+        opencv()  # if it is not installed, fail now rather than in a worker
     length = len(source)
-    # Hashed, because Grain adds the epoch: else the orders of one seed would return with the next.
+    # Hashed, because Grain adds the epoch to the seed: otherwise epoch 1 of seed 0 would have the
+    # same order as epoch 0 of seed 1.
     order_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(length).shuffle(order_seed).repeat(EPOCHS)
     visits = order.map_with_index(lambda position, index: (position // length, index))
@@ -87,25 +88,25 @@ def eval_batches(
 ) -> "Batches":
     """One pass over the evaluation examples, in order, as centre crops.
 
-    Every process gets equally many batches. `valid` marks the real examples: unreadable images and
-    what fills the last batch are zeros.
+    Every process gets the same number of batches. `valid` marks real examples; unreadable images
+    and the padding of the last batch are zeros.
 
     Args:
         config: what to read, and how.
         image_size: side S in pixels.
-        batch_size: B of all processes together, a multiple of `process_count`.
+        batch_size: global batch size B, a multiple of `process_count`.
         process_index, process_count: the part of each batch that this process reads.
         train: read the training examples instead.
-        crop_factors: if given, read `crops.ten_crops` of each factor instead of the centre crop.
+        crop_factors: if given, take `crops.ten_crops` of each factor instead of the centre crop.
 
     Returns:
         Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
-        "index": int32 [B/P], "key": str [B/P]}; index is the place in the source, -1 after its
-        end. With crop factors, a second axis of the images holds ten crops per factor. Where the
+        "index": int32 [B/P], "key": str [B/P]}; "index" is the place in the source, -1 for
+        padding. With crop factors, a second axis of the images holds ten crops per factor. If the
         source has codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch not be divided.
+        UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=train, image_size=image_size)
     positions = grain.MapDataset.range(math.ceil(len(source) / batch_size) * batch_size)
@@ -114,11 +115,7 @@ def eval_batches(
 
 
 def eval_images(config: DataConfig, *args, **kwargs) -> "Batches":
-    """`eval_batches` of a source that must have images.
-
-    Raises:
-        UserError: it has codes; and see `eval_batches`.
-    """
+    """`eval_batches`, but raises UserError for a source of codes."""
     if config.source == "codes":
         raise UserError("config.data.source: expected images, got 'codes'")
     return eval_batches(config, *args, **kwargs)
@@ -127,7 +124,7 @@ def eval_images(config: DataConfig, *args, **kwargs) -> "Batches":
 def _read_for_training(
     source: Source, image_size: int, seed: int, resize: str, visit: tuple[int, int]
 ) -> tuple[Batch, list[str]]:
-    """The example of a visit (epoch, index), and why others before it could not be read."""
+    """The example of a visit (epoch, index), and why any it replaces could not be read."""
     epoch, index = visit
     rng = np.random.default_rng([seed, epoch, index])
     bad = []
@@ -137,18 +134,18 @@ def _read_for_training(
         except BadImage as error:
             bad.append(str(error))
             continue
-        if source.codes:  # of several crops, each visit takes one
+        if source.codes:  # each visit takes one of the stored crops
             seen = {"codes": example["codes"][rng.integers(len(example["codes"]))]}
         else:
             seen = {"image": random_crop(example["image"], image_size, rng, resize)}
         return seen | {"label": np.int32(example["label"])}, bad
-    raise UserError(f"{len(bad)} images in a row cannot be read, the last: {bad[-1]}")
+    raise UserError(f"{len(bad)} images in a row cannot be read; the last one: {bad[-1]}")
 
 
 def _read_for_evaluation(
     source: Source, image_size: int, crop_factors: tuple[float, ...], position: int
 ) -> tuple[Batch, list[str]]:
-    """The example at a position, zeros if there is none, and why it could not be read."""
+    """The example at a position, or zeros and why it could not be read."""
     inside, bad, example = position < len(source), [], None
     if inside:
         try:
@@ -173,7 +170,7 @@ def _read_for_evaluation(
 
 
 def _read_batch(read: Callable, map_: Callable, positions: list) -> Batch:
-    """The arrays of a batch, stacked over its examples, and `bad`: what could not be read."""
+    """Reads and stacks the examples of a batch; "bad" lists the reading errors."""
     examples, bad = zip(*map_(read, positions), strict=True)
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
     return batch | {"bad": [message for messages in bad for message in messages]}
@@ -184,29 +181,29 @@ _open_batches: "weakref.WeakSet[Batches]" = weakref.WeakSet()
 
 @atexit.register
 def _close_all():
-    # Later, when modules are gone, Grain can no longer free its shared memory.
+    # After modules are unloaded, Grain could no longer free its shared memory.
     for batches in list(_open_batches):
         batches.close()
 
 
 class Batches(Iterator[Batch]):
-    """Iterator over host batches, whose state is the number of the next one.
+    """Iterator over host batches whose only state is the number of the next batch.
 
-    Logs each unreadable image once. `close` ends threads and worker processes, and so does leaving
-    a `with` block or the end of this process, however it ends.
+    Logs each unreadable image once. Threads and worker processes end with `close`, at the end of a
+    `with` block, or when this process ends, even if it is killed.
 
     Args:
         source: of the examples.
-        positions: what `read` takes, for each example in order, all processes together.
-        read: reads an example, returned with the reasons why others could not be read.
+        positions: arguments of `read`, for every example of the global batches in order.
+        read: returns an example, and the reasons why others could not be read.
         config: how to read.
         batch_size, process_index, process_count: see `train_batches`.
 
     Attributes:
         source: of the examples.
         class_names: by label.
-        examples: number of different examples, all processes together.
-        bad_count: different images that this process could not read so far.
+        examples: number of distinct examples, over all processes.
+        bad_count: number of distinct images that this process could not read so far.
     """
 
     def __init__(
@@ -227,7 +224,7 @@ class Batches(Iterator[Batch]):
         self.source, self._read, self._config = source, read, config
         self.class_names, self.examples = source.class_names, len(source)
         self._local_size = batch_size // process_count
-        # Each process takes a block of each global batch, so that blocks join in order.
+        # Each process takes a contiguous block of each global batch, in order of processes.
         blocks = positions.batch(self._local_size, batch_fn=list)
         self._positions = blocks[process_index::process_count]
         self._stream: grain.DatasetIterator | None = None
@@ -247,7 +244,7 @@ class Batches(Iterator[Batch]):
 
         Raises:
             StopIteration: the pass is over (evaluation only).
-            UserError: too many images cannot be read.
+            UserError: too many images are unreadable.
         """
         if self._next_batch >= len(self._positions):
             raise StopIteration
@@ -257,7 +254,9 @@ class Batches(Iterator[Batch]):
         batch = next(self._stream)
         self._next_batch += 1
         self._count_bad(batch.pop("bad"))
-        if self._config.workers:  # copied out of shared memory, which Grain frees late and noisily
+        if (
+            self._config.workers
+        ):  # copy from shared memory, which Grain frees late and with warnings
             batch = {name: np.array(array) for name, array in batch.items()}
         return batch
 
@@ -265,15 +264,15 @@ class Batches(Iterator[Batch]):
         workers, ahead = self._config.workers, self._config.prefetch
         positions = self._positions[self._next_batch :]
         if workers:
-            if not flags.FLAGS.is_parsed():  # Grain has flags of its own; a notebook parses none
+            if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which notebooks do not parse
                 flags.FLAGS.mark_as_parsed()
-            # A worker is one busy process: it reads batch after batch, without threads.
+            # Each worker keeps one core busy and needs no threads.
             batches = positions.map(functools.partial(_read_batch, self._read, map))
             stream = batches.to_iter_dataset(grain.ReadOptions(0, 0))
             options = grain.MultiprocessingOptions(workers, per_worker_buffer_size=ahead)
             return iter(stream.mp_prefetch(options, _start_worker))
-        # Threads share the examples of a batch, so that the first one comes soon and few are in
-        # memory. Two batches at once, so that threads do not idle at the end of each.
+        # Threads share a batch, so that the first one is ready soon and few examples are in memory.
+        # Two batches are read at once, so that no thread idles at the end of one.
         self._threads = ThreadPoolExecutor(_cores(), thread_name_prefix="images")
         batches = positions.map(functools.partial(_read_batch, self._read, self._threads.map))
         return iter(batches.to_iter_dataset(grain.ReadOptions(2, ahead)))
@@ -285,19 +284,19 @@ class Batches(Iterator[Batch]):
                 logger.warning("skipped unreadable image #%d: %s", len(self._bad), message)
         self._examples_read = min(self._examples_read + self._local_size, self.examples)
         limit, read = self._config.max_bad_share, self._examples_read
-        # A single image never ends a run: of a few held-out ones, it may be a third.
+        # One bad image never ends a run: it could be a third of a small evaluation set.
         if read >= min(MIN_READ, self.examples) and self.bad_count > max(1, limit * read):
             raise UserError(
                 f"{self.bad_count} of {read} images cannot be read, more than "
-                f"data.max_bad_share={limit:g} allows, for example: {min(self._bad)}"
+                f"data.max_bad_share={limit:g} allows; for example: {min(self._bad)}"
             )
 
     def get_state(self) -> State:
-        """JSON-able; the same for any number of processes and workers."""
+        """The state, as JSON values; independent of the number of processes and workers."""
         return {"next_batch": self._next_batch}
 
     def set_state(self, state: State):
-        """Continues with the batch that followed when `get_state` gave `state`."""
+        """Continues from a state that `get_state` returned."""
         self.close()
         self._next_batch = state["next_batch"]
 
@@ -307,7 +306,7 @@ class Batches(Iterator[Batch]):
             self._stream.close()
             self._stream = None
         if self._threads is not None:
-            # Grain's threads may still be reading; the errors that this causes there are ignored.
+            # Grain's threads may still be reading; errors that this causes in them are ignored.
             self._threads.shutdown(cancel_futures=True)
             self._threads = None
 
@@ -319,9 +318,9 @@ class Batches(Iterator[Batch]):
 
 
 def _start_worker(index: int, count: int):
-    """Makes a worker process end with its parent, and only then.
+    """Makes a worker process end with its parent and ignore signals.
 
-    Signals reach whole process groups, but the parent may want batches until it has saved its
+    Signals reach the whole process group, but the parent needs batches until it has saved its
     state.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -339,12 +338,12 @@ def _cores() -> int:
 
 
 class prefetch_to_device(Iterator[Any]):
-    """Keeps batches on their way to the devices while the current one is in use.
+    """Transfers the next batches to the devices while the current one is in use.
 
     Args:
         batches: host batches.
-        put: makes device arrays of a host batch; should return before the copy is done.
-        size: batches in flight.
+        put: starts the transfer of a host batch and returns device arrays.
+        size: number of batches in flight.
     """
 
     def __init__(self, batches: Batches, put: Callable[[Batch], Any], size: int = 2):
@@ -356,7 +355,7 @@ class prefetch_to_device(Iterator[Any]):
         while len(self._in_flight) < self._size and self._error is None:
             try:
                 batch = self._put(next(self._batches))
-            except Exception as error:  # raised only after the good batches before it
+            except Exception as error:  # raised only once earlier batches have been returned
                 self._error = error
             else:
                 self._in_flight.append((batch, self._batches.get_state()))
@@ -366,5 +365,5 @@ class prefetch_to_device(Iterator[Any]):
         return batch
 
     def get_state(self) -> State:
-        """The state after the batch last handed out, whatever is in flight."""
+        """The state after the last batch returned, regardless of batches in flight."""
         return self._state

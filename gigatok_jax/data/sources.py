@@ -1,8 +1,8 @@
 """Where labelled images come from: folders, TensorFlow Datasets, drawings, or stored codes.
 
 A source gives random access: `source[i]` is a dict of `image` (a Pillow image in mode RGB, or uint8
-[H, W, 3]) or `codes` (int32 [crops, N]), `label` (int) and `key` (str, names the example). Sources
-are pickled for worker processes, so a pickle holds little: names and paths, or arguments with which
+[H, W, 3]) or `codes` (int32 [crops, N]), `label` (int) and `key` (str, the example's name). Sources
+are pickled for worker processes, so pickles must be small: file names, or the arguments with which
 `__reduce__` opens the files again.
 """
 
@@ -24,7 +24,7 @@ from gigatok_jax.files import stamp
 
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
 
-# Changing these does not make stored codes or a probe's results stale; every other field does.
+# Changing any field but these makes stored codes and results of probes stale.
 NOT_CONTENT = ("workers", "prefetch", "max_bad_share", "resize")
 
 Example = dict[str, Any]
@@ -34,32 +34,32 @@ Example = dict[str, Any]
 class DataConfig:
     """Which images to read, and how."""
 
-    # "embedded": drawings that the program makes itself. "codes": what `gigatok encode` wrote.
+    # "embedded": drawings, generated on the fly. "codes": output of `gigatok encode`.
     source: Literal["tfds", "folder", "embedded", "codes"] = "tfds"
-    path: str = ""  # folder, or what `gigatok encode` wrote; tfds: `data_dir`, "" is TFDS's default
+    path: str = ""  # folder or codes: the folder; tfds: `data_dir`, where "" is TFDS's default
     name: str = "imagenet2012"  # tfds: `builder[/config][:version]`
     split: str = "train"  # tfds: training split or a slice of it, such as "train[:90%]"
-    eval_split: str = "validation"  # tfds: the same for evaluation
+    eval_split: str = "validation"  # tfds: likewise, for evaluation
 
     # A folder without train/ and val/: hold out every n-th image, in sorted order, for evaluation.
     # 0 evaluates on the training images.
     holdout: NonNegativeInt = 20
 
-    # Use only the first n examples; 0 means all. Embedded: how many to draw, at least 1.
+    # Use only the first n examples; 0 means all. Embedded: the number of drawings, at least 1.
     length: NonNegativeInt = 0
     eval_length: NonNegativeInt = 0
 
-    # Processes that read and crop, each of which keeps about one core busy. 0 uses threads of this
-    # process, one per core, which is the right choice up to about eight cores.
+    # Worker processes that read and crop; each keeps about one core busy. 0 uses threads of this
+    # process, one per core, which is best up to about eight cores.
     workers: NonNegativeInt = 0
-    prefetch: PositiveInt = 2  # batches kept ready, in each worker process if there are any
+    prefetch: PositiveInt = 2  # batches kept ready, per worker process if any
 
-    # How training crops are resized, after halving: "bicubic", like the reference, or "linear",
-    # with OpenCV, which reads 1.3 times as many photos per core. It does not antialias: photos of
-    # up to twice the crop's size show fine detail more harshly.
+    # How training crops are resized, after halving: "bicubic", as in the reference, or "linear",
+    # with OpenCV, which reads 1.3 times as many photos per second. It does not antialias, so photos
+    # of up to twice the crop's size show harsher detail.
     resize: crops.Resize = "bicubic"
 
-    # A run ends when a larger share of its images cannot be read.
+    # A run fails if a larger share of its images cannot be read.
     max_bad_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.05
 
     @pydantic.model_validator(mode="after")
@@ -82,7 +82,7 @@ class DataConfig:
         return self
 
     def content(self) -> dict[str, Any]:
-        """The fields that decide what is read, without those that decide how."""
+        """The fields that determine the examples, without those of how to read them."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
 
 
@@ -90,7 +90,7 @@ class Source(Protocol):
     """Random access to labelled images or their codes.
 
     The training and evaluation sources of a configuration have the same `class_names`, and every
-    label is in [0, len(class_names)). Several threads, and worker processes, read one source.
+    label is in [0, len(class_names)). Threads and worker processes read a source concurrently.
     """
 
     class_names: tuple[str, ...]  # by label
@@ -99,10 +99,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Example:
-        """Raises IndexError beyond the end, and BadImage for an image that cannot be read."""
+        """Raises IndexError beyond the end, and BadImage for an unreadable image."""
 
     def version(self) -> str:
-        """Names cached results: differs if the examples or their files do; nothing is decoded."""
+        """Key for cached results: changes with the examples or their files; decodes nothing."""
 
 
 class _First:
@@ -123,10 +123,10 @@ class _First:
 
 
 class TfdsSource:
-    """One split of a data set that TFDS prepared as ArrayRecord; imports no TensorFlow.
+    """One split of a data set that TFDS prepared as ArrayRecord; does not import TensorFlow.
 
     Args:
-        folder: of the prepared version, holds `dataset_info.json`.
+        folder: the prepared version, which holds `dataset_info.json`.
         split: name or slice.
     """
 
@@ -142,11 +142,15 @@ class TfdsSource:
         features = dict(builder.info.features.items())
         image, label = features.get(self._image_key), features.get(self._label_key)
         if not isinstance(image, tfds.features.Image):
-            raise UserError(f"{folder}: no feature of images, expected image classification")
+            raise UserError(
+                f"{folder}: expected a data set for image classification, found no images"
+            )
         if not isinstance(label, tfds.features.ClassLabel):
-            raise UserError(f"{folder}: no feature of classes, expected image classification")
+            raise UserError(
+                f"{folder}: expected a data set for image classification, found no classes"
+            )
         self.class_names = tuple(label.names or map(str, range(label.num_classes)))
-        # Files stay encoded here, so that `crops.load` decodes them like those of other sources.
+        # TFDS must not decode images: `crops.load` decodes those of all sources alike.
         self._records = builder.as_data_source(
             split, decoders={self._image_key: tfds.decode.SkipDecoding()}
         )
@@ -182,12 +186,11 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
         builder = tfds.builder(config.name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError, AssertionError) as error:
         raise UserError(
-            f"config.data.name: expected a data set of TFDS, got {config.name!r}: "
-            f"{first_line(error)}"
+            f"config.data.name: expected a TFDS data set, got {config.name!r}: {first_line(error)}"
         ) from error
     quoted = f'"{data_dir}"' if data_dir else "None"
     how = (
-        "prepare it by: python -c 'import tensorflow_datasets as tfds; "
+        "prepare it with: python -c 'import tensorflow_datasets as tfds; "
         f'tfds.builder("{config.name}", data_dir={quoted}, '
         'file_format="array_record").download_and_prepare()\''
     )
@@ -209,7 +212,7 @@ def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
 
 
 def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
-    # Training crops enlarge by up to 5/4, which would blur drawings of the final size.
+    # Training crops enlarge images by up to 5/4, which would blur drawings of the final size.
     if train:
         return EmbeddedSource(config.length, image_size * 5 // 4, "train")
     return EmbeddedSource(config.eval_length, image_size, "validation")
@@ -233,14 +236,13 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     Args:
         config: what to open.
         train: True for the training examples, False for those for evaluation.
-        image_size: side in pixels that crops will have; only drawings depend on it.
+        image_size: side of the crops in pixels; only drawings depend on it.
 
     Returns:
         The source, with at least one example.
 
     Raises:
-        UserError: the source is missing, empty, not prepared, or shorter than the configuration
-            asks.
+        UserError: the source is missing, empty, not prepared, or shorter than configured.
     """
     source = OPENERS[config.source](config, train, image_size)
     length = config.length if train else config.eval_length

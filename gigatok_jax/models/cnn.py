@@ -1,7 +1,7 @@
 """The convolutional half of the hybrid tokenizer (paper, 4.1); images are NHWC.
 
-The encoder halves the extent at the end of every level but the last, the decoder doubles it at the
-end of every level but its last: 256-pixel images become a 16x16 grid of features, and back.
+The encoder halves the resolution after every level but the last; the decoder doubles it after every
+level but its last. Images of 256 pixels become a 16x16 grid of features, and back.
 """
 
 import functools
@@ -16,7 +16,7 @@ from gigatok_jax.models.norms import GroupNorm
 
 
 def norm_silu(*, remat: str, dtype: layers.Dtype, name: str | None) -> GroupNorm:
-    """GroupNorm and SiLU; "dots" keeps convolutions' outputs and computes what is between again."""
+    """GroupNorm and SiLU. "dots" recomputes them from the convolution outputs that it keeps."""
     module = layers.remat(GroupNorm, "full" if remat == "dots" else "none")
     return module(silu=True, dtype=dtype, name=name)
 
@@ -43,13 +43,13 @@ class ResidualBlock(nn.Module):
 
 
 def residual_block(dropout: float, remat: str, dtype: layers.Dtype) -> functools.partial:
-    """The class of residual blocks with its options; "full" keeps nothing but a block's input."""
+    """`ResidualBlock` with options; "full" keeps only a block's input and its norms' statistics."""
     module = layers.remat(ResidualBlock, "full" if remat == "full" else "none")
     return functools.partial(module, dropout=dropout, remat=remat, dtype=dtype)
 
 
 class AdaptiveGroupNorm(nn.Module):
-    """GroupNorm whose gain and bias are linear in the deviation and mean of a style grid."""
+    """GroupNorm whose gain and bias are linear in a style grid's deviation and mean over pixels."""
 
     dtype: layers.Dtype = jnp.float32
 
@@ -66,7 +66,7 @@ class AdaptiveGroupNorm(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image `[B, H, W, 3]` to features `[B, H/f, W/f, z_channels]`, f = 2^(levels - 1)."""
+    """Maps images `[B, H, W, 3]` to features `[B, H/f, W/f, z_channels]`, f = 2^(levels - 1)."""
 
     channels: tuple[int, ...]  # of each level
     residual_blocks: int  # per level
@@ -85,6 +85,7 @@ class Encoder(nn.Module):
             for i in range(self.residual_blocks):
                 x = block(features, name=f"level{level}_block{i}")(x)
             if level < len(self.channels) - 1:
+                # Padding below and on the right only, as in the reference.
                 halve = {"strides": 2, "padding": ((0, 1), (0, 1))}
                 x = conv(features, **halve, name=f"level{level}_down")(x)
         for i in range(2):
@@ -94,13 +95,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Features `[B, h, w, z_channels]` to an image `[B, h*f, w*f, 3]`, not squashed.
+    """Maps features `[B, h, w, z_channels]` to images `[B, h*f, w*f, 3]`, not clipped.
 
     The input is also the style of every level's adaptive GroupNorm.
     """
 
-    channels: tuple[int, ...]  # of each level, of the image's first
-    residual_blocks: int  # per level, but for one more
+    channels: tuple[int, ...]  # of each level, starting at full resolution
+    residual_blocks: int  # per level of the encoder; the decoder has one more
     dropout: float = 0.0
     remat: str = "none"
     dtype: layers.Dtype = jnp.float32

@@ -1,8 +1,8 @@
 """A convolution whose weight gradient is fast on CPUs too.
 
-XLA's CPU backend takes some five times as long for the weight gradient of a large image as for the
-rest. On CPUs it is therefore computed from blocks of output rows, as one matrix product for each
-place in the kernel, and these are summed up.
+For large images, XLA's CPU backend takes about five times as long for the weight gradient as for
+the rest of a convolution. On CPUs, the gradient is therefore a sum over blocks of output rows, with
+one matrix product for each position in the kernel.
 """
 
 import functools
@@ -11,13 +11,13 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-ROWS = 8  # output rows in a block: a block's pixels and products stay in a core's cache
-LARGE = 2**27  # multiply-adds from which blocks beat XLA's own weight gradient on CPU
+ROWS = 8  # output rows per block, so that a block's data fit in a core's cache
+LARGE = 2**27  # multiply-adds; for smaller gradients XLA is faster on CPUs too
 
 
 def conv_general_dilated(x, kernel, window_strides, padding, *args, **kwargs):
-    """`lax.conv_general_dilated` for `nn.Conv(conv_general_dilated=...)`: 2D, NHWC, one stride."""
-    del args, kwargs  # dilations of 1 and one group, nn.Conv's defaults
+    """`lax.conv_general_dilated` for `nn.Conv`: 2D, NHWC, the same stride on both axes."""
+    del args, kwargs  # nn.Conv's defaults: no dilation, one group
     return _conv(x, kernel, window_strides[0], tuple(map(tuple, padding)))
 
 
@@ -54,13 +54,13 @@ def _kernel_gradient_by_rows(shape, stride, padding, x, gradient):
     batch, rows, columns, _ = gradient.shape
     x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
     blocks = rows // ROWS
-    span = stride * (ROWS - 1) + height  # input rows that a block's output rows see
+    span = stride * (ROWS - 1) + height  # input rows that a block depends on
 
     def add(total, index):
         image, row = index // blocks, index % blocks * ROWS
         g = lax.dynamic_slice(gradient, (image, row, 0, 0), (1, ROWS, columns, channels_out))
         y = lax.dynamic_slice(x, (image, row * stride, 0, 0), (1, span, x.shape[2], channels_in))[0]
-        # Transposed once for all products; within them, it would be for each.
+        # The barrier keeps XLA from fusing the transpose into, and repeating it for, each product.
         g = lax.optimization_barrier(g.reshape(-1, channels_out).T)
         products = []
         for i in range(height):

@@ -1,6 +1,6 @@
 """Image discriminators of the adversarial loss: PatchGAN, and heads on a frozen DINO.
 
-Both keep what training calls move besides the parameters in the collection `batch_stats`.
+Calls in training update the collection `batch_stats`: BatchNorm statistics and singular vectors.
 """
 
 import functools
@@ -17,9 +17,9 @@ from gigatok_jax.models.norms import BatchNorm, LocalBatchNorm
 
 
 class PatchGAN(nn.Module):
-    """Rates overlapping patches: `[B, H, W, 3]` to logits `[B, h, w, 1]` float32."""
+    """Classifies overlapping patches of `[B, H, W, 3]`: logits `[B, h, w, 1]` float32."""
 
-    channels: tuple[int, ...] = (64, 128, 256, 512)  # all but the last two layers halve the extent
+    channels: tuple[int, ...] = (64, 128, 256, 512)  # all but the last two layers have stride 2
     groups: int = 1  # see `BatchNorm`
     dtype: layers.Dtype = jnp.float32
 
@@ -45,15 +45,15 @@ _product = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
 class SpectralConv(nn.Module):
-    """Circular convolution of `[B, T, C]` by a kernel divided by its spectral norm.
+    """Circular convolution of `[B, T, C]` with a kernel divided by its spectral norm.
 
     The norm is that of the kernel as a matrix from a window to the outputs (Miyato et al. 2018).
-    Each training call improves the estimate of its singular vectors by one step of power iteration;
-    no gradient passes through them.
+    Each training call refines the estimated singular vectors by one step of power iteration; they
+    are constants to the gradient.
     """
 
     features: int
-    window: int = 1  # positions that the kernel spans, odd
+    window: int = 1  # width of the kernel, odd
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
@@ -89,7 +89,7 @@ class SpectralConv(nn.Module):
 
 
 class DinoHead(nn.Module):
-    """Rates each token: `[B, T, W]` to logits `[B, T]` float32."""
+    """Classifies each token of `[B, T, W]`: logits `[B, T]` float32."""
 
     dtype: layers.Dtype = jnp.float32
 
@@ -107,7 +107,7 @@ class DinoHead(nn.Module):
 
 
 class DinoHeads(nn.Module):
-    """A head for each of a frozen DINO's features (VAR's discriminator, after StyleGAN-T's).
+    """One head per tapped layer of a frozen DINO (VAR's discriminator, after StyleGAN-T's).
 
     Maps features `[L, B, T, W]`, see `vit.ViT.readouts`, to logits `[B, L * T]` float32.
     """
@@ -131,10 +131,11 @@ class DinoHeads(nn.Module):
 
 
 def dino_inputs(images: jax.Array, config: vit.ViTConfig, key: jax.Array) -> jax.Array:
-    """Square images `[B, H, H, 3]` in [-1, 1] as DINO's input, normalized, `[B, S, S, 3]`.
+    """Turns square images `[B, H, H, 3]` in [-1, 1] into DINO's normalized input `[B, S, S, 3]`.
 
-    With even odds, all are cropped at one random place, or all are resized by area (as in the
-    reference, which decides for the whole batch). Images no larger than S are resized bicubically.
+    With probability 1/2 all images are cropped at the same random place, otherwise all are resized
+    by area; the reference also decides for the whole batch. Images no larger than S are resized
+    bicubically.
     """
     size, extent = config.grid * config.patch_size, images.shape[1]
     images = vit.normalize(images, config)

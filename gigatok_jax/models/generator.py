@@ -1,15 +1,15 @@
 """The Llama-style generator of codes (paper, 4.2).
 
-An image's sequence is its class followed by its N codes, in the tokenizer's order. From the first n
-codes the transformer predicts the next one:
+An image's sequence is its class followed by its N codes, in the tokenizer's order. The transformer
+predicts each code from the preceding ones:
 
     class, code 1, ..., code n     [B], [B, n]
       embeddings                   [B, 1 + n, W]
       causal blocks                [B, 1 + n, W]
       norm, linear                 [B, 1 + n, K]   logits of code 1, ..., code n + 1
 
-`Generator` computes all positions at once, for training. `Decoder` computes one position at a time
-and keeps the keys and values of those before, for sampling.
+`Generator` computes all positions at once, for training. `Decoder` computes one position at a time,
+with cached keys and values, for sampling.
 """
 
 import functools
@@ -34,24 +34,24 @@ POSITIONS, ADALN = get_args(Positions), get_args(AdaLN)
 
 @configclass
 class GeneratorConfig:
-    """Everything that determines a generator's parameters and what it computes."""
+    """A generator's architecture: all that determines its parameters and outputs."""
 
     depth: PositiveInt
     heads: PositiveInt
     width: PositiveInt
     codes: PositiveInt = 256  # per image, N
     codebook_size: Annotated[int, Field(ge=2)] = 16_384  # K
-    classes: PositiveInt = 1_000  # one more, the null class, stands for any of them
+    classes: PositiveInt = 1_000  # without the null class, which is one more
     positions: Positions = "learned"  # 2d tokenizers need "rotary_2d"
     qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
-    # Modulation of each block by the class: "block" has a Linear for each block, "shared" has one
-    # for all blocks and an offset for each.
+    # Modulation of blocks by the class: "block" has one Linear per block; "shared" has one for all
+    # blocks, and an offset per block.
     adaln: AdaLN = "none"
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1  # of embeddings and both branches' outputs
 
     @property
     def hidden(self) -> int:
-        """Width inside the SwiGLU."""
+        """Hidden width of the SwiGLU."""
         return 256 * math.ceil(int(8 * self.width / 3) / 256)
 
     @property
@@ -63,8 +63,8 @@ class GeneratorConfig:
         multiple = {"learned": 1, "rotary": 2, "rotary_2d": 4}[self.positions]
         if self.width % (self.heads * multiple):
             raise ValueError(
-                f"width: expected heads times a multiple of {multiple}, got {self.width} for "
-                f"{self.heads} heads"
+                f"width: expected a multiple of {self.heads * multiple} for {self.heads} heads and "
+                f"{self.positions} positions, got {self.width}"
             )
         if self.positions == "rotary_2d" and math.isqrt(self.codes) ** 2 != self.codes:
             raise ValueError(f"codes: expected a square for rotary_2d positions, got {self.codes}")
@@ -74,7 +74,7 @@ class GeneratorConfig:
 def rotation(config: GeneratorConfig) -> np.ndarray | None:
     """The rotary table of the class and all codes, `[1 + N, head_dim / 2, 2]`, or None.
 
-    The class position's row is zeros: its queries and keys vanish, as in the reference.
+    The row of the class is zero, not a rotation: its queries and keys vanish, as in the reference.
     """
     if config.positions == "learned":
         return None
@@ -93,13 +93,13 @@ def _norm(dtype: layers.Dtype, name: str) -> nn.RMSNorm:
 
 
 def _modulation(config: GeneratorConfig, count: int, dtype: layers.Dtype, name: str) -> nn.Dense:
-    """Linear from the class to `count` vectors of the transformer's width, zero at first."""
+    """Zero-initialized Linear from the class to `count` vectors of the transformer's width."""
     axes, zeros = ("embed", "mlp"), nn.initializers.zeros
     return layers.dense(count * config.width, axes, kernel_init=zeros, dtype=dtype, name=name)
 
 
 class Block(nn.Module):
-    """Pre-norm layer: causal self-attention and SwiGLU, both modulated by the class with AdaLN."""
+    """Pre-norm layer: causal self-attention and SwiGLU, both modulated by AdaLN."""
 
     config: GeneratorConfig
     train: bool = False  # turns dropout on
@@ -133,7 +133,7 @@ class Block(nn.Module):
             self.offset = sharding.gather(offset, None, "embed")
 
     def __call__(self, x, rotation=None, condition=None):
-        """Maps `[B, T, W]` to its like; `condition` is what `Generator.condition` gives."""
+        """Maps `[B, T, W]` to the same shape; `condition` comes from `Generator.condition`."""
 
         def attend(x):
             return self.attention(x, x, x, causal=True, rotation=rotation), None
@@ -141,7 +141,7 @@ class Block(nn.Module):
         return self._layer(x, condition, attend)[0]
 
     def decode(self, x, cache, position, rotation=None, condition=None):
-        """One position `[B, 1, W]`, and the updated cache; see `layers.Attention.decode`."""
+        """Computes one position `[B, 1, W]` and the updated cache; see `Attention.decode`."""
         attend = functools.partial(
             self.attention.decode, cache=cache, position=position, rotation=rotation
         )
@@ -167,12 +167,12 @@ class Block(nn.Module):
 
 
 class Generator(nn.Module):
-    """Codes and a class to the logits of each code, given those before it."""
+    """Maps a class and codes to the logits of each code, given the preceding ones."""
 
     config: GeneratorConfig
-    train: bool = False  # turns dropout on, which needs an rng called "dropout"
+    train: bool = False  # turns dropout on, which needs the rng "dropout"
     remat: str = "none"  # see `layers.remat`
-    dtype: layers.Dtype = jnp.float32  # norms' statistics and softmax are float32 in any case
+    dtype: layers.Dtype = jnp.float32  # norm statistics and softmax are always float32
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -208,13 +208,13 @@ class Generator(nn.Module):
 
         Args:
           codes: the first n codes of each image, `[B, n]` int32, n < N.
-          classes: `[B]` int32; `config.null_class` where there is none.
+          classes: `[B]` int32; `config.null_class` means unconditional.
         """
         x, _ = self._run(codes, classes)
         return self.logits(x, self.class_vectors(classes))
 
     def features(self, codes: jax.Array, classes: jax.Array, layer: int) -> jax.Array:
-        """Output of `layer` (from 1; 0: the embeddings), `[B, n + 1, W]` float32."""
+        """Output of layer `layer` (from 1; 0: the embeddings), `[B, n + 1, W]` float32."""
         _, (features,) = self._run(codes, classes, taps=(layer,))
         return features.astype(jnp.float32)
 
@@ -227,21 +227,21 @@ class Generator(nn.Module):
         return self.layers(self.dropout(x), table, self.condition(classes), taps=taps)
 
     def class_vectors(self, classes: jax.Array) -> jax.Array:
-        """The first position of each sequence, `[B, 1, W]`."""
+        """Embedded classes, the first position of each sequence, `[B, 1, W]`."""
         x = self.class_embedding[classes][:, None]
         if self.config.positions == "learned":
             x = x + self.positions[0]
         return x.astype(self.dtype)
 
     def code_vectors(self, codes: jax.Array, positions: jax.Array) -> jax.Array:
-        """Embedded codes `[B, n]` at the given positions `[n]` (the class is at 0), `[B, n, W]`."""
+        """Embeds codes `[B, n]` at the given positions `[n]` (0 is the class): `[B, n, W]`."""
         x = self.embedding[codes]
         if self.config.positions == "learned":
             x = x + self.positions[positions]
         return x.astype(self.dtype)
 
     def condition(self, classes: jax.Array) -> jax.Array | None:
-        """What AdaLN gives each block, of `class_vectors`: `[B, 1, W]` or `[B, 1, 6, W]`."""
+        """The blocks' AdaLN input, from `class_vectors`: `[B, 1, W]` or `[B, 1, 6, W]`."""
         if self.config.adaln == "none":
             return None
         y = nn.silu(classes)
@@ -250,7 +250,7 @@ class Generator(nn.Module):
         return rearrange(self.modulation(y), "b t (c w) -> b t c w", c=6)
 
     def logits(self, x: jax.Array, classes: jax.Array) -> jax.Array:
-        """`[B, n, K]` of the last block's output `[B, n, W]` and `class_vectors`."""
+        """Maps the last block's output `[B, n, W]` and `class_vectors` to logits `[B, n, K]`."""
         x = self.norm_out(x)
         if self.config.adaln != "none":
             shift, scale = jnp.split(self.modulation_out(nn.silu(classes)), 2, axis=-1)
@@ -259,16 +259,16 @@ class Generator(nn.Module):
 
 
 class Decoder:
-    """A `Generator` with the given parameters, for one code at a time of images of some classes.
+    """Computes the logits of a `Generator` one code at a time, for a batch of classes.
 
-    Blocks are not scanned here, as slices of stacked parameters would be copied at every step.
+    Blocks are unrolled, because a scan would copy slices of the stacked parameters at every step.
     """
 
     def __init__(
         self, config: GeneratorConfig, params: Any, classes: jax.Array, dtype: layers.Dtype
     ):
         self._config, self._classes, self._dtype = config, classes, dtype
-        # Casting once halves what each step reads where the type is half as wide.
+        # Decoding is bound by memory bandwidth: casting once to bfloat16 halves what a step reads.
         params = jax.tree.map_with_path(
             lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
         )
@@ -282,17 +282,17 @@ class Decoder:
         self._rotation = rotation(config)
 
     def empty_cache(self, length: int) -> list[layers.Cache]:
-        """One `layers.Cache` of `length` positions for each block."""
+        """One `layers.Cache` per block, with room for `length` positions."""
         config = self._config
         shape = (len(self._classes), config.heads, length, config.width // config.heads)
         zeros = jnp.zeros(shape, self._dtype)
         return [layers.Cache(zeros, zeros)] * config.depth
 
     def step(self, codes: jax.Array, position: jax.Array, cache: list[layers.Cache]):
-        """Logits of the code after `position`, float32 `[B, K]`, and the cache with it included.
+        """Logits of the code after `position`, float32 `[B, K]`, and the updated cache.
 
-        `codes` `[B]` are those at `position`, a scalar. Position 0 is the class's, and they are not
-        read; `cache` holds the positions before.
+        `codes` `[B]` are the codes at the scalar `position`; at position 0, the class, they are
+        ignored. `cache` holds the preceding positions.
         """
         x = self._apply(codes[:, None], position[None], method="code_vectors")
         x = jnp.where(position == 0, self._first, x)
@@ -309,6 +309,6 @@ class Decoder:
 
 
 def param_shapes(config: GeneratorConfig) -> dict:
-    """Shapes of a generator's parameters; nothing is allocated."""
+    """Shapes of a generator's parameters; allocates nothing."""
     codes, classes = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1, 1), (1,)))
     return layers.param_shapes(Generator(config), codes, classes)

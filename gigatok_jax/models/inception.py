@@ -1,7 +1,7 @@
 """The Inception-v3 of FID: the 2015 TensorFlow graph with 1008 outputs (Szegedy et al. 2015).
 
-It differs from later ones in its pooling branches: averages leave the padding out of the count, and
-the last block takes a maximum. Layers have their names in torchvision's Inception v3.
+It differs from later versions in its pooling branches: averages do not count the padding, and the
+last block takes a maximum. Layers are named as in torchvision's Inception v3.
 """
 
 import functools
@@ -18,7 +18,7 @@ SPATIAL_CHANNELS, OUTPUTS = 7, 1008
 
 
 def preprocess(images: jax.Array) -> jax.Array:
-    """uint8 images `[B, H, W, 3]` as the network wants them, float32 `[B, 299, 299, 3]`."""
+    """Resizes and normalizes uint8 images `[B, H, W, 3]` to float32 `[B, 299, 299, 3]`."""
     return (resize.tf1_bilinear(images.astype(jnp.float32), INPUT_SIZE) - 128) / 128
 
 
@@ -53,8 +53,8 @@ class Conv(nn.Module):
         return nn.relu(x * gain.astype(x.dtype) + (bias - mean * gain).astype(x.dtype))
 
 
-# The network is a nested structure. A list is a sequence, a tuple holds branches whose outputs are
-# concatenated, and the rest are pools and convolutions: partial `Conv`s with their names.
+# The network is a nested structure. A list is a sequence, and a tuple holds branches whose outputs
+# are concatenated. Leaves are partial functions: pools, and convolutions with their names.
 AVERAGE = functools.partial(
     nn.avg_pool, window_shape=(3, 3), padding="SAME", count_include_pad=False
 )
@@ -68,7 +68,7 @@ def _conv(name, features, height=1, width=1, options=None):
 
 
 def _block(name: str, *branches) -> tuple:
-    """Branches whose rows are arguments of `_conv`, or pools; rows in a tuple are a fork."""
+    """Branches of rows: a pool, the arguments of `_conv`, or a tuple of such rows as a fork."""
 
     def part(row):
         if callable(row):
@@ -112,7 +112,7 @@ def _block_fork(name: str, pool: functools.partial) -> tuple:
     )
 
 
-UP_TO_SPATIAL = [  # "mixed_6" in the graph, whose output sFID reads
+UP_TO_SPATIAL = [  # to "mixed_6" of the graph, from which sFID takes its features
     _conv("Conv2d_1a_3x3", 32, 3, 3, HALVE),
     _conv("Conv2d_2a_3x3", 32, 3, 3, VALID),
     _conv("Conv2d_2b_3x3", 64, 3, 3),
@@ -158,16 +158,16 @@ def layer_names() -> list[str]:
 
 
 class Inception(nn.Module):
-    """Features of preprocessed images `[B, 299, 299, 3]`."""
+    """FID's feature network."""
 
     dtype: layers.Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array) -> dict[str, jax.Array]:
-        """Maps images, see `preprocess`, to float32 arrays.
+        """Maps preprocessed images `[B, 299, 299, 3]` to float32 features.
 
         Returns:
-          "pool" `[B, 2048]`; "spatial" `[B, 17 * 17 * 7]`, of sFID; "logits" `[B, 1008]`.
+          "pool" `[B, 2048]`; "spatial" `[B, 17 * 17 * 7]`, for sFID; "logits" `[B, 1008]`.
         """
         x = self._run(UP_TO_SPATIAL, x.astype(self.dtype))
         spatial = x[..., :SPATIAL_CHANNELS]

@@ -1,10 +1,10 @@
-"""The parts that every model here is made of: linear layers, attention, the transformer stack.
+"""Shared building blocks: linear layers, convolutions, attention, the transformer stack.
 
 Every parameter names its *logical* axes ("embed", "heads", "mlp", ...), which `sharding.RULES` maps
-to the devices. Parameters are float32; `dtype` is the type of the computation between them.
+to mesh axes. Parameters are float32; `dtype` is the type of the computation.
 
-A transformer's blocks are one `Block` whose parameters are stacked along a leading axis `layers`
-and scanned over, so that a stack of 48 compiles as fast as one of 6.
+The parameters of a transformer's blocks are stacked along a leading axis `layers` and scanned, so
+that 48 layers compile as fast as 6.
 """
 
 from collections.abc import Callable
@@ -25,7 +25,8 @@ from gigatok_jax.models.convolution import conv_general_dilated
 Dtype = Any
 DTYPES = ("auto", "float32", "bfloat16")
 
-# PyTorch's trunc_normal_(std=0.02) cuts at +-2, a hundred deviations: in effect a normal.
+# The reference's trunc_normal_(std=0.02) truncates at +-2, a hundred standard deviations, and so
+# in effect not at all.
 INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
@@ -39,14 +40,14 @@ REMAT = ("none", *REMAT_POLICIES)
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(nn.gelu, approximate=True),
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # of the first CLIP, and of DFN's
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # in OpenAI's and DFN's CLIP
 }
 
 
 def compute_dtype(name: str) -> Dtype:
-    """The type of the computation called `name`; "auto": bfloat16, but float32 on CPU.
+    """The type of the computation; "auto" is float32 on CPUs and bfloat16 elsewhere.
 
-    Parameters, losses, norms' statistics, softmax and the code search are float32 in any case.
+    Parameters, losses, norm statistics, softmax and the code search are always float32.
 
     Raises:
       ValueError: the name is not one of `DTYPES`.
@@ -59,9 +60,9 @@ def compute_dtype(name: str) -> Dtype:
 
 
 def param_shapes(module: nn.Module, *inputs: Any) -> dict:
-    """The module's parameters as unboxed shapes; nothing is allocated.
+    """Shapes of a module's parameters, without logical axes; allocates nothing.
 
-    An input is a `jax.ShapeDtypeStruct`, or the shape of a float32 array.
+    An input is a `jax.ShapeDtypeStruct` or the shape of a float32 array.
     """
     inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
     return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
@@ -73,7 +74,7 @@ def partitioned(init, *axes: str | None):
 
 
 def uniform(bound: float):
-    """Initializes in [-bound, bound); with bound = fan_in^-0.5, as PyTorch's Linear does."""
+    """Uniform in [-bound, bound). PyTorch's Linear has bound = fan_in^-0.5."""
 
     def init(key, shape, dtype=jnp.float32):
         return jax.random.uniform(key, shape, dtype, -bound, bound)
@@ -82,10 +83,11 @@ def uniform(bound: float):
 
 
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
-    """The class `module`, with its activations recomputed in the backward pass.
+    """Wraps a module class so that the backward pass recomputes activations.
 
-    The policy "none" keeps all activations, "dots" keeps products with weights, "full" keeps only
-    inputs and what `keep` marks. In a `scanned` body, XLA cannot merge the recomputation away.
+    The policy "none" keeps all activations, "dots" keeps products with weights, and "full" keeps
+    only inputs and the arrays that `keep` marks. A `scanned` body needs no barrier against common
+    subexpression elimination, which would undo the recomputation elsewhere.
     """
     if policy == "none":
         return module
@@ -93,7 +95,7 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
 
 
 def keep(arrays: Any) -> Any:
-    """Marks small arrays that "full" keeps beside its inputs; the other policies ignore it."""
+    """Marks small arrays for "full" to keep besides inputs; other policies ignore the mark."""
     return checkpoint_name(arrays, KEPT)
 
 
@@ -109,9 +111,9 @@ def dense(
     name: str,
     **kwargs,
 ):
-    """A Linear layer, from `axis` to `features`, whose kernel carries the logical `axes`.
+    """A Linear layer from `axis` to `features` whose kernel has the logical axes `axes`.
 
-    The bias carries those of the features, unless `bias_axes` say otherwise.
+    The bias has the logical axes of the features, unless `bias_axes` overrides them.
     """
     count = len(features) if isinstance(features, tuple) else 1
     return nn.DenseGeneral(
@@ -137,10 +139,10 @@ def conv(
     name: str,
     **kwargs,
 ):
-    """A convolution whose `[h, w, in, out]` kernel carries the logical `axes` on its last two.
+    """A convolution whose kernel `[h, w, in, out]` has the logical axes `axes` on its last two.
 
-    `padding` keeps the extent by default. Only kernels that are `trained` need the weight gradient
-    that `convolution` puts into every backward pass.
+    The default `padding` preserves the resolution. Networks that are not `trained` use XLA's own
+    convolution: `models.convolution` would compute a weight gradient in every backward pass.
     """
     height, width = (size, size) if isinstance(size, int) else size
     axes = (None, None, *axes)
@@ -159,7 +161,7 @@ def conv(
 
 
 def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNorm:
-    """LayerNorm over the last axis, statistics in float32."""
+    """LayerNorm over the last axis, with float32 statistics."""
     return nn.LayerNorm(
         epsilon=epsilon,
         dtype=dtype,
@@ -170,27 +172,27 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
 
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) -> jax.Array:
-    """Attention over `[B, T, heads, head_dim]`: cuDNN's flash kernel where it applies, else XLA."""
+    """Attention over `[B, T, heads, head_dim]`, with cuDNN's flash kernel where it applies."""
     implementation = "cudnn" if _flash_applies(q.dtype, q.shape[-1]) else "xla"
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kwargs)
 
 
 def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
-    """Whether cuDNN has a kernel: half precision, Ampere or newer, heads of up to 128."""
+    """Whether cuDNN has a kernel: half precision, Ampere or newer, head_dim of up to 128."""
     if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD's have letters in it
+    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD: "gfx942"
     recent = capability.replace(".", "").isdigit() and float(capability) >= 8
     return recent and head_dim % 8 == 0 and head_dim <= 128
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Pins the sharding of activations `[B, T, W]`."""
+    """Constrains the sharding of activations `[B, T, W]`."""
     return sharding.constrain(x, "batch", "length", "activation_embed")
 
 
 class Cache(NamedTuple):
-    """Keys and values of one attention's positions, in an order that needs no transposition."""
+    """Keys and values of one attention layer, in the order in which `decode` multiplies them."""
 
     keys: jax.Array  # [B, heads, T, head_dim]
     values: jax.Array  # [B, heads, T, head_dim]
@@ -199,8 +201,8 @@ class Cache(NamedTuple):
 def rotary_table(positions: np.ndarray, head_dim: int, base: float = 10_000.0) -> np.ndarray:
     """Cosines and sines of rotary position embeddings, float32 `[T, head_dim / 2, 2]`.
 
-    Each axis of the positions `[T, axes]` turns an equal share of the head's pairs of neighbouring
-    dimensions. `base` is that of the geometric series of wave lengths.
+    Each axis of the positions `[T, axes]` rotates an equal share of a head's pairs of adjacent
+    dimensions; frequencies are powers of `base`.
     """
     dims = head_dim // positions.shape[1]
     frequencies = base ** (-np.arange(0, dims, 2) / dims)
@@ -209,7 +211,7 @@ def rotary_table(positions: np.ndarray, head_dim: int, base: float = 10_000.0) -
 
 
 def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
-    """Turns neighbouring pairs of `[B, T, heads, head_dim]` by a `rotary_table` of T rows."""
+    """Rotates adjacent pairs of `[B, T, heads, head_dim]` by a `rotary_table` of T rows."""
     a, b = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
     cosine, sine = table[:, None, :, 0], table[:, None, :, 1]
     pairs = jnp.stack([a * cosine - b * sine, b * cosine + a * sine], -1)
@@ -220,22 +222,20 @@ class Attention(nn.Module):
     """Multi-head attention with separate inputs for queries, keys and values."""
 
     width: int
-    heads: int  # that the width is divided into
+    heads: int
     bias: bool = True  # of all four projections
-    kernel_init: Callable | None = None  # of q, k and v; None: as PyTorch's packed matrix
+    kernel_init: Callable | None = None  # of q, k and v; None: PyTorch's, see `setup`
     qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
     dtype: Dtype = jnp.float32
 
     def setup(self):
-        # Xavier-uniform of PyTorch's packed [3W, W] matrix.
+        # PyTorch draws q, k and v as one Xavier-uniform [3W, W] matrix.
         init = self.kernel_init or uniform((6 / (4 * self.width)) ** 0.5)
         linear = functools.partial(dense, use_bias=self.bias, dtype=self.dtype)
         shape, axes = (self.heads, self.width // self.heads), ("heads", "head_dim")
         project = functools.partial(linear, shape, ("embed", *axes), kernel_init=init)
         self.query, self.key, self.value = (
-            project(name="query"),
-            project(name="key"),
-            project(name="value"),
+            project(name=name) for name in ("query", "key", "value")
         )
         self.out = linear(
             self.width, (*axes, "embed"), axis=(-2, -1), bias_axes=("norm",), name="out"
@@ -255,16 +255,16 @@ class Attention(nn.Module):
     def __call__(self, query, key, value, *, causal: bool = False, rotation=None) -> jax.Array:
         """Maps `[B, T, W]`, `[B, S, W]`, `[B, S, W]` to `[B, T, W]`.
 
-        `causal` lets position t see keys up to t only; `rotation` is the positions' `rotary_table`.
+        If `causal`, position t attends to keys up to t only; `rotation` is a `rotary_table`.
         """
         q, k, v = self._project(query, key, value, rotation)
         return self.out(dot_product_attention(q, k, v, is_causal=causal))
 
     def decode(self, x, cache: Cache, position, rotation=None) -> tuple[jax.Array, Cache]:
-        """Causal self-attention of one more position `[B, 1, W]`, given those before it.
+        """Causal self-attention of the next position `[B, 1, W]`.
 
-        Returns its like, and the cache with `position`, a scalar, in it. What the cache holds from
-        there on is not read. `rotation` is this position's row of the `rotary_table`, if any.
+        Returns its output `[B, 1, W]`, and the cache with the scalar `position` filled in. Later
+        positions of the cache are masked. `rotation` is this position's row of the `rotary_table`.
         """
         q, k, v = self._project(x, x, x, rotation)
         q, k, v = (rearrange(x, "b t h d -> b h t d") for x in (q, k, v))
@@ -279,14 +279,14 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer layer: self-attention, cross-attention if there is a memory, MLP.
+    """Pre-norm transformer layer: self-attention, cross-attention if given a memory, MLP.
 
     Positions are added to queries and keys only, as in DETR (paper, appendix C).
     """
 
     heads: int
     epsilon: float = 1e-5  # of the norms
-    layer_scale: bool = False  # DINOv2's learned gain of each channel of a branch
+    layer_scale: bool = False  # DINOv2's learned gain per channel of each branch
     mlp_width: int | None = None  # None: four times the input's
     activation: str = "gelu"  # of the MLP, a key of `ACTIVATIONS`
     dtype: Dtype = jnp.float32
@@ -329,23 +329,23 @@ class Transformer(nn.Module):
     """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned."""
 
     depth: int
-    block: functools.partial  # a block's class with its options
+    block: functools.partial  # a module class with its options
     remat: str = "none"  # see `remat`
 
     @nn.compact
     def __call__(
         self, x: jax.Array, *shared, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-        """Maps `[B, T, W]` to the last layer's output, and those of the layers in `taps`.
+        """Maps `[B, T, W]` to the outputs of the last layer and of the layers in `taps`.
 
-        Layers are counted from 1 (0: the input). Each gets what is `shared` beside its input.
+        Layers are counted from 1 (0: the input). All of them also receive `shared`.
         """
         block = remat(self.block.func, self.remat, scanned=True)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
             x = block(**self.block.keywords, name="block")(x, *shared)
-            # Selecting in the carry keeps one array per tap instead of every layer's output.
+            # Selecting in the carry stores one array per tap instead of every layer's output.
             tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))
             return (x, tapped), None
 

@@ -13,7 +13,7 @@ STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512
 
 
 class VGG16(nn.Module):
-    """The convolutional part of VGG-16; returns the last activation of each stage."""
+    """The convolutions of VGG-16; returns the last activation of each stage."""
 
     dtype: layers.Dtype = jnp.float32
 
@@ -33,7 +33,7 @@ class VGG16(nn.Module):
 class LPIPS(nn.Module):
     """Distance `[B]` float32 between two batches of images `[B, H, W, 3]` in [-1, 1].
 
-    The reference, by accident, leaves LPIPS's dropout active in training; here is none.
+    The reference accidentally leaves LPIPS's dropout active in training. This one has no dropout.
     """
 
     dtype: layers.Dtype = jnp.float32
@@ -49,7 +49,7 @@ class LPIPS(nn.Module):
         return [_unit(y.astype(jnp.float32)) for y in self.vgg(x.astype(self.dtype))]
 
     def distance(self, first: list[jax.Array], second: list[jax.Array]) -> jax.Array:
-        """Distance of two images' `features`, `[B]`."""
+        """Distance `[B]` between the `features` of two batches."""
         return sum(
             jnp.einsum("bhwc,c->b", (a - b) ** 2, gain) / (a.shape[1] * a.shape[2])
             for a, b, gain in zip(first, second, self.gains, strict=True)

@@ -1,6 +1,6 @@
-"""Norms that Flax lacks: statistics that remat keeps, PyTorch's running ones, parts of a batch.
+"""Norms that Flax lacks: remat keeps their statistics, or they follow PyTorch or parts of a batch.
 
-Statistics are float32 whatever the type of the computation.
+Statistics are always float32.
 """
 
 import math
@@ -13,24 +13,24 @@ import jax.numpy as jnp
 
 from gigatok_jax.models import layers
 
-GROUP = 8  # most samples that share statistics in a `LocalBatchNorm`
+GROUP = 8  # maximum number of samples that share statistics in a `LocalBatchNorm`
 ones = layers.partitioned(nn.initializers.ones, "norm")
 zeros = layers.partitioned(nn.initializers.zeros, "norm")
 
 
 def group_count(channels: int) -> int:
-    """32 groups, or fewer where a narrow network would have fewer than 4 channels in a group.
+    """32 groups, or fewer in narrow networks, so that a group has at least 4 channels.
 
-    Groups of one channel would take an image's mean colour out of every feature.
+    Groups of one channel would remove an image's mean colour from every feature.
     """
     return math.gcd(32, max(channels // 4, 1))
 
 
 class GroupNorm(nn.Module):
-    """GroupNorm of `[B, H, W, C]`, eps 1e-6, all in float32.
+    """GroupNorm of `[B, H, W, C]`, eps 1e-6, computed in float32.
 
-    Under rematerialization its statistics are kept: they are small, and computing them takes a pass
-    over the input.
+    Rematerialization keeps its statistics: they are small, but recomputing them takes a pass over
+    the input.
     """
 
     affine: bool = True  # whether to learn gains and offsets
@@ -43,7 +43,7 @@ class GroupNorm(nn.Module):
         x = x.astype(jnp.float32)
 
         def mean(x):
-            """Mean of each channel's group, `[B, 1, 1, C]`; over pixels first, which is faster."""
+            """Mean of each channel's group, `[B, 1, 1, C]`. Averaging pixels first is faster."""
             means = rearrange(x.mean((1, 2)), "b (g c) -> b g c", g=group_count(channels))
             means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
             return means.reshape(-1, 1, 1, channels)
@@ -61,11 +61,11 @@ class GroupNorm(nn.Module):
 class BatchNorm(nn.Module):
     """BatchNorm with PyTorch's running statistics: momentum 0.1, unbiased variance.
 
-    Under `jit` the statistics are those of the global batch on any mesh. The reference, under data
-    parallelism, normalizes each device's share by itself; `groups` do the same.
+    Under `jit`, statistics are those of the global batch on any mesh. The reference normalizes each
+    device's part of the batch separately; `groups` reproduces this.
     """
 
-    groups: int = 1  # equal parts of a training batch; the first one's statistics are kept
+    groups: int = 1  # equal parts of a training batch; only the first updates running statistics
     epsilon: float = 1e-5
     affine: bool = True  # whether to learn gains and offsets
     dtype: layers.Dtype = jnp.float32
@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
 
 
 def batch_groups(batch_size: int) -> int:
-    """Number of groups, of at most `GROUP` samples, that `LocalBatchNorm` splits a batch into.
+    """Number of groups, of at most `GROUP` samples, into which `LocalBatchNorm` splits a batch.
 
     Raises:
       ValueError: the groups would differ in size.
@@ -116,9 +116,9 @@ def batch_groups(batch_size: int) -> int:
 
 
 class LocalBatchNorm(nn.Module):
-    """BatchNorm of each group of consecutive samples, always by its own statistics; eps 1e-6.
+    """BatchNorm of each group of consecutive samples, in evaluation too; eps 1e-6.
 
-    Under `jit` groups are formed of the global batch, so that results are the same on any mesh.
+    Under `jit`, groups are parts of the global batch, so results are the same on any mesh.
     """
 
     dtype: layers.Dtype = jnp.float32

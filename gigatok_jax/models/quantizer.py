@@ -1,7 +1,7 @@
-"""Vector quantization: the nearest code of each latent, the gradient past it, codebook usage.
+"""Vector quantization: nearest-code search, gradient estimators, codebook usage.
 
-The distance matrix of a batch of B-L, 65,536 latents by 16,384 codes, would take 4 GiB. The search
-forms it a chunk of rows at a time, forward and backward, and is exact all the same.
+The distance matrix of a B-L batch, 65,536 latents by 16,384 codes, would take 4 GiB. The search is
+exact but computes only a chunk of rows at a time, in the forward and backward pass.
 """
 
 import math
@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 ENTROPY_TEMPERATURE = 0.01
 HISTORY_LENGTH = 65_536  # assignments over which codebook usage is measured
-CHUNK_ELEMENTS = 2**24  # largest piece of the distance matrix held at once: 64 MiB in float32
+CHUNK_ELEMENTS = 2**24  # maximum elements of the distance matrix at a time: 64 MiB in float32
 
 
 def normalize(x: jax.Array) -> jax.Array:
-    """Scales the last axis to unit length; a zero vector stays zero, as does its gradient."""
+    """Scales the last axis to unit length; a zero vector stays zero, with a finite gradient."""
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
 
@@ -29,35 +29,36 @@ def search(
     entropy: bool = False,
     chunk_elements: int = CHUNK_ELEMENTS,
 ) -> tuple[jax.Array, jax.Array]:
-    """Finds each latent's nearest code and, if asked, the entropy loss.
+    """Finds each latent's nearest code and, optionally, the entropy loss.
 
     Args:
       z: `[..., D]` float32.
       codebook: `[K, D]` float32.
       entropy: whether to compute the entropy loss; it is 0 otherwise.
-      chunk_elements: bound on the elements of a chunk; a single row may exceed it.
+      chunk_elements: maximum elements of a chunk; a single row may exceed it.
 
     Returns:
-      Codes `[...]` int32 (the first one in a tie), and the entropy loss, a scalar: the mean of
+      Codes `[...]` int32 (the first in a tie), and the entropy loss, a scalar: the mean of
       H(p) over all latents minus H(mean of p), where p = softmax(-squared distance / 0.01).
     """
     codes, width = codebook.shape
     flat = z.reshape(-1, width)
     rows = flat.shape[0]
-    # The fewest equal chunks within the bound, or single rows.
+    # The fewest chunks of equal size within the bound, or single rows.
     least = min(math.ceil(rows * codes / chunk_elements), rows)
     count = next(n for n in range(least, rows + 1) if rows % n == 0)
-    # Strided chunks: each takes rows from every device's contiguous shard of the batch.
+    # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
     chunks = rearrange(flat, "(m n) d -> n m d", n=count)
 
     def step(carry, chunk):
+        # Full precision: bfloat16 or TF32 products would change which code is nearest.
         product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
         squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
         distances = squares - 2 * product
         indices = jnp.argmin(distances, axis=-1).astype(jnp.int32)
         if not entropy:
             return carry, indices
-        # The reference adds 1e-5 to the logits of the log-softmax, where it changes nothing.
+        # The reference adds 1e-5 to all logits, to which the softmax is invariant.
         log_p = jax.nn.log_softmax(-distances / ENTROPY_TEMPERATURE)
         p = jnp.exp(log_p)
         row_entropy, p_sum = carry
@@ -74,10 +75,11 @@ def search(
 
 
 def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:
-    """The code vectors `quantized`, nearest to `z`, with a gradient to `z` in the backward pass.
+    """Returns `quantized`, the codes nearest to `z`, but passes the gradient to `z`.
 
-    The rule "straight_through" copies the gradient. "rotation" rotates it from the code's direction
-    to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation Trick").
+    The rule "straight_through" copies the gradient. "rotation" rotates it from the direction of the
+    code to that of z (Fifty et al. 2024, "Restructuring Vector Quantization with the Rotation
+    Trick").
     """
     if rule == "straight_through":
         return z + lax.stop_gradient(quantized - z)
@@ -93,7 +95,7 @@ def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:
 
 
 def empty_history() -> jax.Array:
-    """The usage history before any assignment: `[65536]` int32 of -1."""
+    """A history without assignments: `[65536]` int32, all -1."""
     return jnp.full((HISTORY_LENGTH,), -1, jnp.int32)
 
 
@@ -103,6 +105,6 @@ def update_history(history: jax.Array, codes: jax.Array) -> jax.Array:
 
 
 def codebook_usage(history: jax.Array, codebook_size: int) -> jax.Array:
-    """Share of the codes that occur in `history`, in [0, 1]; entries of -1 do not count."""
+    """Fraction of the codes that occur in `history`, in [0, 1]; ignores entries of -1."""
     seen = jnp.zeros(codebook_size, bool).at[jnp.where(history < 0, codebook_size, history)]
     return seen.set(True, mode="drop").mean(dtype=jnp.float32)

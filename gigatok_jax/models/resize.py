@@ -1,4 +1,4 @@
-"""Image resampling inside compiled programs, equal to PyTorch's."""
+"""Image resizing inside compiled programs, equal to that of PyTorch or TensorFlow 1."""
 
 import functools
 
@@ -10,7 +10,7 @@ import numpy as np
 
 @functools.lru_cache
 def _bicubic_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights of PyTorch's bicubic (a = -0.75, half-pixel, edges repeated)."""
+    """`[target, length]` weights: a = -0.75, half-pixel centres, repeated edges."""
     a = -0.75
     center = (np.arange(target) + 0.5) * (length / target) - 0.5
     first = np.floor(center).astype(int) - 1
@@ -25,7 +25,7 @@ def _bicubic_matrix(length: int, target: int) -> np.ndarray:
 
 
 def bicubic(images: jax.Array, size: int) -> jax.Array:
-    """Resizes `[B, H, W, C]` to `[B, size, size, C]`: PyTorch's bicubic without antialiasing.
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]` without antialiasing.
 
     Equals `torch.nn.functional.interpolate(mode="bicubic", align_corners=False)`;
     `jax.image.resize` has another kernel (a = -0.5).
@@ -35,7 +35,7 @@ def bicubic(images: jax.Array, size: int) -> jax.Array:
 
 @functools.lru_cache
 def _area_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights of PyTorch's area: means of all pixels that an output touches."""
+    """`[target, length]` weights: equal for all pixels that an output pixel overlaps."""
     place = np.arange(length)
     first = np.arange(target)[:, None] * length // target
     last = ((np.arange(target)[:, None] + 1) * length + target - 1) // target
@@ -44,12 +44,12 @@ def _area_matrix(length: int, target: int) -> np.ndarray:
 
 
 def area(images: jax.Array, size: int) -> jax.Array:
-    """Resizes `[B, H, W, C]` to `[B, size, size, C]`: PyTorch's `interpolate(mode="area")`."""
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]`, like PyTorch's `interpolate(mode="area")`."""
     return _separable(images, size, _area_matrix)
 
 
 def _separable(images, size, matrix):
-    """Both axes of `[B, H, W, C]` by `matrix(length, size)`."""
+    """Multiplies both spatial axes of `[B, H, W, C]` by `matrix(length, size)`."""
     height, width = images.shape[1:3]
     if (height, width) == (size, size):
         return images
@@ -60,7 +60,7 @@ def _separable(images, size, matrix):
 
 @functools.lru_cache
 def _tf1_bilinear_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights of TensorFlow 1's bilinear: no half-pixel centres, no corners."""
+    """`[target, length]` weights: neither half-pixel centres nor aligned corners."""
     place = np.arange(target) * (length / target)
     lower = place.astype(int)
     upper = np.minimum(lower + 1, length - 1)
@@ -71,5 +71,5 @@ def _tf1_bilinear_matrix(length: int, target: int) -> np.ndarray:
 
 
 def tf1_bilinear(images: jax.Array, size: int) -> jax.Array:
-    """Resizes `[B, H, W, C]` to `[B, size, size, C]` as FID's graph does (`resize_bilinear`)."""
+    """Resizes `[B, H, W, C]` to `[B, size, size, C]` like `resize_bilinear` in FID's graph."""
     return _separable(images, size, _tf1_bilinear_matrix)

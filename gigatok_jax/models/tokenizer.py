@@ -1,19 +1,19 @@
 """The GigaTok image tokenizer (paper, 4.1): images to codes, and codes to images.
 
-The way of an image, with the shapes of the paper's B-L at 256 pixels:
+An image passes through these steps (shapes are those of the paper's B-L at 256 pixels):
 
     image               [B, 256, 256, 3]    in [-1, 1]
-      CNN encoder       [B, 16, 16, 256]    features of a grid
-      transformer       [B, 256, 768]       N latent queries read the grid (1d), or a ViT on it (2d)
+      CNN encoder       [B, 16, 16, 256]    grid of features
+      transformer       [B, 256, 768]       1d: N latent queries attend to the grid; 2d: ViT on it
       linear, linear    [B, 256, 8]         latents
       nearest code      [B, 256]            codes, integers in [0, 16384)
       look-up, linear   [B, 256, 256]       N code vectors
-      transformer       [B, 256, 1024]      16 x 16 queries read the latents (1d), or a ViT (2d)
-      conv              [B, 16, 16, 256]    features of a grid
+      transformer       [B, 256, 1024]      1d: 16x16 queries attend to the latents; 2d: ViT
+      conv              [B, 16, 16, 256]    grid of features
       CNN decoder       [B, 256, 256, 3]    image, not clipped
 
 An early layer of the second transformer also feeds the projector, whose output the semantic loss
-compares with a frozen teacher's features.
+aligns with the features of a frozen teacher.
 """
 
 import functools
@@ -49,7 +49,7 @@ class TransformerSize:
 
 @configclass
 class TokenizerConfig:
-    """Everything that determines a tokenizer's parameters and what it computes."""
+    """A tokenizer's architecture: all that determines its parameters and outputs."""
 
     encoder: TransformerSize
     decoder: TransformerSize
@@ -57,7 +57,7 @@ class TokenizerConfig:
     image_size: PositiveInt = 256
     latents: PositiveInt = 256  # codes per image, N
     base_channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)  # one for each level of the CNN
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)  # one per level of the CNN
     residual_blocks: PositiveInt = 2  # per level of the CNN encoder; the CNN decoder has one more
     z_channels: PositiveInt = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # in the CNN's residual blocks
@@ -67,12 +67,13 @@ class TokenizerConfig:
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
     semantic_dim: NonNegativeInt = 768  # width of the teacher's features; 0: no projector
-    # Spread of initial kernels: "reference" 0.02, "fan_in" fan_in^-0.5, which narrow nets need.
+    # Standard deviation of initial kernels: "reference" is 0.02; "fan_in" is fan_in^-0.5, which
+    # narrow networks need.
     init: Literal["reference", "fan_in"] = "reference"
 
     @property
     def factor(self) -> int:
-        """Down-sampling factor of the CNN."""
+        """Downsampling factor of the CNN."""
         return 2 ** (len(self.channel_multipliers) - 1)
 
     @property
@@ -91,7 +92,7 @@ class TokenizerConfig:
             raise ValueError("channel_multipliers: expected at least one, got none")
         if self.image_size % self.factor:
             raise ValueError(
-                f"image_size: expected a multiple of {self.factor} (the CNN's down-sampling), got "
+                f"image_size: expected a multiple of {self.factor} (the CNN's downsampling), got "
                 f"{self.image_size}"
             )
         if self.semantic_dim and not 1 <= self.semantic_layer <= self.decoder.depth:
@@ -112,20 +113,20 @@ class TokenizerConfig:
             rows, columns = _blocks(max(self.latents.bit_length() - 2, 0))
             if self.grid % rows or self.grid % columns:
                 raise ValueError(
-                    f"latents: {self.latents} queries pool the {self.grid}x{self.grid} grid in "
-                    f"{rows}x{columns} equal blocks, which do not divide it; use fewer latents "
-                    f"or another image_size"
+                    f"latents: the queries are pooled from {rows}x{columns} blocks, which do not "
+                    f"divide the {self.grid}x{self.grid} grid; expected fewer latents or another "
+                    f"image_size, got {self.latents}"
                 )
         return self
 
 
 def _blocks(level: int) -> tuple[int, int]:
-    """Rows and columns of the blocks into which `pool_queries` splits the grid at a level."""
+    """Number of rows and columns of blocks into which `pool_queries` splits the grid."""
     return 2 ** (level // 2), 2 ** ((level + 1) // 2)
 
 
 def pool_queries(grid: jax.Array, count: int) -> jax.Array:
-    """Multi-level average pooling that seeds the Q-Former's queries (paper, appendix C).
+    """Multi-level average pooling, which initializes the Q-Former's queries (paper, appendix C).
 
     Maps `[B, H, W, C]` to `[B, count, C]`, count a power of two: groups of 1, 1, 2, 4, ...,
     count / 2 block means, each group read row-major.
@@ -140,24 +141,24 @@ def pool_queries(grid: jax.Array, count: int) -> jax.Array:
 
 @flax.struct.dataclass
 class TokenizerOutput:
-    """What a training step needs from one forward pass; losses are scalars and not weighted."""
+    """Result of a training forward pass; losses are unweighted scalars."""
 
     reconstruction: jax.Array  # [B, H, W, 3] float32 in about [-1, 1], not clipped
     codes: jax.Array  # [B, N] int32
     codebook_loss: jax.Array
-    commitment_loss: jax.Array  # with the factor 0.25 that belongs to it
+    commitment_loss: jax.Array  # includes its factor of 0.25
     entropy_loss: jax.Array
     semantic_features: jax.Array | None  # [B, grid*grid, semantic_dim] float32
-    direct: jax.Array | None  # [B, H, W, 3], the CNN decoder on the CNN encoder's own features
-    feature_loss: jax.Array | None  # of the decoder's grid against the constant encoder's, squared
+    direct: jax.Array | None  # [B, H, W, 3], decoded by the CNN from the CNN encoder's features
+    feature_loss: jax.Array | None  # mean squared error of the decoder's grid to the encoder's
 
 
 class TokenTransformer(nn.Module):
     """One of the tokenizer's two transformers, from `[B, S, z]` to `[B, T, W]`.
 
-    In the 1d layout, queries attend to the embedded input as memory (a Q-Former): the encoder
-    pools its queries from the grid, the decoder starts all of them as the first token. In the 2d
-    layout it is a plain ViT over the grid.
+    In the 1d layout it is a Q-Former, whose queries attend to the embedded input as memory. The
+    encoder pools its queries from the grid; the decoder copies them all from the first token. In
+    the 2d layout it is a plain ViT over the grid.
     """
 
     config: TokenizerConfig
@@ -196,7 +197,7 @@ class TokenTransformer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Maps decoder features to the teacher's width, for the semantic loss."""
+    """Maps decoder features to the width of the teacher's features, for the semantic loss."""
 
     features: int
     dtype: layers.Dtype = jnp.float32
@@ -211,11 +212,11 @@ class Projector(nn.Module):
 
 
 class Tokenizer(nn.Module):
-    """Image to codes and back; see the top of this file."""
+    """Maps images to codes and back; see the top of this file."""
 
     config: TokenizerConfig
     remat: str = "none"  # of CNN blocks and transformer layers, see `layers.remat`
-    dtype: layers.Dtype = jnp.float32  # norms' statistics, code search, outputs: always float32
+    dtype: layers.Dtype = jnp.float32  # norm statistics, code search and outputs are float32
 
     def setup(self):
         config, dtype = self.config, self.dtype
@@ -251,11 +252,11 @@ class Tokenizer(nn.Module):
         self.cnn_decoder = cnn.Decoder(config.channels, config.residual_blocks, **common)
 
     def cnn_features(self, images: jax.Array) -> jax.Array:
-        """CNN encoder: `[B, H, W, 3]` in [-1, 1] to `[B, grid, grid, z_channels]`."""
+        """Applies the CNN encoder: `[B, H, W, 3]` in [-1, 1] to `[B, grid, grid, z_channels]`."""
         return self.cnn_encoder(images.astype(self.dtype))
 
     def encoder_features(self, images: jax.Array) -> jax.Array:
-        """The encoder transformer's output after its last LayerNorm, `[B, N, W]` float32."""
+        """Output of the encoder transformer, after its final LayerNorm, `[B, N, W]` float32."""
         return self._encode(self.cnn_features(images)).astype(jnp.float32)
 
     def latents(self, images: jax.Array) -> jax.Array:
@@ -263,20 +264,20 @@ class Tokenizer(nn.Module):
         return self._latents(self.cnn_features(images))
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Codes `[B, N]` int32 of images `[B, H, W, 3]` in [-1, 1]."""
+        """Maps images `[B, H, W, 3]` in [-1, 1] to codes `[B, N]` int32."""
         return quantizer.search(self._unit(self.latents(images)), self._unit(self.codebook))[0]
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Images `[B, H, W, 3]` float32, not clipped, of codes `[B, N]`."""
+        """Maps codes `[B, N]` to images `[B, H, W, 3]` float32, not clipped."""
         return self.cnn_decoder(self.decoder_grid(codes)).astype(jnp.float32)
 
     def decoder_features(self, codes: jax.Array, layer: int) -> jax.Array:
-        """Output of the decoder transformer's `layer` (from 1), `[B, grid*grid, W]` float32."""
+        """Output of decoder transformer layer `layer` (from 1), `[B, grid*grid, W]` float32."""
         _, (features,) = self._decode_grid(self._look_up(codes), taps=(layer,))
         return features.astype(jnp.float32)
 
     def decoder_grid(self, codes: jax.Array) -> jax.Array:
-        """The CNN decoder's input, `[B, grid, grid, z_channels]` float32."""
+        """Input of the CNN decoder, `[B, grid, grid, z_channels]` float32."""
         return self._decode_grid(self._look_up(codes))[0].astype(jnp.float32)
 
     def semantic_features(self, codes: jax.Array) -> jax.Array:
@@ -288,8 +289,8 @@ class Tokenizer(nn.Module):
     ) -> TokenizerOutput:
         """The training forward pass on `[B, H, W, 3]` images in [-1, 1].
 
-        The entropy loss is 0 without `entropy`. `auxiliary` adds what only the older recipe needs,
-        the direct image and the feature loss.
+        Without `entropy`, the entropy loss is 0. `auxiliary` adds the direct image and the feature
+        loss, which only the older recipe uses.
         """
         config = self.config
         features = self.cnn_features(images)
@@ -322,7 +323,7 @@ class Tokenizer(nn.Module):
         return self.quant_conv(self.encoder_out(self._encode(features))).astype(jnp.float32)
 
     def _unit(self, vectors):
-        """Latents or codes as they are compared: on the unit sphere, if so configured."""
+        """Projects latents or codes to the unit sphere, if so configured."""
         return quantizer.normalize(vectors) if self.config.normalize_codes else vectors
 
     def _look_up(self, codes):
@@ -335,7 +336,7 @@ class Tokenizer(nn.Module):
 
 
 def init_params(module: Tokenizer, key: jax.Array):
-    """Fresh parameters, with their logical axes, as `module.config.init` says."""
+    """Initializes parameters, with logical axes, according to `module.config.init`."""
     size = module.config.image_size
     params = module.init(key, jnp.zeros((1, size, size, 3)))["params"]
     if module.config.init == "reference":
@@ -343,7 +344,7 @@ def init_params(module: Tokenizer, key: jax.Array):
 
     def rescale(path, kernel):
         names = [entry.key for entry in path if hasattr(entry, "key")]
-        # The kernels whose spread is not 0.02 in the reference keep it.
+        # These kernels are not initialized with 0.02 in the reference, and keep their scale.
         packed = {"self_attention", "cross_attention"} & set(names) and names[-2] != "out"
         if names[-1] != "kernel" or names[-2].endswith("quant_conv") or packed:
             return kernel
@@ -354,5 +355,5 @@ def init_params(module: Tokenizer, key: jax.Array):
 
 
 def param_shapes(config: TokenizerConfig) -> dict:
-    """Shapes of a tokenizer's parameters; nothing is allocated."""
+    """Shapes of a tokenizer's parameters; allocates nothing."""
     return layers.param_shapes(Tokenizer(config), (1, config.image_size, config.image_size, 3))

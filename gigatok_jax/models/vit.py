@@ -1,11 +1,11 @@
-"""The vision transformer of the frozen networks: DINO's, DINOv2's, CLIP's and SigLIP's.
+"""The vision transformer of the frozen networks: DINO, DINOv2, CLIP and SigLIP.
 
     images                 [B, g * patch, g * patch, 3]
-      patches, positions   [B, 1 + g * g, W]   the class token first, where there is one
+      patches, positions   [B, 1 + g * g, W]   the class token, if any, comes first
       blocks               [B, 1 + g * g, W]
       norm                 [B, W], [B, g * g, W]
 
-The reference takes the same of each teacher as semantic targets: the patch tokens after the final
+As in the reference, the semantic targets of every teacher are its patch tokens after the final
 norm, before any pooling or projection.
 """
 
@@ -30,24 +30,26 @@ HALVES = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
 @configclass
 class ViTConfig:
-    """A frozen network's architecture and its input's normalization; the defaults are DINOv2's."""
+    """A frozen network's architecture and input normalization; the defaults are DINOv2's."""
 
     depth: PositiveInt
     heads: PositiveInt
     width: PositiveInt
     patch_size: PositiveInt
-    grid: PositiveInt  # side of the patch grid that the stored position table belongs to
-    mean: tuple[float, float, float] = IMAGENET_MEAN  # of the channels of the input in [0, 1]
+    grid: PositiveInt  # side of the patch grid of the stored position table
+    mean: tuple[float, float, float] = IMAGENET_MEAN  # per channel, of images in [0, 1]
     std: tuple[float, float, float] = IMAGENET_STD
     mlp_width: PositiveInt | None = None  # hidden width of the MLPs; None: four times `width`
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"  # of the MLPs; "gelu" is exact
     epsilon: PositiveFloat = 1e-6  # of all norms
     class_token: bool = True
-    norm_in: bool = False  # before the first block, as in CLIP; patches are then embedded unbiased
+    norm_in: bool = (
+        False  # before the first block, as in CLIP; drops the bias of the patch embedding
+    )
     layer_scale: bool = True  # see `layers.Block`
 
 
-# Depth, heads, width, patch size and grid, then what differs from DINOv2.
+# Depth, heads, width, patch size and grid, then the differences from DINOv2.
 DINOV2 = {
     "dinov2_vits14": ViTConfig(12, 6, 384, 14, 37),
     "dinov2_vitb14": ViTConfig(12, 12, 768, 14, 37),
@@ -59,8 +61,8 @@ CLIP_OPTIONS = {"activation": "quick_gelu", "epsilon": 1e-5, "norm_in": True, "l
 CLIP = {"clip_dfn_vitl14": ViTConfig(24, 16, 1024, 14, 16, *OPENAI, **CLIP_OPTIONS)}
 SIGLIP_OPTIONS = {"activation": "gelu_tanh", "class_token": False, "layer_scale": False}
 SIGLIP = {"siglip_so400m14": ViTConfig(27, 16, 1152, 14, 16, *HALVES, 4304, **SIGLIP_OPTIONS)}
-# The activation is the tanh approximation of GELU as the reference's discriminator has it; DINO
-# itself was trained with the exact one.
+# The reference's discriminator uses the tanh approximation of GELU, although DINO was trained with
+# exact GELU.
 DINO_OPTIONS = {"activation": "gelu_tanh", "layer_scale": False}
 DINO = {"dino_vits16": ViTConfig(12, 6, 384, 16, 14, **DINO_OPTIONS)}
 
@@ -69,7 +71,7 @@ PUBLISHED = DINOV2 | CLIP | SIGLIP
 
 
 class ViT(nn.Module):
-    """A teacher: patches, learned positions, pre-norm blocks, a final norm."""
+    """Patch embedding, learned positions, pre-norm blocks, and a final norm."""
 
     config: ViTConfig
     remat: str = "none"  # see `layers.remat`
@@ -78,18 +80,18 @@ class ViT(nn.Module):
     def __call__(
         self, images: jax.Array, taps: tuple[int, ...] = ()
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Encodes normalized images, see `preprocess`; `resize_positions` fits the grid to them.
+        """Encodes images from `preprocess`; for other grids, see `resize_positions`.
 
         Returns:
           Class token `[B, W]` and patch tokens `[B, g*g, W]` after the final norm, and the patch
-          tokens of the blocks in `taps`, counted from 1 (0: the input), before it. Without a class
-          token, the mean of the patch tokens stands for it.
+          tokens of the blocks in `taps`, counted from 1 (0: the input), without it. If the network
+          has no class token, the mean of its patch tokens replaces it.
         """
         x, tapped = self._tokens(images, taps)
         return x[:, 0], x[:, 1:], tuple(y[:, 1:] for y in tapped)
 
     def readouts(self, images: jax.Array, taps: tuple[int, ...]) -> jax.Array:
-        """The tapped blocks' patch tokens plus their class token, `[taps, B, g*g, W]` float32."""
+        """Patch tokens plus the class token of the tapped blocks, `[taps, B, g*g, W]` float32."""
         tapped = jnp.stack(self._tokens(images, taps)[1]).astype(jnp.float32)
         return tapped[:, :, 1:] + tapped[:, :, :1]
 
@@ -136,31 +138,30 @@ class ViT(nn.Module):
 
 
 def param_shapes(config: ViTConfig) -> dict:
-    """Shapes of a ViT's parameters, with the position table of its file; nothing is allocated."""
+    """Shapes of a ViT's parameters, before `resize_positions`; allocates nothing."""
     side = config.grid * config.patch_size
     return layers.param_shapes(ViT(config), (1, side, side, 3))
 
 
 def quarters(config: ViTConfig) -> tuple[int, ...]:
-    """The five depths, as `taps`, that end the quarters of the stack; the first is the input."""
+    """Taps at 0, 1/4, 1/2, 3/4 and all of the depth; the first is the input."""
     return tuple(round(config.depth * quarter / 4) for quarter in range(5))
 
 
 def normalize(images: jax.Array, config: ViTConfig) -> jax.Array:
-    """Images in [-1, 1] with the mean and deviation that the network was trained with."""
+    """Normalizes images in [-1, 1] to the mean and deviation of the network's training."""
     return ((images + 1) / 2 - jnp.asarray(config.mean)) / jnp.asarray(config.std)
 
 
 def preprocess(images: jax.Array, config: ViTConfig, grid: int) -> jax.Array:
-    """Images `[B, H, W, 3]` in [-1, 1] as the teacher's input for a grid x grid token grid."""
+    """Resizes and normalizes images `[B, H, W, 3]` in [-1, 1] for a grid x grid token grid."""
     return resize.bicubic(normalize(images, config), grid * config.patch_size)
 
 
 def resize_positions(positions: jax.Array, grid: int) -> jax.Array:
-    """Resamples a position table `[g*g, W]` to `[grid*grid, W]`.
+    """Resizes a position table `[g*g, W]` to `[grid*grid, W]`, bicubic with antialiasing.
 
-    A class token's row before the grid's, `[1 + g*g, W]`, is kept. Bicubic with antialiasing, once,
-    in float32.
+    The row of a class token, in `[1 + g*g, W]`, is kept.
     """
     side = math.isqrt(len(positions))
     if side == grid:

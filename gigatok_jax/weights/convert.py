@@ -1,6 +1,6 @@
-"""Reference checkpoints to our weights and bundles, and back, for every kind of network.
+"""Converts reference checkpoints of every kind of network to bundles, and back.
 
-Every conversion keeps the float32 values bit for bit.
+Conversions preserve float32 values bit for bit.
 """
 
 from collections import ChainMap
@@ -23,13 +23,13 @@ USAGE_NAME = "quantize.codebook_used"
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """How one kind of network is converted; functions take the network's config."""
+    """How to convert one kind of network; functions take the network's config."""
 
     entries: Callable[[Any], list[layout.Entry]]
     shapes: Callable[[Any], dict]  # of the parameters
-    ignored: tuple[str, ...] = ()  # globs of tensors that have no place here
-    tower: str = ""  # how the network's tensors begin in a file that holds others too
-    config: type | None = None  # None: there is only one architecture
+    ignored: tuple[str, ...] = ()  # globs of tensors without a counterpart here
+    tower: str = ""  # prefix of the network's tensors in files that also hold others
+    config: type | None = None  # None: only one architecture exists
     model: Callable[[str], Any] | None = None  # the config of a named architecture
     example: str = ""  # such a name
 
@@ -57,7 +57,7 @@ KINDS = {
     "generator": Kind(
         names.generator,
         generator.param_shapes,
-        ignored=("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in old files
+        ignored=("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in older checkpoints
         config=generator.GeneratorConfig,
         model=recipes.generator_model,
         example="b",
@@ -91,16 +91,15 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
 
     Args:
       kind: a key of `KINDS`.
-      tensors: name to array, as `torch_files.read` gives them. For "lpips" those of a whole
+      tensors: names to arrays, as from `torch_files.read`. For "lpips": those of a complete LPIPS
         module, or of torchvision's VGG-16 and the linear layers.
-      config: the architecture; None where there is only one.
+      config: the architecture; None if the kind has only one.
 
     Returns:
-      `{"params": ...}`; of a tokenizer also "history", int32 `[65536]`.
+      `{"params": ...}`; for a tokenizer also "history", int32 `[65536]`.
 
     Raises:
-      ValueError: a tensor is missing, superfluous, or of another shape than `config` says; the
-        message names the first one.
+      ValueError: a tensor is missing, unexpected, or of the wrong shape; the message names it.
     """
     rule = KINDS[kind]
     entries = rule.entries(config)
@@ -119,8 +118,8 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
     ]
     if unknown:
         raise ValueError(
-            f"tensor {unknown[0]!r} of shape {list(np.shape(tensors[unknown[0]]))} has no place in "
-            f"this architecture (the first of {len(unknown)} such tensors)"
+            f"tensor {unknown[0]!r} of shape {list(np.shape(tensors[unknown[0]]))} does not "
+            f"belong to this architecture (the first of {len(unknown)} such tensors)"
         )
     weights = {"params": layout.from_torch(tensors, entries, rule.shapes(config))}
     if kind == "tokenizer":
@@ -129,23 +128,23 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
 
 
 def _history(used: np.ndarray | None) -> np.ndarray:
-    """The reference's usage buffer, which stores codes as floats, as our history."""
+    """Converts the reference's usage buffer, which stores codes as floats, to our history."""
     if used is None:
         return np.array(quantizer.empty_history())
     history = np.asarray(used).astype(np.int32)
     if used.shape != (quantizer.HISTORY_LENGTH,) or not np.array_equal(history, used):
         raise ValueError(
-            f"tensor {USAGE_NAME!r} must hold {quantizer.HISTORY_LENGTH} whole numbers, the codes "
-            f"last assigned; it has shape {list(used.shape)}"
+            f"tensor {USAGE_NAME!r}: expected the last {quantizer.HISTORY_LENGTH} codes assigned, "
+            f"as whole numbers, got shape {list(used.shape)}"
         )
     return history
 
 
 def to_torch(kind: str, weights: Mapping[str, Any], config: Any = None) -> dict[str, np.ndarray]:
-    """The inverse of `from_torch`, without the tensors that have no place here.
+    """The inverse of `from_torch`, without the tensors that it ignores.
 
-    The usage buffer of a tokenizer is left out if `weights` has no history, or one that has seen
-    nothing (-1 throughout), as in a reference model that does not measure usage.
+    A tokenizer's usage buffer is omitted if the history is missing or empty (all -1), as in a
+    reference model that does not measure usage.
     """
     tensors = layout.to_torch(weights["params"], KINDS[kind].entries(config))
     history = np.asarray(weights.get("history", -1))
@@ -167,12 +166,12 @@ def to_bundle(
     Args:
       kind: a key of `KINDS`.
       files: `.pt` or `.safetensors` files that together hold the tensors.
-      directory: the bundle.
-      model: the architecture, by name, or a bundle of the same one.
+      directory: path of the bundle.
+      model: name of the architecture, or a bundle of the same architecture.
       weights: see `torch_files.read`.
 
     Raises:
-      UserError: a file cannot be read, or does not fit the architecture.
+      UserError: a file cannot be read or does not fit the architecture.
     """
     files, rule, config = [pathlib.Path(file) for file in files], find(kind), None
     if rule.model and not model:
@@ -192,22 +191,22 @@ def to_bundle(
 
 
 def to_file(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) -> None:
-    """Writes a bundle's weights under the reference's names, in the format of the file's suffix.
+    """Writes a bundle's weights under the reference's names; the suffix of `file` sets the format.
 
     Raises:
-      UserError: there is no such bundle, or the suffix is unknown.
+      UserError: the bundle does not exist, or the suffix is unknown.
     """
     bundle = bundles.load(directory, kind, find(kind).config)
     torch_files.write(file, to_torch(kind, bundle.weights, bundle.config))
 
 
 def find(kind: str) -> Kind:
-    """Raises UserError for an unknown kind."""
+    """`KINDS[kind]`, or a UserError that lists the kinds."""
     return recipes.lookup(kind, KINDS, "kind of weights")
 
 
 def fetch_bundle(name: str) -> pathlib.Path:
-    """Downloads published weights, unless they are there, and converts them.
+    """Downloads and converts published weights, unless their bundle exists.
 
     Raises:
       UserError: see `fetch.download`; or PyTorch, which reads the files, is missing.

@@ -1,4 +1,4 @@
-"""Downloads published weights into a cache, or finds there what was put by hand."""
+"""Downloads published weights to a cache, where users may also put files by hand."""
 
 import dataclasses
 import hashlib
@@ -26,14 +26,14 @@ class File:
     """One published file."""
 
     url: str
-    # None where no trustworthy record was found: the hash of the first file seen is then recorded
-    # beside it, in NAME.sha256, and later files must have the same.
-    sha256: str | None = None  # or the digits that it begins with
-    saved_as: str = ""  # where the URL's last part would not be unique
+    # The hash, or its first digits. None if the authors publish none: NAME.sha256 then records the
+    # hash of the first download, and later files must match it.
+    sha256: str | None = None
+    saved_as: str = ""  # set if the last part of the URL is not unique
 
     @property
     def name(self) -> str:
-        """Its name in the cache."""
+        """File name in the cache."""
         return self.saved_as or self.url.rpartition("/")[2]
 
 
@@ -42,8 +42,8 @@ class Published:
     """Weights that the program can use."""
 
     kind: str  # the KIND of `gigatok convert` that reads them
-    model: str  # its name among those of its kind; "" where there is only one
-    files: tuple[File, ...]  # which together hold the tensors
+    model: str  # name of the architecture; "" if the kind has only one
+    files: tuple[File, ...]  # together they hold the tensors
 
 
 def _one(kind: str, model: str, url: str, sha256: str | None = None, **name: str) -> Published:
@@ -115,7 +115,7 @@ PUBLISHED = {
 
 
 def find(name: str) -> Published:
-    """Raises UserError for an unknown name."""
+    """`PUBLISHED[name]`, or a UserError that lists the names."""
     if name not in PUBLISHED:
         raise UserError(f"weights {name!r}: expected one of {', '.join(PUBLISHED)}")
     return PUBLISHED[name]
@@ -127,54 +127,54 @@ def bundle_path(name: str) -> pathlib.Path:
 
 
 def fetched(name: str) -> pathlib.Path:
-    """The bundle of published weights, or a UserError that says how to get it."""
+    """The bundle of published weights, or a UserError that explains how to get it."""
     directory = bundle_path(name)
     if not directory.exists():
         published = PUBLISHED[name]
         model = f" --model={published.model}" if published.model else ""
         sources = " ".join(f"--from={file.name}" for file in published.files)
         raise UserError(
-            f"{name}: its weights are not in {directory}; get them with: gigatok weights fetch "
-            f"{name}, or from files with: gigatok convert {published.kind} {sources}{model} "
+            f"{name}: no weights in {directory}; download them with: gigatok weights fetch "
+            f"{name}, or convert files with: gigatok convert {published.kind} {sources}{model} "
             f"--out={directory}"
         )
     return directory
 
 
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
-    """Returns the files of published weights, downloading those that the cache lacks.
+    """Returns the files of published weights, after downloading those missing from the cache.
 
-    A file under its name in the cache (`cache_dir()`), downloaded or put there by hand, is used
-    without a connection once its hash is checked. An interrupted download is resumed.
+    Files in the cache (`cache_dir()` by default), downloaded or put there by hand, need no
+    connection, but their hash is checked. Interrupted downloads are resumed.
 
     Raises:
-      UserError: an unknown name, no connection (the message says which file to put where), or a
-        file with another hash than the published one's.
+      UserError: the name is unknown, a download fails (the message says which file to put where),
+        or a hash does not match.
     """
     files = find(name).files
     directory = cache_dir() if cache is None else pathlib.Path(cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return [_find_or_download(file, directory / file.name) for file in files]
-    except OSError as error:  # the disk's; those of the connection become UserErrors below
+    except OSError as error:  # from the disk; `_download` handles those of the connection
         raise UserError(f"weights {name!r}: cannot be stored in {directory} ({error})") from error
 
 
 def _find_or_download(file: File, path: pathlib.Path) -> pathlib.Path:
     if path.is_file():
         if fault := _wrong_hash(path, path, file):
-            raise UserError(f"{path}: {fault}; move it away to have {file.url} downloaded")
+            raise UserError(f"{path}: {fault}; remove it to download {file.url}")
         return path
     partial = path.with_name(f"{path.name}.partial")
     _download(file, partial, path)
     if fault := _wrong_hash(partial, path, file):
-        partial.unlink()  # it would be resumed otherwise
-        raise UserError(f"{file.url}: {fault}; nothing was kept")
+        partial.unlink()  # otherwise the next attempt would resume it
+        raise UserError(f"{file.url}: {fault}; discarded the download")
     return partial.replace(path)
 
 
 def _wrong_hash(content: pathlib.Path, path: pathlib.Path, file: File) -> str | None:
-    """What is wrong with the hash of `content`, or None; records an unknown one beside `path`."""
+    """Describes a wrong hash of `content`; records the hash beside `path` if none is known."""
     with content.open("rb") as opened:
         found = hashlib.file_digest(opened, "sha256").hexdigest()
     record = path.with_name(f"{path.name}.sha256")
@@ -182,7 +182,7 @@ def _wrong_hash(content: pathlib.Path, path: pathlib.Path, file: File) -> str | 
     if expected is None and record.is_file():
         expected = record.read_text().split()[0]
     if expected is None:
-        record.write_text(f"{found}  {path.name}\n")  # as sha256sum reads it
+        record.write_text(f"{found}  {path.name}\n")  # in the format of sha256sum
         tqdm.write(f"{path}: SHA-256 {found}, recorded in {record.name}", file=sys.stderr)
     elif not found.startswith(expected):
         return f"SHA-256 is {found}, expected {expected}"
@@ -190,7 +190,7 @@ def _wrong_hash(content: pathlib.Path, path: pathlib.Path, file: File) -> str | 
 
 
 def _download(file: File, partial: pathlib.Path, path: pathlib.Path) -> None:
-    """Fills `partial` with the file's content, in a few attempts."""
+    """Downloads to `partial`, with a few retries."""
     pauses = iter(PAUSES)
     while True:
         before = _size(partial)
@@ -206,14 +206,14 @@ def _download(file: File, partial: pathlib.Path, path: pathlib.Path) -> None:
                     f"{file.url}: cannot be downloaded ({first_line(error)}); download it "
                     f"elsewhere and put it at {path}"
                 ) from error
-            message = f"{file.name}: {first_line(error)}; trying again in {pause} s"
+            message = f"{file.name}: {first_line(error)}; retrying in {pause} s"
             tqdm.write(message, file=sys.stderr)
             time.sleep(pause)
 
 
 def _receive(file: File, partial: pathlib.Path) -> None:
-    """One attempt: resumes `partial` if the server still has the same file, or starts over."""
-    # Holds the server's own mark of the version that `partial` began with.
+    """One attempt: resumes `partial` if the server still has the same file, else starts over."""
+    # Holds the ETag or Last-Modified of the file that `partial` is the beginning of.
     version = partial.with_name(f"{partial.name}.version")
     start = _size(partial) if version.is_file() else 0
     headers = {"User-Agent": "gigatok_jax"}
@@ -223,17 +223,17 @@ def _receive(file: File, partial: pathlib.Path) -> None:
     try:
         response = urllib.request.urlopen(request, timeout=TIMEOUT)
     except urllib.error.HTTPError as error:
-        if error.code != 416:  # range not satisfiable: nothing is missing, or it is another file
+        if error.code != 416:  # range not satisfiable: complete, or another file
             raise
         version.unlink()
         if error.headers.get("Content-Range") == f"bytes */{start}":
             return
-        raise ConnectionError("the partial file does not fit, starting over") from error
+        raise ConnectionError("the server has another file now, starting over") from error
     if response.status != 206:  # the whole file
         start = 0
         version.unlink(missing_ok=True)
         mark = response.headers.get("ETag") or response.headers.get("Last-Modified")
-        if mark and not mark.startswith("W/"):  # weak marks do not promise the same bytes
+        if mark and not mark.startswith("W/"):  # weak ETags do not promise the same bytes
             version.write_text(mark)
     length = response.headers.get("Content-Length")
     total = start + int(length) if length else None
@@ -241,7 +241,7 @@ def _receive(file: File, partial: pathlib.Path) -> None:
     with response, bar as body, partial.open("ab" if start else "wb") as output:
         shutil.copyfileobj(body, output, CHUNK)
     if total is not None and _size(partial) < total:
-        raise ConnectionError(f"the connection ended at byte {_size(partial)} of {total}")
+        raise ConnectionError(f"connection lost at byte {_size(partial)} of {total}")
     version.unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
-"""How a PyTorch checkpoint's tensors become our parameters, and back.
+"""Conversion between the tensors of a PyTorch checkpoint and our parameters.
 
-A list of `Entry` describes a checkpoint: a tensor's name in the PyTorch file, the parameter (or
-parameters) that it is here, and an einops pattern between the two layouts.  The same list converts
-both ways.
+A list of `Entry` describes a checkpoint: each entry has a tensor's name in the PyTorch file, the
+parameter or parameters that it holds, and an einops pattern between the two layouts. The same list
+converts both ways.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,18 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One tensor of a PyTorch checkpoint and where it lives here."""
+    """One tensor of a PyTorch checkpoint, and its place in our parameters."""
 
     name: str  # in the PyTorch file
-    paths: tuple[str, ...]  # of parameters; several share the pattern's leading axis `p`
-    pattern: str | None = None  # from PyTorch's layout to ours; only its left side may have groups
+    paths: tuple[
+        str, ...
+    ]  # of parameters; several are stacked along the pattern's leading axis `p`
+    pattern: str | None = None  # from PyTorch's layout to ours; groups only on the left
     sizes: tuple[tuple[str, int], ...] = ()  # axis lengths that the pattern needs
     layer: int | None = None  # index along the leading axis of a stacked parameter
 
     def to_ours(self, tensor: np.ndarray) -> list[np.ndarray]:
-        """The tensor's part of each parameter in `paths`."""
+        """Splits the tensor into its part of each parameter in `paths`."""
         if self.pattern is None:
             return [tensor]
         array = rearrange(tensor, self.pattern, **dict(self.sizes))
@@ -42,7 +44,7 @@ class Entry:
         return rearrange(array, f"{right} -> {left}")
 
     def torch_shape(self, template: Mapping[str, Any]) -> tuple[int, ...]:
-        """The tensor's shape in the file, given our parameters' shapes by path."""
+        """The tensor's shape in the file, given the shapes of our parameters by path."""
         ours = template[self.paths[0]].shape
         if self.layer is not None:
             ours = ours[1:]
@@ -57,12 +59,12 @@ class Entry:
 
 
 def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template) -> dict[str, Any]:
-    """Our parameters, in the structure and the shapes of `template`, as float32 NumPy arrays.
+    """Converts tensors to float32 NumPy arrays in the structure and shapes of `template`.
 
-    Tensors that no entry mentions are not read; results share no memory with `tensors`.
+    Tensors without an entry are not read; results share no memory with `tensors`.
 
     Raises:
-      ValueError: a tensor is missing or has another shape than the architecture needs.
+      ValueError: a tensor is missing or has the wrong shape.
     """
     template = flatten_dict(template, sep="/")
     flat: dict[str, np.ndarray] = {}
@@ -88,7 +90,7 @@ def from_torch(tensors: Mapping[str, np.ndarray], entries: list[Entry], template
 def to_torch(params: Mapping[str, Any], entries: list[Entry]) -> dict[str, np.ndarray]:
     """The inverse of `from_torch`: contiguous float32 arrays under PyTorch's names.
 
-    Arrays whose layout is the same in both may share memory with `params`.
+    Arrays whose layout does not change may share memory with `params`.
     """
     flat = {path: np.asarray(value) for path, value in flatten_dict(params, sep="/").items()}
 

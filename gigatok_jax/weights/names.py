@@ -1,7 +1,7 @@
-"""The one place that knows the parameter names of the reference's checkpoints.
+"""The tensor names of all reference checkpoints, which no other module knows.
 
-Each function lists the tensors of one architecture.  In rows of `_layers`, `{layer}` stands for
-the number of a layer.
+Each public function lists the tensors of one architecture. In rows for `_layers`, `{layer}` stands
+for the number of a layer.
 """
 
 from collections.abc import Iterator
@@ -38,14 +38,14 @@ def _norm(name: str, path: str) -> Iterator[Entry]:
 
 
 def _layers(depth: int, rows: list[Entry]) -> Iterator[Entry]:
-    """The rows of every layer; here the parameters of all layers are stacked in one array."""
+    """Repeats rows for every layer; our parameters are stacked over layers, the reference's not."""
     for layer in range(depth):
         for row in rows:
             yield dataclasses.replace(row, name=row.name.format(layer=layer), layer=layer)
 
 
 def _attention(packed: str, out: str, path: str, heads: int) -> Iterator[Entry]:
-    """An attention whose query, key and value projections PyTorch packs into one tensor."""
+    """Attention whose query, key and value projections are one packed tensor in PyTorch."""
     sizes = (("p", 3), ("n", heads))
     kernels, biases = (tuple(f"{path}/{p}/{leaf}" for p in QKV) for leaf in ("kernel", "bias"))
     yield Entry(f"{packed}weight", kernels, PACKED_WEIGHT, sizes)
@@ -74,7 +74,9 @@ def _cnn(config: TokenizerConfig, part: str) -> Iterator[Entry]:
         levels.reverse()
     width = levels[0][1]
     yield from _pair(f"{part}.conv_in", f"{ours}/conv_in", CONV)
-    for step, (level, features) in enumerate(levels):  # the reference counts in order of use
+    for step, (level, features) in enumerate(
+        levels
+    ):  # the reference numbers levels in order of use
         name, path = f"{part}.conv_blocks.{step}", f"{ours}/level{level}"
         for i in range(config.residual_blocks + (not encoder)):
             yield from _residual_block(f"{name}.res.{i}", f"{path}_block{i}", width != features)
@@ -180,7 +182,7 @@ def generator(config: GeneratorConfig) -> list[Entry]:
 def _vit_layers(
     config: ViTConfig, layer: str, norm: str, mlp: tuple[str, str], *more: Entry
 ) -> Iterator[Entry]:
-    """Layers of a ViT: two norms called `norm` and a number, an MLP, and `more` rows."""
+    """Layers of a ViT: norms called `norm`1 and `norm`2, an MLP, and `more` rows."""
     rows = [
         *_norm(f"{layer}.{norm}1", f"{BLOCK}/norm_self"),
         *_norm(f"{layer}.{norm}2", f"{BLOCK}/norm_mlp"),
@@ -207,7 +209,7 @@ def dino(config: ViTConfig) -> list[Entry]:
 
 
 def clip(config: ViTConfig) -> list[Entry]:
-    """Entries of an open_clip model's vision tower, without the projection `visual.proj`."""
+    """Entries of the vision tower of an open_clip model, without `visual.proj`."""
     layer, attention = "visual.transformer.resblocks.{layer}", f"{BLOCK}/self_attention"
     packed, out = f"{layer}.attn.in_proj_", f"{layer}.attn.out_proj"
     rows = _attention(packed, out, attention, config.heads)
@@ -222,7 +224,7 @@ def clip(config: ViTConfig) -> list[Entry]:
 
 
 def siglip(config: ViTConfig) -> list[Entry]:
-    """Entries of the vision tower of a SigLIP of `transformers`, without its pooling head."""
+    """Entries of the vision tower of a `transformers` SigLIP, without the pooling head."""
     embeddings, layer = "vision_model.embeddings", "vision_model.encoder.layers.{layer}"
     attention, heads = f"{BLOCK}/self_attention", (("n", config.heads),)
     rows = [*_attention_out(f"{layer}.self_attn.out_proj", attention, config.heads)]
@@ -239,20 +241,20 @@ def siglip(config: ViTConfig) -> list[Entry]:
 
 
 def lpips_vgg16() -> list[Entry]:
-    """Entries of an LPIPS module saved whole: VGG-16's convolutions and five linear layers."""
+    """Entries of a complete LPIPS module: VGG-16's convolutions and five linear layers."""
     entries, index = [], 0  # in torchvision's Sequential
     for stage, widths in enumerate(lpips.STAGES, start=1):
         for i in range(1, len(widths) + 1):
             entries += _pair(f"net.slice{stage}.{index}", f"vgg/conv{stage}_{i}", CONV)
             index += 2  # a ReLU follows each convolution
-        index += 1  # and max pooling each stage
+        index += 1  # and max pooling follows each stage
         name = f"lin{stage - 1}"
         entries.append(Entry(f"{name}.model.1.weight", (name,), "1 c 1 1 -> c"))
     return entries
 
 
 def inception_fid() -> list[Entry]:
-    """Entries of FID's Inception, as `pt_inception-2015-12-05` has it."""
+    """Entries of FID's Inception, file `pt_inception-2015-12-05`."""
     entries = [*_pair("fc", "fc")]
     for name in inception.layer_names():
         entries.append(Entry(f"{name}.conv.weight", (f"{name}/conv/kernel",), CONV))

@@ -20,10 +20,10 @@ SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 
 
 class Tensors(Mapping[str, np.ndarray]):
-    """A file's tensors by name; each is read when it is asked for, floating types as float32."""
+    """The tensors of a file by name, read on access; floating-point tensors become float32."""
 
     def __init__(self, stored: Mapping[str, Any]):
-        """Takes PyTorch tensors, or functions that read a NumPy array."""
+        """`stored` maps names to PyTorch tensors, or to functions that read a NumPy array."""
         self._stored = stored
 
     def __getitem__(self, name: str) -> np.ndarray:
@@ -45,17 +45,17 @@ class Tensors(Mapping[str, np.ndarray]):
 def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
     """Opens a checkpoint.
 
-    No code in a `.pt` file is run. The tensors may be wrapped under "model", "state_dict" or
-    "module". The prefixes that `DistributedDataParallel` ("module.") and `torch.compile`
-    ("_orig_mod.") give to names are removed. Whatever else is in the file is ignored.
+    Code in `.pt` files never runs. Tensors may be nested under "model", "state_dict" or "module".
+    The prefixes that `DistributedDataParallel` ("module.") and `torch.compile` ("_orig_mod.") add
+    to names are removed. Other content is ignored.
 
     Args:
-      path: a `.safetensors` file, or one that `torch.save` wrote (`.pt`, `.pth`, `.bin`, ...).
-      weights: "auto": the EMA where the file has one, as in the reference; "model": not the EMA;
+      path: a `.safetensors` file, or one from `torch.save` (`.pt`, `.pth`, `.bin`, ...).
+      weights: "auto": the EMA if the file has one, as in the reference, else the model; "model";
         or the key of other weights in the file, such as "ema" or "discriminator".
 
     Raises:
-      UserError: the file is missing, unreadable, or holds no such tensors.
+      UserError: the file is missing or unreadable, or does not hold these weights.
     """
     path = pathlib.Path(path)
     if not path.is_file() or not path.stat().st_size:
@@ -80,7 +80,7 @@ def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]
     try:
         file = safetensors.safe_open(path, "np")
     except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a safetensors file, or cut short ({error})") from error
+        raise UserError(f"{path}: not a safetensors file, or truncated ({error})") from error
 
     def get(name: str) -> np.ndarray:
         try:
@@ -95,18 +95,18 @@ def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            # Mapped, optimizer states, twice the size of the weights, are not read.  The format
-            # before PyTorch 1.6, in which VGG-16 was published, cannot be mapped.
+            # Mapping avoids reading optimizer states, which are twice the size of the weights. The
+            # format before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
             mapped = zipfile.is_zipfile(path)
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # torch raises half a dozen types for files of other kinds
+    except Exception as error:  # torch raises many types for files of other kinds
         code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        reason = f"it asks for the code of {code[1]}" if code else "another kind, or cut short"
+        reason = f"it would run code of {code[1]}" if code else "another format, or truncated"
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
 
 
 def import_torch(path: str | pathlib.Path) -> Any:
-    """PyTorch, or a UserError that says that the file at `path` needs it."""
+    """Imports PyTorch, or raises UserError: the file at `path` needs it."""
     try:
         import torch
     except ImportError as error:
@@ -118,7 +118,7 @@ def import_torch(path: str | pathlib.Path) -> Any:
 
 
 def _unwrap(content: Any, weights: str, path: pathlib.Path) -> Mapping:
-    """The mapping of tensors that `weights` (see `read`) means."""
+    """The mapping of tensors that `weights` selects; see `read`."""
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     if weights == "auto":
@@ -139,18 +139,18 @@ def _describe(content: Mapping) -> str:
 
 
 def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes tensors as `.safetensors`, or under "model" in a `.pt`, by the file's suffix.
+    """Writes a `.safetensors` file, or a `.pt` file with the tensors under "model".
 
-    The file appears whole or not at all.
+    The write is atomic.
 
     Raises:
-      UserError: another suffix, or a place that cannot be written to.
+      UserError: the suffix is unknown, or the file cannot be written.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
-        raise UserError(f"{path}: expected a name that ends in one of {', '.join(SUFFIXES)}")
+        raise UserError(f"{path}: expected a file name that ends in {', '.join(SUFFIXES)}")
     torch = None if path.suffix == ".safetensors" else import_torch(path)
-    # Read-only arrays (JAX's) are copied: torch would warn of them.
+    # Copies read-only arrays, such as JAX's, which torch would warn about.
     tensors = {name: np.require(t, requirements=("C", "W")) for name, t in tensors.items()}
     try:
         with replacing(path) as aside:
