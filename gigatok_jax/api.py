@@ -1,8 +1,8 @@
-"""Tokenizers and generators in Python: load one, and call jitted functions on arrays.
+"""Trained tokenizers and generators as jitted functions on arrays.
 
-tokenizer = load_tokenizer("runs/b_l")
-codes = tokenizer.encode(images)
-images = tokenizer.decode(codes)
+    tokenizer = load_tokenizer("runs/b_l")
+    codes = tokenizer.encode(images)
+    images = tokenizer.decode(codes)
 """
 
 from collections.abc import Mapping
@@ -31,9 +31,10 @@ Path = str | pathlib.Path
 
 
 class Pretrained:
-    """A network with its weights, on all local devices, which share each batch that they divide.
+    """A network and its weights, replicated on all local devices.
 
-    Methods compile at their first call with a batch size.
+    A batch is split over the devices if their number divides it; otherwise each device computes all
+    of it. Methods compile on their first call with a given batch size.
 
     Attributes:
       config: the architecture.
@@ -43,19 +44,19 @@ class Pretrained:
 
     def __init__(self, module: nn.Module, params: Any):
         mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._whole, self._shared = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        self._replicated, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
         self.config, self.module = module.config, module
-        self.variables = {"params": jax.device_put(params, self._whole)}
+        self.variables = {"params": jax.device_put(params, self._replicated)}
         self._compiled = {}
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits that tell these parameters from any others."""
+        """Sixteen hex digits that identify the parameters."""
         return bundles.fingerprint(self.variables["params"])
 
     def _place(self, batch) -> jax.Array:
-        divisible = len(batch) % self._shared.mesh.size == 0
-        return jax.device_put(batch, self._shared if divisible else self._whole)
+        divisible = len(batch) % self._split.mesh.size == 0
+        return jax.device_put(batch, self._split if divisible else self._replicated)
 
     def _run(self, method, *batches, **kwargs) -> jax.Array:
         key = (method, *kwargs.items())
@@ -75,12 +76,12 @@ class Pretrained:
 
 
 class PretrainedTokenizer(Pretrained):
-    """A tokenizer with its weights: images to codes and back; see `Pretrained`.
+    """A tokenizer and its weights; see `Pretrained`.
 
     Methods raise ValueError for arrays of the wrong shape.
 
     Attributes:
-      history: the last 65,536 codes assigned in training, -1 where there was none.
+      history: the last 65,536 codes assigned in training; unused entries are -1.
     """
 
     def __init__(self, config: TokenizerConfig, weights: Mapping[str, Any], dtype: str = "auto"):
@@ -88,31 +89,31 @@ class PretrainedTokenizer(Pretrained):
         self.history = weights["history"]
 
     def encode(self, images) -> jax.Array:
-        """Codes, int32 `[B, N]`, of images `[B, H, W, 3]`, float in [-1, 1] or uint8."""
+        """Maps images `[B, H, W, 3]`, float in [-1, 1] or uint8, to codes, int32 `[B, N]`."""
         return self._run(Tokenizer.encode, self._images(images))
 
     def latents(self, images) -> jax.Array:
-        """Latents before the quantizer, float32 `[B, N, D]`; `images` as for `encode`."""
+        """Latents before quantization, float32 `[B, N, D]`; `images` as for `encode`."""
         return self._run(Tokenizer.latents, self._images(images))
 
     def decode(self, codes) -> jax.Array:
-        """Images float32 `[B, H, W, 3]` in about [-1, 1], not clipped, of codes `[B, N]`."""
+        """Maps codes `[B, N]` to images, float32 `[B, H, W, 3]` in about [-1, 1], not clipped."""
         return self._run(Tokenizer.decode, self._codes(codes, self.config.latents))
 
     def decoder_features(self, codes, layer: int) -> jax.Array:
-        """Output of the decoder transformer's layer 1, 2, ..., float32 `[B, grid*grid, W]`."""
+        """Output of decoder transformer layer `layer` (from 1), float32 `[B, grid*grid, W]`."""
         self._check_layer(layer, self.config.decoder.depth)
         codes = self._codes(codes, self.config.latents)
         return self._run(Tokenizer.decoder_features, codes, layer=layer)
 
     def semantic_features(self, codes) -> jax.Array:
-        """What the semantic loss compares with the teacher, float32 `[B, grid*grid, C]`."""
+        """Projected features that the semantic loss aligns with the teacher's, `[B, grid*grid, C]`."""
         if not self.config.semantic_dim:
             raise ValueError("this tokenizer has no projector: it was trained without a teacher")
         return self._run(Tokenizer.semantic_features, self._codes(codes, self.config.latents))
 
     def codebook_usage(self) -> float:
-        """Share of the codes among training's last 65,536 assignments, in [0, 1]."""
+        """Fraction of the codebook used in the last 65,536 training assignments, in [0, 1]."""
         return float(quantizer.codebook_usage(self.history, self.config.codebook_size))
 
     def _images(self, images):
@@ -124,13 +125,14 @@ class PretrainedTokenizer(Pretrained):
 
 
 class PretrainedGenerator(Pretrained):
-    """A generator with its weights: classes to codes; see `Pretrained`.
+    """A generator and its weights; see `Pretrained`.
 
     In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers in
-    [0, `config.null_class`]; the null class stands for any. ValueError is raised for others.
+    [0, `config.null_class`]; the null class means unconditional. Wrong shapes and classes out of
+    range raise ValueError.
 
     Attributes:
-      made_by: what made the weights; "tokenizer" is its tokenizer's fingerprint, where known.
+      made_by: provenance of the weights; "tokenizer" is the tokenizer's fingerprint, if known.
     """
 
     def __init__(
@@ -144,36 +146,37 @@ class PretrainedGenerator(Pretrained):
         self.made_by = dict(made_by or {})
 
     def logits(self, codes, classes=None) -> jax.Array:
-        """Logits of each code given the class and the codes before it, float32 `[B, N, K]`.
+        """Logits of each code, given the class and the preceding codes, float32 `[B, N, K]`.
 
         `classes` defaults to the null class.
         """
         return self._run(Generator.__call__, *self._inputs(codes, classes)).astype(jnp.float32)
 
     def features(self, codes, classes=None, *, layer: int) -> jax.Array:
-        """Output of layer 1, 2, ..., float32 `[B, N, W]`: of the class and all codes but the last.
+        """Output of layer `layer` (from 1), float32 `[B, N, W]`.
 
-        `classes` defaults to the null class.
+        Positions are the class and all codes but the last. `classes` defaults to the null class.
         """
         self._check_layer(layer, self.config.depth)
         return self._run(Generator.features, *self._inputs(codes, classes), layer=layer)
 
     def sample(self, classes, key: jax.Array, **settings) -> jax.Array:
-        """Samples codes of images of the given classes.
+        """Samples the codes of images of the given classes.
 
         Args:
           classes: `[B]` integers.
-          key: a random key, from which each image gets its own; or `[B]` keys, one for each image,
-            which give an image the same codes in any batch.
+          key: one random key, which is split over the images; or `[B]` keys, one per image, which
+            make an image's codes independent of its batch.
           settings: fields of `sampling.SamplingConfig`, all optional:
             guidance: scale of classifier-free guidance, at least 1; default 1, no guidance.
-            schedule: of guidance over an image's codes, "constant" (default), "step", "linear",
-              "reversed_linear", "triangular", "rectangular" or "cosine".
+            schedule: how guidance varies over an image's codes: "constant" (default), "step",
+              "linear", "reversed_linear", "triangular", "rectangular" or "cosine".
             schedule_start, schedule_end: where guidance starts (default 0.18) and ends (1) in the
-              schedules "step" and "rectangular", as shares of an image.
-            temperature: divides the logits, default 1; 0 takes the arg-max.
-            top_k: sample from the k likeliest codes only; default 0, all.
-            top_p: sample from the likeliest codes whose probability exceeds p; default 1, all.
+              schedules "step" and "rectangular", as fractions of the sequence.
+            temperature: divides the logits; default 1; 0 takes the arg-max.
+            top_k: sample from the k most likely codes only; default 0, all.
+            top_p: sample from the fewest codes whose probabilities sum to more than p; default 1,
+              all.
 
         Returns:
           int32 `[B, N]`.
@@ -187,20 +190,20 @@ class PretrainedGenerator(Pretrained):
             key = jax.random.wrap_key_data(key)
         keys = key if key.ndim else jax.random.split(key, len(classes))
         if keys.shape != classes.shape:
-            raise ValueError(f"key: expected one, or {len(classes)}, got {list(keys.shape)}")
+            raise ValueError(f"key: expected 1 or {len(classes)} keys, got {list(keys.shape)}")
         params, dtype = self.variables["params"], self.module.dtype
         batch = (self._place(classes), self._place(keys))
         return sampling.sample(self.config, params, *batch, settings, dtype)
 
     def _inputs(self, codes, classes) -> tuple[jax.Array, np.ndarray]:
-        """All codes but the last, and classes."""
+        """The codes that the generator reads: the last one predicts nothing. And the classes."""
         codes = self._codes(codes, self.config.codes)
         if classes is None:
             classes = np.full(len(codes), self.config.null_class)
         classes = self._classes(classes)
         if len(classes) != len(codes):
             raise ValueError(
-                f"classes: expected {len(codes)}, as many as codes, got {len(classes)}"
+                f"classes: expected {len(codes)}, one per row of codes, got {len(classes)}"
             )
         return codes[:, :-1], classes
 
@@ -216,22 +219,22 @@ class PretrainedGenerator(Pretrained):
 
 
 def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
-    """Loads a tokenizer's bundle, or that of a workdir.
+    """Loads a tokenizer.
 
     Args:
-      directory: what training or `gigatok convert` wrote.
+      directory: a bundle, or the workdir of a training run.
       dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
         and bfloat16 elsewhere.
 
     Raises:
-      UserError: the directory holds no bundle, or one of another kind.
+      UserError: the directory holds no tokenizer.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
 
 
 def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
-    """Loads a generator's bundle, or that of a workdir; see `load_tokenizer`."""
+    """Loads a generator; arguments and errors as for `load_tokenizer`."""
     bundle = bundles.load(directory, "generator", GeneratorConfig)
     return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
 
@@ -239,16 +242,16 @@ def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
 def tokenizer_from_torch(
     checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedTokenizer:
-    """Loads a checkpoint of the reference.
+    """Loads a tokenizer from a checkpoint of the reference.
 
     Args:
-      checkpoint: a `.pt` or `.safetensors` file, or its tensors by name.
+      checkpoint: a `.pt` or `.safetensors` file, or a mapping from tensor names to arrays.
       name: the architecture, such as "b_l".
       dtype: see `load_tokenizer`.
 
     Raises:
       UserError: the file cannot be read, or the name is unknown.
-      ValueError: the tensors are those of another architecture.
+      ValueError: the tensors do not fit the architecture.
     """
     config = recipes.tokenizer_model(name)
     weights = convert.from_torch("tokenizer", _tensors(checkpoint), config)
@@ -258,9 +261,9 @@ def tokenizer_from_torch(
 def generator_from_torch(
     checkpoint: Path | Mapping[str, np.ndarray], name: str, dtype: str = "auto"
 ) -> PretrainedGenerator:
-    """Loads a generator's checkpoint of the reference, such as "b" or "b,2d".
+    """Loads a generator from a checkpoint of the reference; `name` is, for example, "b" or "b,2d".
 
-    Arguments and errors are those of `tokenizer_from_torch`.
+    Arguments and errors as for `tokenizer_from_torch`.
     """
     config = recipes.generator_model(name)
     weights = convert.from_torch("generator", _tensors(checkpoint), config)
@@ -275,7 +278,7 @@ def parameter_count(name: str) -> int:
     """Exact number of trainable parameters; allocates nothing.
 
     Args:
-      name: of a tokenizer, such as "b_l", or a generator, such as "generator:b".
+      name: a tokenizer, such as "b_l", or a generator, such as "generator:b".
 
     Raises:
       UserError: the name is unknown.
@@ -284,7 +287,7 @@ def parameter_count(name: str) -> int:
     if kind == "generator":
         shapes = generator.param_shapes(recipes.generator_model(rest))
     elif kind:
-        raise UserError(f"{name!r}: no such model; known: generator:b, ..., b_l, ...")
+        raise UserError(f"{name!r}: no such model; expected a name such as b_l or generator:b")
     else:
         shapes = tokenizer.param_shapes(recipes.tokenizer_model(name))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,9 +1,9 @@
-"""Bundles: directories that hold a network's weights and all that is needed to use them.
+"""Bundles: directories that hold a network's weights and everything needed to use them.
 
-`config.json` holds the kind of network, its architecture, and what made the weights.
-`model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel".  Large
-models are divided as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., and
-`model.safetensors.index.json` says which file holds which array.
+`config.json` holds the kind of network, its architecture, and the provenance of the weights.
+`model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel". Large
+models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., with
+`model.safetensors.index.json` mapping arrays to files.
 """
 
 from collections.abc import Mapping, Sequence
@@ -27,15 +27,15 @@ from gigatok_jax.files import read_json, write_json, write_safetensors
 
 FORMAT = 2
 INDEX = "model.safetensors.index.json"
-FILE_BYTES = 5 * 10**9  # at most, but for a larger single array
+FILE_BYTES = 5 * 10**9  # maximum, unless a single array is larger
 
 
 class Bundle(NamedTuple):
     """A bundle's content."""
 
     config: Any  # the architecture
-    weights: dict[str, Any]  # nested dictionaries of NumPy arrays: "params", and what else there is
-    made_by: dict[str, Any]  # what made it
+    weights: dict[str, Any]  # nested dictionaries of NumPy arrays: "params" and others
+    made_by: dict[str, Any]  # provenance
 
     @property
     def fingerprint(self) -> str:
@@ -44,7 +44,7 @@ class Bundle(NamedTuple):
 
 
 def fingerprint(params: Any) -> str:
-    """Sixteen hex digits that tell these parameters from any others."""
+    """Sixteen hex digits that identify the parameters."""
     digest = hashlib.sha256()
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
     for path, array in leaves:
@@ -64,16 +64,16 @@ def save(
 ) -> None:
     """Writes a bundle; an existing one is replaced only once the new one is complete.
 
-    All processes of a run call this together. Arrays that are sharded over processes are gathered
-    one at a time, and process 0 writes them, so that it holds one file's arrays at most.
+    All processes of a run must call this. Process 0 gathers sharded arrays one at a time and writes
+    them, so it holds at most one file's arrays.
 
     Args:
-      directory: where.
+      directory: path of the bundle.
       kind: "tokenizer", "dinov2", "lpips", ...
-      config: the architecture, a dataclass, or None where there is only one.
+      config: the architecture, a dataclass; None if the kind has only one.
       weights: nested dictionaries of arrays.
-      made_by: what made it, as JSON can hold it.
-      file_bytes: the largest size of a file.
+      made_by: provenance, as JSON values.
+      file_bytes: maximum size of a file.
     """
     flat = flatten_dict(weights, sep="/")
     parts: list[list[str]] = [[]]
@@ -108,9 +108,9 @@ def save(
 
 
 def _gather(array: Any) -> np.ndarray | None:
-    """The whole array in process 0, None in the others."""
+    """The full array in process 0, None in the others."""
     if isinstance(array, jax.Array):
-        # Not the array itself is read: it would keep its value on the host as long as it lives.
+        # Read a copy or a shard: a JAX array caches its host value for as long as it lives.
         if array.is_fully_replicated:
             array = array.addressable_data(0)
         elif array.is_fully_addressable:
@@ -123,18 +123,18 @@ def _gather(array: Any) -> np.ndarray | None:
 def load(
     directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None = None
 ) -> Bundle:
-    """Reads a bundle; in a run of several processes each reads it on its own.
+    """Reads a bundle; each process of a run reads it independently.
 
     Args:
-      directory: of the bundle, or the workdir of the run that wrote it.
-      kind: what it must hold, or several kinds that it may hold.
-      config_type: the architecture's dataclass; None returns the file's mapping.
+      directory: the bundle, or the workdir of the run that wrote it.
+      kind: the expected kind, or several acceptable ones.
+      config_type: the architecture's dataclass; None leaves it as the mapping in the file.
 
     Returns:
-      The bundle; floating types are float32.
+      The bundle; floating-point arrays are float32.
 
     Raises:
-      UserError: there is no bundle, it is damaged, or it is of another kind.
+      UserError: the bundle is missing, damaged, or of another kind.
     """
     directory, config, made_by = _describe(directory, kind, config_type)
     places, arrays = {}, {}
@@ -149,34 +149,34 @@ def load(
             if jnp.issubdtype(array.dtype, jnp.floating):
                 arrays[name] = array.astype(np.float32, copy=False)
         weights = unflatten_dict(arrays, sep="/")
-    except Exception as error:  # damaged files raise half a dozen types
+    except Exception as error:  # damaged files raise many types
         raise UserError(f"{directory}: unreadable weights ({first_line(error)})") from error
     return Bundle(config, weights, made_by)
 
 
 def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:
-    """Reads a bundle's architecture only; arguments and errors are those of `load`."""
+    """Reads only a bundle's architecture; arguments and errors as for `load`."""
     return _describe(directory, kind, config_type)[1]
 
 
 def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None):
-    """The bundle that `directory` is or holds, its architecture, and what made it."""
+    """The bundle's own directory, its architecture, and its provenance."""
     directory = pathlib.Path(directory)
     if (directory / "bundle").is_dir():
         directory /= "bundle"
     elif (directory / "checkpoints").is_dir():
         raise UserError(
-            f"{directory}: this run has written no bundle yet; it does at its end, and when it is "
-            "stopped by SIGTERM"
+            f"{directory}: this run has not written a bundle yet; it does so when it finishes, or "
+            "when SIGTERM stops it"
         )
     path = directory / "config.json"
     try:
         record = read_json(path, "a bundle")
     except OSError:
-        raise UserError(f"{directory}: not a bundle, it has no config.json") from None
+        raise UserError(f"{directory}: not a bundle: it has no config.json") from None
     whole = isinstance(record, dict) and record.keys() >= {"kind", "config", "made_by"}
     if not whole or record.get("format") != FORMAT:
-        raise UserError(f"{path}: not a bundle's description (format {FORMAT})")
+        raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")
     kinds = [kind] if isinstance(kind, str) else kind
     if record["kind"] not in kinds:
         raise UserError(f"{directory}: holds a {record['kind']}, expected a {' or '.join(kinds)}")

@@ -1,6 +1,6 @@
-"""Configurations: frozen dataclasses that check their own fields, and how they are loaded.
+"""Configurations: frozen dataclasses that check their own fields, and how to load them.
 
-A configuration is declared once, as a dataclass under `@configclass`. Types are the rules:
+A configuration is declared once, as a dataclass under `@configclass`. Its types are its checks:
 
     @configclass
     class SamplingConfig:
@@ -31,7 +31,7 @@ from gigatok_jax.errors import UserError
 T = TypeVar("T")
 
 PACKAGE = pathlib.Path(__file__).parent
-# A wheel has the experiments inside the package, a checkout beside it.
+# In a wheel, configs/ is inside the package; in a checkout, beside it.
 CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
 
 
@@ -39,7 +39,7 @@ CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p
 def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
     """Makes a frozen dataclass whose constructor raises a one-line ValueError for a wrong value.
 
-    Default instances in fields are shared, which is safe because they are frozen.
+    Instances share the default values of fields, which is safe because configurations are frozen.
     """
     if cls is None:
         return functools.partial(configclass, kw_only=kw_only)
@@ -51,7 +51,8 @@ def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
     def __init__(self, *args, **kwargs):
         if len(args) > len(names):
             raise TypeError(f"{cls.__name__} takes {len(names)} values, got {len(args)}")
-        # By name, so that errors name the field; NumPy's numbers count as Python's.
+        # Pass all values by name, so that errors name the field. Strict mode would reject NumPy
+        # scalars.
         values = dict(zip(names, args, strict=False)) | kwargs
         for name, value in values.items():
             values[name] = value.item() if isinstance(value, np.generic) else value
@@ -65,25 +66,25 @@ def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
 
 
 def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config") -> T:
-    """Builds the configuration `cls` from nested mappings, as JSON and command lines give them.
+    """Builds a configuration from nested mappings, such as parsed JSON or `--config` flags.
 
     Args:
       cls: a `configclass`.
-      mapping: field name to value; fields with defaults may be left out.
-      path: where the mapping comes from, for messages.
+      mapping: field names to values; fields with defaults may be omitted.
+      path: origin of the mapping, for messages.
 
     Raises:
       UserError: a field is unknown, missing, of the wrong type or out of range.
     """
     try:
-        # Through JSON, because in strict mode only JSON may give lists for tuples.
+        # Through JSON, because strict mode accepts lists as tuples only from JSON.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(mapping))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}.{_first_line(error, cls)}") from None
 
 
 def _first_line(error: pydantic.ValidationError, cls: type) -> str:
-    """The first fault as `FIELD: expected ..., got ...`."""
+    """The first error as `FIELD: expected ..., got ...`."""
     fault = error.errors(include_url=False)[0]
     path = [str(part) for part in fault["loc"]]
     name, kind = ".".join(path), fault["type"]
@@ -101,14 +102,14 @@ def _first_line(error: pydantic.ValidationError, cls: type) -> str:
 
 
 def to_config_dict(config: Any) -> ConfigDict:
-    """A configuration as the `ConfigDict` whose fields `--config.a.b=c` overrides."""
+    """Converts a configuration to a `ConfigDict`, which `--config.a.b=c` can override."""
     values = {}
     hints = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             value = to_config_dict(value)
-        elif value is None:  # the flag's parser needs the type that None stands in for
+        elif value is None:  # the flag parser needs to know the type of the missing value
             (kind,) = (t for t in typing.get_args(hints[field.name]) if t is not types.NoneType)
             value = config_dict.placeholder(kind)
         values[field.name] = value
@@ -116,14 +117,14 @@ def to_config_dict(config: Any) -> ConfigDict:
 
 
 def load(name: str) -> Any:
-    """What the `get_config` of a file in `configs/`, or of one's own, returns.
+    """Calls `get_config` of a config file and returns the result.
 
     Args:
-      name: `FILE.py` or `FILE.py:ARGUMENT`, such as "configs/tokenizer.py:b_l". A file that does
-        not exist is looked up among the installed configs, and so is a bare name ("tokenizer:b_l").
+      name: `FILE.py` or `FILE.py:ARGUMENT`, such as "configs/tokenizer.py:b_l". If the file does
+        not exist, or `name` is bare ("tokenizer:b_l"), the installed configs are searched.
 
     Raises:
-      UserError: there is no such file, or it rejects the argument.
+      UserError: the file does not exist, has no `get_config`, or rejects the argument.
     """
     file, colon, argument = name.partition(":")
     path = pathlib.Path(file).expanduser()
@@ -137,7 +138,7 @@ def load(name: str) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "get_config"):
-        raise UserError(f"--config: {path}: expected a function get_config in it")
+        raise UserError(f"--config: {path}: expected a function get_config, found none")
     try:
         return module.get_config(argument) if colon else module.get_config()
     except ValueError as error:

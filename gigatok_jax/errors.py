@@ -1,11 +1,11 @@
-"""The exceptions that the command line prints as a single line."""
+"""Exceptions that the command line prints as one line, without a traceback."""
 
 
 class UserError(Exception):
-    """Input that cannot work. The message reads `WHERE: expected WHAT, got WHAT`.
+    """Invalid input. The message reads `WHERE: expected WHAT, got WHAT`.
 
-    WHERE is a path, a `--flag` or a field such as `config.a.b`. A configuration's own checks name
-    the field as their class knows it; `config.from_mapping` adds the path.
+    WHERE is a path, a `--flag` or a field such as `config.a.b`. The checks of a configuration name
+    only their own field; `config.from_mapping` adds the path to it.
     """
 
     exit_code = 2
@@ -18,5 +18,5 @@ class RunStopped(UserError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an exception's text, or the name of its type where it has none."""
+    """The first line of an exception's message, or its type if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,4 +1,4 @@
-"""Files that are complete or not there: written aside, then renamed. And where the cache is."""
+"""Atomic files and directories (written aside, then renamed), and the cache directory."""
 
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
@@ -23,22 +23,22 @@ def cache_dir() -> pathlib.Path:
 
 
 def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
-    """Where `replacing` in process `pid` lets `path` be written."""
+    """The temporary path that `replacing` yields in process `pid`."""
     return path.with_name(f".{path.name}.{pid}.partial")
 
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
-    """Yields a path beside `path` to write a file or directory to, then renames it to `path`.
+    """Yields a temporary path for a file or directory, and renames it to `path` afterwards.
 
-    If the block raises, what it wrote is removed and what stood at `path` stays.
+    If the block raises, the temporary file is removed and `path` is left as it was.
     """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
         yield aside
-        if path.is_dir():  # which no rename replaces
+        if path.is_dir():  # rename cannot replace a directory that is not empty
             old = path.with_name(f".{path.name}.{os.getpid()}.old")
             path.rename(old)
             aside.rename(path)
@@ -63,32 +63,34 @@ def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 
 
 def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Writes C-contiguous arrays, not aside."""
+    """Writes C-contiguous arrays, in place: call it on a path from `replacing`."""
     path.touch()
     mode = path.stat().st_mode
     try:
         safetensors.numpy.save_file(arrays, path)
     except safetensors.SafetensorError as error:  # a full disk, for example
         raise OSError(f"{path}: cannot be written ({error})") from error
-    path.chmod(mode)  # the library leaves files that only their owner can read
+    path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 
 def read_json(path: pathlib.Path, describes: str) -> Any:
-    """The content of a JSON file, or a UserError that says what the file `describes`."""
+    """Parses a JSON file; a UserError names what the file `describes`."""
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); it describes {describes}") from None
+        raise UserError(f"{path}: expected JSON that describes {describes}, got {error}") from None
 
 
 def claim(
     path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
 ) -> None:
-    """Writes a record of what a directory holds to the JSON file `path`; `write=False` only checks.
+    """Records in the JSON file `path` how its directory was made; `write=False` only checks.
+
+    Args:
+      describes: the directory's content, for messages.
 
     Raises:
-      UserError: another record is there; the message names the first field that differs, and what
-        the record `describes`.
+      UserError: `path` holds a different record; the message names the first field that differs.
     """
     if path.exists():
         refuse_other(path.parent, read_json(path, describes), record, describes)
@@ -99,8 +101,8 @@ def claim(
 def refuse_other(
     directory: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
 ) -> None:
-    """Raises UserError for the first field that differs; fields that `old` lacks are newer."""
-    for name, value in json.loads(json.dumps(new)).items():  # as JSON returns them
+    """Raises UserError for the first field that differs; `old` may lack newer fields."""
+    for name, value in json.loads(json.dumps(new)).items():  # tuples become lists, as in `old`
         if name in old and old[name] != value:
             raise UserError(
                 f"{directory}: holds {describes} made with another {name}: {old[name]!r}, "
@@ -109,7 +111,7 @@ def refuse_other(
 
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
-    """Sixteen hex digits of files' names below `root` (not its own), sizes and times of change."""
+    """Hashes the names, sizes and modification times of files in `root` to sixteen hex digits."""
     digest = hashlib.sha256()
     for name in names:
         found = (root / name).stat()

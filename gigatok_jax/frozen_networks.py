@@ -1,6 +1,6 @@
-"""The frozen networks by name: semantic teachers, DINO, LPIPS and FID's Inception.
+"""Frozen networks by name: semantic teachers, DINO, LPIPS, and the Inception network of FID.
 
-The embedded teacher comes with the program; `gigatok weights fetch` brings the others.
+The package includes the embedded teacher; `gigatok weights fetch` downloads the others.
 """
 
 from pathlib import Path
@@ -17,45 +17,44 @@ EMBEDDED = Path(__file__).parent / "assets" / "teacher"
 
 
 def load_teacher(name: str) -> tuple[vit.ViTConfig, dict[str, Any]]:
-    """Loads a teacher.
+    """Loads a semantic teacher.
 
     Args:
       name: "embedded", the small ViT that `tools/train_embedded_teacher.py` trains on the
-        drawings; a published one of `models.vit.PUBLISHED`; or a bundle of either.
+        drawings; a key of `models.vit.PUBLISHED`; or the directory of a teacher's bundle.
 
     Returns:
       The architecture, and the float32 parameters of `vit.ViT`.
 
     Raises:
-      UserError: the name is unknown, or the files are missing or not a teacher's.
+      UserError: the name is unknown, or the files are missing or hold no teacher.
     """
     bundle = bundles.load(_teacher(name), tuple(vit.FAMILIES), vit.ViTConfig)
     return bundle.config, bundle.weights["params"]
 
 
 def architecture(name: str) -> vit.ViTConfig:
-    """A teacher's architecture; a published teacher's files need not be there."""
+    """A teacher's architecture; a published teacher need not be downloaded."""
     if name in vit.PUBLISHED:
         return vit.PUBLISHED[name]
     return bundles.load_config(_teacher(name), tuple(vit.FAMILIES), vit.ViTConfig)
 
 
 def _teacher(name: str) -> Path:
-    """The directory of a teacher's bundle."""
     if name in vit.PUBLISHED:
         return fetch.fetched(name)
     directory = EMBEDDED if name == "embedded" else Path(name)
     if not (directory / "config.json").exists():
         known = ", ".join(["embedded", *vit.PUBLISHED])
-        raise UserError(f"teacher is {name!r}, expected one of {known}, or a teacher's directory")
+        raise UserError(f"teacher: expected {known} or the directory of a teacher's bundle, got {name!r}")
     return directory
 
 
 def load_dino() -> dict[str, Any]:
     """Loads the parameters of `vit.DINO["dino_vits16"]`.
 
-    The keys' biases are zeroed, as in the reference: attention does not depend on them, and half
-    precision has more left for what it does depend on.
+    Key biases are zeroed, as in the reference. They shift all of a query's logits equally, so
+    attention does not depend on them, and half precision loses less to rounding without them.
     """
     params = _load("dino_vits16", "dino")
     key = params["layers"]["block"]["self_attention"]["key"]
@@ -64,7 +63,7 @@ def load_dino() -> dict[str, Any]:
 
 
 def has_lpips() -> bool:
-    """Whether `load_lpips` has something to load."""
+    """Whether LPIPS has been downloaded."""
     return fetch.bundle_path("lpips_vgg16").exists()
 
 

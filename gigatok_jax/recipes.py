@@ -1,4 +1,4 @@
-"""Names of models and what they stand for: the paper's sizes and recipes (Tables 8 and 9)."""
+"""Named models: the sizes and training recipes of the paper (Tables 8 and 9)."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -22,14 +22,15 @@ SIZES = {
 class Recipe:
     """A model and its training: a row of Table 9, or a generator of appendix C.
 
-    `remat` and `sharded` are what `gigatok plan` finds to fit from eight H100s or a v5p slice up.
+    With these values of `remat` and `sharded`, training fits eight H100s or a small v5p slice,
+    according to `gigatok plan`.
     """
 
     model: TokenizerConfig | GeneratorConfig
     epochs: int
     batch_size: int
     remat: str = "dots"  # see `layers.remat`
-    sharded: bool = False  # parameters are divided over all devices, not only the batch
+    sharded: bool = False  # divide the parameters over all devices, not only the batch
 
 
 def _tokenizer(encoder: str, decoder: str, layout: str = "1d") -> TokenizerConfig:
@@ -62,7 +63,7 @@ GENERATORS = {
     "xxl": Recipe(_generator("xxl"), epochs=300, batch_size=512, sharded=True),
 }
 
-# What a variant changes in the model; configs/tokenizer.py has the rest.
+# Changes to the model only; configs/tokenizer.py holds what a variant changes in training.
 TOKENIZER_VARIANTS = {
     "released": {"gradient": "rotation"},
     "vanilla": {"semantic_dim": 0},
@@ -72,7 +73,7 @@ GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}
 
 
 def tokenizer_model(argument: str) -> TokenizerConfig:
-    """The architecture of NAME or NAME,VARIANT,..., such as "b_l,vanilla".
+    """The architecture that NAME or NAME,VARIANT,... names, such as "b_l,vanilla".
 
     Raises:
       UserError: the name or a variant is unknown.
@@ -81,7 +82,7 @@ def tokenizer_model(argument: str) -> TokenizerConfig:
 
 
 def generator_model(argument: str) -> GeneratorConfig:
-    """The architecture of NAME or NAME,VARIANT,..., such as "b,2d"; see `tokenizer_model`."""
+    """The architecture that NAME or NAME,VARIANT,... names, such as "b,2d"."""
     return _model(argument, GENERATORS, GENERATOR_VARIANTS, "generator")
 
 
@@ -94,7 +95,7 @@ def _model(argument: str, recipes: Mapping, variants: Mapping, what: str) -> Any
 
 
 def lookup(name: str, table: Mapping[str, Any], what: str) -> Any:
-    """The entry called `name`, or a UserError that lists the known ones."""
+    """`table[name]`, or a UserError that lists the known names."""
     if name not in table:
         raise UserError(f"{name!r}: no such {what}; known: {', '.join(table)}")
     return table[name]

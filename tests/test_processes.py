@@ -162,7 +162,7 @@ def files(directory: pathlib.Path) -> dict[str, str]:
     "fields, message",
     [
         (("", 2, 0), "--coordinator, --processes and --process: expected all of them or none"),
-        (("host", 2, 0), "expected HOST:PORT"),
+        (("host", 2, 0), "as HOST:PORT"),
         (("host:1", 2, 2), "a number and a smaller one"),
         (("host:1", 2, 1, 3), "--timeout: expected at least 10 seconds, got 3"),
     ],
