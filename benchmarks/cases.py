@@ -1,4 +1,4 @@
-"""What is measured: each case prepares one call of the program, and says what it must cost."""
+"""The benchmarks: each case prepares one call of the program, and states its least cost."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -24,20 +24,20 @@ from gigatok_jax.training import loop
 from gigatok_jax.training.generator import validation_loss
 from gigatok_jax.training.task import RunConfig
 
-remat = ""  # of training steps; "": the config's
+remat = ""  # policy for training steps; "": the config's
 
 
 @dataclasses.dataclass
 class Rival:
-    """What `benchmarks.yardstick` needs to do the same.
+    """Input of the same computation in `benchmarks.yardstick`.
 
     Attributes:
       task: a key of its TASKS.
       trees: parameters, by name.
       arrays: inputs, by name.
-      config: numbers, by name.
-      expected: gives our result of its check; called before the case is.
-      agrees: whether its result is ours.
+      config: settings, by name.
+      expected: computes our result for its check; called before the case.
+      agrees: compares our result with its result.
     """
 
     task: str
@@ -50,20 +50,20 @@ class Rival:
 
 @dataclasses.dataclass
 class Case:
-    """One thing that is measured.
+    """One benchmark.
 
     Attributes:
-      call: does it once; what it returns is waited for.
-      images: that one call handles.
-      flops: of its products and convolutions.
-      bytes: that it cannot but move: parameters and state, once read and once written.
-      compile_seconds: what was spent on compiling it, or None.
-      memory: bytes of arguments, results and temporaries, as compiled, or None.
-      limit, limited_by: seconds that it cannot but take for another reason, and its name.
-      rival: the same in PyTorch, or without this program, or None.
-      seconds: times one call itself, in place of `call`.
-      repeats: timed calls at most; 0: as many as asked for.
-      close: frees what it holds.
+      call: runs it once; the timer waits for the result.
+      images: number of images per call.
+      flops: FLOPs of products and convolutions per call.
+      bytes: least memory traffic per call, such as parameters read and state written.
+      compile_seconds: time to compile it, or None.
+      memory: bytes of the compiled program's arguments, results and temporaries, or None.
+      limit, limited_by: another lower bound on the time, in seconds, and its name.
+      rival: the same computation in PyTorch, or a plain function to compare with, or None.
+      seconds: runs and times one call, in place of `call`.
+      repeats: most calls to time; 0: as many as requested.
+      close: frees its resources.
     """
 
     call: Callable[[], Any] | None
@@ -81,11 +81,11 @@ class Case:
 
 
 def fill(shapes: Any, seed: int = 0) -> Any:
-    """Random parameters, scaled as trained ones are, so that outputs tell right from wrong."""
+    """Random parameters, scaled like trained ones, so that errors show in the outputs."""
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):
-        x = rng.random(leaf.shape, dtype=np.float32)  # of billions, normal ones would take minutes
+        x = rng.random(leaf.shape, dtype=np.float32)  # normal numbers take minutes for large models
         x -= 0.5
         x *= 12**0.5
         name = path[-1].key
@@ -104,7 +104,7 @@ def tree_bytes(tree: Any) -> int:
 
 
 def _compile(function: Callable, *arguments, **static) -> tuple[Callable, dict[str, Any]]:
-    """The compiled function, and what a `Case` says of it."""
+    """The compiled function, and its costs as fields of `Case`."""
     jitted = function if hasattr(function, "lower") else jax.jit(function)
     traced = jitted.trace(*arguments, **static)
     lowered = traced.lower()
@@ -185,12 +185,12 @@ def decode(model: str, batch: int) -> Case:
 
 
 def _tolerance() -> float:
-    """Of results, relative; rounding apart, what is compared is the same computation."""
+    """Relative error of results that rounding may cause."""
     return 1e-3 if compute_dtype("auto") == jnp.float32 else 5e-2
 
 
 def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case:
-    """Before or after `disc_start`, with the losses, the teacher and the LPIPS of the config."""
+    """The step before or after `disc_start`, with the config's losses, teacher and LPIPS."""
     run = dataclasses.replace(configs.load(f"tokenizer:{model}"), **_fields(batch))
     step = _Step(run)
     images = _images(batch, run.model.image_size)
@@ -231,7 +231,7 @@ def generator_step(model: str, batch: int) -> Case:
 
 
 def _fields(batch: int) -> dict[str, Any]:
-    """What a benchmark decides in place of a config."""
+    """Fields of a config that a benchmark overrides."""
     fields = {
         "batch_size": batch,
         "mesh": MeshConfig(),
@@ -245,7 +245,7 @@ def _near(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 class _Step:
-    """The step that `train` runs, with random weights everywhere."""
+    """The training step that `train` runs, with random weights."""
 
     def __init__(self, run: RunConfig):
         self.mesh = sharding.make_mesh(run.mesh)
@@ -281,7 +281,7 @@ class _Step:
 
 
 def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
-    """All codes of a batch; the limit reads weights and cache once for each of them."""
+    """All codes of a batch. The limit is to read weights and cache once per code."""
     config = recipes.generator_model(model)
     params, dtype = fill(generator.param_shapes(config)), compute_dtype("auto")
     placed = jax.device_put(params)
@@ -301,7 +301,7 @@ def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
         return jax.jit(run(settings))(placed, classes, keys)
 
     def agrees(one, other):
-        # Later on, one code that rounding decides makes all after it differ.
+        # Once rounding changes a code, all later codes differ: compare only the first.
         codes, share = (8, 0.95) if _tolerance() < 1e-2 else (2, 0.5)
         return np.mean(one[:, :codes] == other[:, :codes]) > share
 
@@ -323,7 +323,7 @@ def sample(model: str, batch: int, *, guidance: float = 1.0) -> Case:
 
 
 def code_search(model: str, batch: int) -> Case:
-    """With the entropy loss, forward and backward, as a tokenizer's step has it."""
+    """The search with entropy loss, forward and backward, as in a tokenizer's step."""
     config = recipes.tokenizer_model(model)
     rng = np.random.default_rng(1)
     shapes = ((batch, config.latents, config.code_dim), (config.codebook_size, config.code_dim))
@@ -341,7 +341,7 @@ def code_search(model: str, batch: int) -> Case:
 
 
 def features(model: str, batch: int) -> Case:
-    """The metrics' Inception pass, in full float32."""
+    """Inception's features for the metrics, in full float32."""
     if model != "inception":
         raise UserError(f"features:{model}: expected features:inception")
     shapes = layers.param_shapes(inception.Inception(), (1, 299, 299, 3))

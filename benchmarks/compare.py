@@ -17,7 +17,7 @@ def main() -> None:
 
 
 def table(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """Lines: for each measurement that both have, A, B and A over B; then what one alone has."""
+    """Lines with A, B and A / B of each shared measurement, then those of one file only."""
     lines = [
         f"{name}: {describe_machine(r['machine'])}" for name, r in (("A", first), ("B", second))
     ]

@@ -1,10 +1,10 @@
-"""The reconstruction vs. generation dilemma at home (paper, 3.2 and 4.2), on the embedded drawings.
+"""The dilemma of reconstruction vs. generation (paper, 3.2 and 4.2), on the embedded drawings.
 
   python -m benchmarks.dilemma --workdir=runs/dilemma
 
 Trains tokenizers of several sizes, with and without semantic regularization, from several seeds,
-probes each (`gigatok probe`), and writes table.md, results.json and report.html. Goes on where it
-was stopped. Each core works on a tokenizer of its own.
+probes each (`gigatok probe`), and writes table.md, results.json and report.html. A restart resumes.
+Each core works on one tokenizer at a time.
 """
 
 import argparse
@@ -42,7 +42,7 @@ METRICS = {
 
 
 def measure(workdir: pathlib.Path, run: tuple[str, str, int], cores: queue.Queue) -> None:
-    """Trains and probes one tokenizer on one of the free cores, unless its results are there."""
+    """Trains and probes one tokenizer on a free core, unless its results exist."""
     size, arm, seed = run
     folder = workdir / f"{size}_{arm}_{seed}"
     if (folder / "results.json").exists():

@@ -1,4 +1,4 @@
-"""Cases of the host's work: the input pipeline, checkpoints, the way to the first step."""
+"""Benchmarks of the host: input pipeline, checkpoints, start-up until the first step."""
 
 from collections.abc import Callable
 import functools
@@ -27,11 +27,11 @@ from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 SIZE = 256
 START_TIMEOUT = 1_800  # seconds
 
-photos: pathlib.Path | None = None  # folder of JPEGs; None: made-up ones
+photos: pathlib.Path | None = None  # folder of JPEGs; None: synthetic ones
 
 
 def augmentation(model: str, batch: int) -> Case:
-    """The training crop of JPEGs, in float32, on one core; beside it Pillow called plainly."""
+    """Training crops of JPEGs in float32 on one core, compared with plain Pillow."""
     if model not in crops.RESIZES:
         raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
@@ -62,7 +62,7 @@ def _float(crop: np.ndarray) -> np.ndarray:
 
 
 def _plain(data: bytes, rng: np.random.Generator) -> np.ndarray:
-    """ADM's augmentation as its authors, and most who took it over, write it."""
+    """ADM's augmentation, as in most programs that use it."""
     image = Image.open(io.BytesIO(data))
     image.load()
     image = image.convert("RGB")
@@ -89,7 +89,7 @@ def _read(folder: pathlib.Path) -> list[bytes]:
 
 
 def _photos() -> list[bytes]:
-    """JPEGs of ImageNet's usual size and weight; like those of photos, amplitudes fall as 1/f."""
+    """JPEGs of ImageNet's typical size, with amplitudes that fall as 1/f as in photos."""
     rng, files = np.random.default_rng(0), []
     height, width = 375, 500
     f = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
@@ -113,7 +113,7 @@ def _state(model: str):
 
 
 def _checkpoints() -> tuple[Checkpoints, Callable[[], None]]:
-    """Those of a folder for a while, and what ends them."""
+    """Checkpoints in a temporary folder, and a function that removes them."""
     folder = tempfile.TemporaryDirectory()
     checkpoints = Checkpoints(pathlib.Path(folder.name))
 
@@ -125,7 +125,7 @@ def _checkpoints() -> tuple[Checkpoints, Callable[[], None]]:
 
 
 def save(model: str, batch: int) -> Case:
-    """How long a checkpoint of a generator's state holds up the step; files follow behind it."""
+    """Time that saving a generator's state delays a step; files are written afterwards."""
     del batch
     checkpoints, close = _checkpoints()
     steps = itertools.count(1)
@@ -138,12 +138,12 @@ def save(model: str, batch: int) -> Case:
         checkpoints.wait()
         return taken
 
-    seconds()  # the first makes folders and threads
+    seconds()  # the first call creates folders and threads
     return Case(None, 0, seconds=seconds, close=close)
 
 
 def restore(model: str, batch: int) -> Case:
-    """Reading it again, from the file system's cache."""
+    """Restoring a generator's state, from the file system's cache."""
     del batch
     checkpoints, close = _checkpoints()
     abstract, state = _state(model)
@@ -155,7 +155,7 @@ def restore(model: str, batch: int) -> Case:
 
 
 def start_up(model: str, batch: int, *, cold: bool) -> Case:
-    """From the start of `gigatok train` to the first logged step, without a teacher."""
+    """Time from starting `gigatok train` to the first logged step, without a teacher."""
     folder = tempfile.TemporaryDirectory()
     root = pathlib.Path(folder.name)
     fields = [
@@ -184,7 +184,7 @@ def start_up(model: str, batch: int, *, cold: bool) -> Case:
         log = workdir / "metrics.jsonl"
         while not (log.exists() and log.read_text()):
             if process.poll() or time.perf_counter() - start > START_TIMEOUT:
-                raise RuntimeError(f"{' '.join(command)} did not come to a step")
+                raise RuntimeError(f"{' '.join(command)} logged no step")
             time.sleep(0.02)
         taken = time.perf_counter() - start
         process.wait()

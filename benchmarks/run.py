@@ -1,9 +1,9 @@
 """python -m benchmarks.run [NAME[:MODEL[:BATCH]] ...] --out=FILE.json
 
-Measures this program on this machine, beside the least time that the hardware allows and, where
-PyTorch is installed, beside the same computation written in it (`benchmarks.yardstick`). Names and
-their defaults are listed by --help; without any, all of them are measured. What FILE holds already
-of other measurements is kept, so that a table can be filled in several runs.
+Measures this program on this machine, next to the least time that the hardware allows and, if
+PyTorch is installed, the same computation in PyTorch (`benchmarks.yardstick`). --help lists names
+and defaults; without names, all are measured. Other measurements already in FILE are kept, so that
+several runs can fill one table.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.planning.chips import CHIPS, Chip
 
 GUIDANCE = 2.0
-# Name to what prepares it, and the model and batch on CPUs and on accelerators.
+# By name: function that prepares the case, and model and batch on CPUs and on accelerators.
 CASES: dict[str, tuple[Callable[..., Case], tuple[str, int], tuple[str, int]]] = {
     "encode": (cases.encode, ("s_s", 4), ("b_l", 64)),
     "decode": (cases.decode, ("s_s", 4), ("b_l", 64)),
@@ -64,12 +64,12 @@ def main() -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("names", nargs="*", metavar="NAME[:MODEL[:BATCH]]")
     parser.add_argument("--out", required=True, type=pathlib.Path, help="JSON file of the results")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each; 5")
+    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each (5)")
     parser.add_argument("--photos", type=pathlib.Path, help="folder of JPEGs for `input`")
     parser.add_argument(
-        "--remat", choices=("none", "dots", "full"), help="of training steps; the config's"
+        "--remat", choices=("none", "dots", "full"), help="policy for training steps (the config's)"
     )
-    parser.add_argument("--no-yardstick", action="store_true", help="measure ours alone")
+    parser.add_argument("--no-yardstick", action="store_true", help="do not run PyTorch")
     arguments = parser.parse_args()
     if arguments.repeats < 1:
         parser.error(f"--repeats: expected at least 1, got {arguments.repeats}")
@@ -95,17 +95,17 @@ def main() -> None:
             parser.error(str(error))
         key = f"{name}:{model}:{batch}"
         report["results"][key] = result
-        write_json(arguments.out, report)  # after each: what was measured is not lost
+        write_json(arguments.out, report)  # after each, so that an interruption loses nothing
         print(row(key, result), flush=True)
 
 
 def read(parser: argparse.ArgumentParser, path: pathlib.Path) -> dict[str, Any]:
-    """A file of results, or the end of the program in one line."""
+    """Reads a file of results, or exits with an error in one line."""
     try:
         report = json.loads(path.read_text())
         return {"machine": report["machine"], "results": report["results"]}
     except (OSError, ValueError, KeyError) as error:
-        parser.error(f"{path}: expected what benchmarks.run writes ({error})")
+        parser.error(f"{path}: expected a file written by benchmarks.run ({error})")
 
 
 def _defaults() -> str:
@@ -130,13 +130,13 @@ def _parse(text: str) -> tuple[str, str, int]:
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """What a time is compared with.
+    """The hardware that sets the limits.
 
     Attributes:
-      device: its kind, and how many there are.
-      peak: products a second, of all devices together.
-      bandwidth: bytes a second to and from their main memories.
-      known: whether these are the maker's, or were measured just now.
+      device: kind and number of devices.
+      peak: FLOPs per second, of all devices together.
+      bandwidth: bytes per second to and from all main memories.
+      known: True if these are the maker's figures, False if they were measured just now.
       dtype: of the computation.
       versions: of the libraries.
     """
@@ -164,7 +164,7 @@ class Machine:
         return cls(name, peak, bandwidth, chip is not None, jnp.dtype(dtype).name, versions)
 
 
-# Words of JAX's `device_kind` to names of `planning.chips`.
+# Words in JAX's `device_kind` to names in `planning.chips`.
 KINDS = {
     "a100": "a100", "h100": "h100", "h200": "h200", "b200": "b200", "tpu v4": "v4",
     "tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5p": "v5p", "tpu v5": "v5p", "tpu v6": "v6e",
@@ -183,7 +183,7 @@ def _processor() -> str:
 
 
 def _product_rate(dtype: Any, size: int = 4096) -> float:
-    """FLOPs a second of a large matrix product, the best of five."""
+    """FLOPs per second of a large matrix product, the best of five."""
     x = jnp.ones((size, size), dtype)
     product = jax.jit(jnp.dot)
     product(x, x).block_until_ready()
@@ -192,7 +192,7 @@ def _product_rate(dtype: Any, size: int = 4096) -> float:
 
 
 def _copy_rate(size: int = 2**28) -> float:
-    """Bytes a second that an addition reads and writes, the best of five."""
+    """Bytes per second that an addition reads and writes, the best of five."""
     x = jnp.ones(size, jnp.float32)
     add = jax.jit(lambda x: x + 1)
     add(x).block_until_ready()
@@ -206,10 +206,10 @@ def seconds_of(call: Callable[[], Any]) -> float:
 
 
 def steady_seconds(call: Callable[[], Any]) -> float:
-    """Of one of the calls that follow another, as in a loop.
+    """Seconds per call in a loop.
 
-    The first finds memory and caches cold; on accelerators, short ones are queued, as a training's
-    steps are.
+    A first call, with cold memory and caches, is left out. On accelerators, short calls are queued
+    like the steps of a training run.
     """
     count = calls(seconds_of(call), jax.default_backend())
 
@@ -224,7 +224,7 @@ def steady_seconds(call: Callable[[], Any]) -> float:
 def measure(
     prepare: Callable[..., Case], model: str, batch: int, machine: Machine, arguments: Any
 ) -> dict[str, Any]:
-    """Times a case, the yardstick's like right before and after each call."""
+    """Times a case, and its rival right before and after each call."""
     case = prepare(model, batch)
     yardstick, ours, theirs, ratios = _yardstick(case, arguments), [], [], []
     if yardstick:
@@ -268,14 +268,14 @@ def measure(
 def _yardstick(case: Case, arguments: Any) -> "Yardstick | Local | None":
     if not isinstance(case.rival, Rival):
         return case.rival and Local(case.rival)
-    rival, case.rival = case.rival, None  # its arrays are no longer needed here
+    rival, case.rival = case.rival, None  # frees its arrays
     if arguments.no_yardstick or importlib.util.find_spec("torch") is None:
         return None
     return Yardstick(rival)
 
 
 class Local:
-    """What is measured against in this process; see `Yardstick`."""
+    """A rival that runs in this process; see `Yardstick`."""
 
     def __init__(self, call: Callable[[], Any]):
         self._call, self.answer = call, {}
@@ -291,10 +291,10 @@ class Yardstick:
     """The process that runs PyTorch.
 
     Attributes:
-      answer: what it says of itself.
+      answer: its device and version.
 
     Raises:
-      RuntimeError: its results are not ours.
+      RuntimeError: its results differ from ours.
     """
 
     def __init__(self, rival: Rival):
@@ -337,7 +337,7 @@ HEADER = (
 
 
 def describe_machine(machine: dict[str, Any]) -> str:
-    how = "as its maker says" if machine["known"] else "measured"
+    how = "from the data sheet" if machine["known"] else "measured"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     return (
         f"{machine['device']}, {machine['dtype']}: {machine['peak'] / 1e12:.3g} TFLOP/s and "

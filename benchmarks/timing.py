@@ -4,8 +4,8 @@ import math
 
 
 def calls(seconds: float, backend: str) -> int:
-    """Calls that are queued and timed together, where one takes so many seconds.
+    """Number of calls of this duration to queue and time together.
 
-    On CPUs one: there, calls that are queued may run side by side.
+    On CPUs it is one, because queued calls may run in parallel there.
     """
     return 1 if backend == "cpu" else min(max(math.ceil(0.3 / seconds), 1), 20)

@@ -1,8 +1,8 @@
-"""The same networks and steps in plain PyTorch, to measure against; parameters are ours.
+"""The same networks and steps in idiomatic PyTorch, with our parameters, as a yardstick.
 
-Written as a PyTorch user would: its own attention, convolutions in channels_last, fused AdamW, on
-GPUs bfloat16 autocast. `serve` answers requests of `benchmarks.run` from a process of its own, so
-that neither library's threads are in the other's way.
+It uses PyTorch's own attention, convolutions in channels_last, fused AdamW and, on GPUs, bfloat16
+autocast. `serve` answers the requests of `benchmarks.run` in a separate process, so that the
+threads of the two libraries do not compete.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def load(path: str) -> tuple[dict, dict]:
-    """Arrays of an `.npz` whose names are paths: parameters as tensors, and the rest."""
+    """Arrays of an `.npz` whose names are paths: trees of parameters as tensors, and the rest."""
     tree, rest = {}, {}
     with np.load(path) as file:
         for name in file.files:
@@ -247,7 +247,7 @@ def patchgan(p, x, channels):
 
 
 class Optimizer:
-    """AdamW after clipping, and a moving average of the weights."""
+    """Clipping, AdamW, and a moving average of the weights."""
 
     def __init__(self, params, average, clip, weight_decay):
         self.leaves = [leaf.requires_grad_() for leaf in _leaves(params)]
@@ -273,7 +273,7 @@ class TokenizerStep:
         self.discriminator, self.c = trees["discriminator"], c
         self.images = images(rest["image"])
         self.optimizer = Optimizer(self.p, True, 10.0, 1e-4)
-        self.judge = Optimizer(self.discriminator, False, 10.0, 1e-4)
+        self.discriminator_optimizer = Optimizer(self.discriminator, False, 10.0, 1e-4)
 
     def loss(self):
         """The weighted sum of the terms, and the reconstruction."""
@@ -305,13 +305,13 @@ class TokenizerStep:
         total.backward()
         self.optimizer.step()
         if self.c["adversarial"]:
-            self.judge.adamw.zero_grad()
+            self.discriminator_optimizer.adamw.zero_grad()
             with autocast():
                 real = patchgan(self.discriminator, self.images, self.c["channels"])
                 false = patchgan(self.discriminator, fake.detach(), self.c["channels"])
                 loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + false).mean())
             (0.5 * loss).backward()
-            self.judge.step()
+            self.discriminator_optimizer.step()
         return total.detach()
 
 
@@ -320,7 +320,7 @@ def rms_norm(x, p):
 
 
 def pack(layer):
-    """A generator's layer with one product for queries, keys and values, one for the MLP's in."""
+    """A generator's layer with fused queries, keys and values, and a fused MLP input."""
     a = layer["attention"]
     return {
         **{name: layer[name] for name in ("norm_attention", "norm_mlp", "mlp_out")},
@@ -376,7 +376,7 @@ class GeneratorStep:
 
 
 class Sample:
-    """All codes of a batch of images, one after the other, with keys and values kept."""
+    """Sampling all codes of a batch of images, with a cache of keys and values."""
 
     def __init__(self, trees, rest, c):
         self.p, self.c = trees["params"], c
@@ -466,7 +466,7 @@ TASKS = {
 
 
 def check(job, task: str) -> np.ndarray:
-    """What must equal ours: codes, images, a loss before the first update, or arg-max codes."""
+    """The result to compare: codes, images, the loss before an update, or arg-max codes."""
     if task == "generator_step":
         job = copy.copy(job)
         job.c = job.c | {"dropout": 0.0, "class_dropout": 0.0}
@@ -479,7 +479,7 @@ def check(job, task: str) -> np.ndarray:
 
 
 def seconds_of(job, count: int = 1) -> float:
-    """Of one of `count` calls, queued."""
+    """Seconds per call of `count` queued calls."""
     start = time.perf_counter()
     for _ in range(count):
         job()
@@ -489,7 +489,7 @@ def seconds_of(job, count: int = 1) -> float:
 
 
 def serve() -> None:
-    """Answers requests, one JSON object a line, until the input ends."""
+    """Answers requests, one JSON object per line, until the input ends."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.benchmark = True
     job = None
@@ -504,7 +504,7 @@ def serve() -> None:
                     if hasattr(job, name):
                         setattr(job, name, torch.compile(getattr(job, name)))
                 job()  # compiles
-                torch.cuda.empty_cache()  # the other process needs memory, too
+                torch.cuda.empty_cache()  # for the other process
             answer = {"device": DEVICE, "version": torch.__version__}
         else:
             answer = {"seconds": seconds_of(job, calls(seconds_of(job), DEVICE))}

@@ -1,7 +1,6 @@
-"""A tiny tokenizer of the embedded drawings, every loss on, and AR probing of it.
+"""A tiny tokenizer of the embedded drawings, with every loss, and AR probing of it.
 
-`configs/demo.py:tokenizer` and `configs/demo.py:probe`; `gigatok demo` runs both, in minutes on two
-cores.
+`demo:tokenizer` and `demo:probe`; `gigatok demo` runs both, in minutes on two cores.
 """
 
 from gigatok_jax.data.sources import DataConfig
@@ -30,7 +29,7 @@ def tokenizer() -> TokenizerRun:
         model=TokenizerConfig(
             encoder=size,
             decoder=size,
-            layout="2d",  # learns in hundreds of steps what a Q-Former takes thousands for
+            layout="2d",  # learns in hundreds of steps; a Q-Former takes thousands
             image_size=32,
             latents=64,
             base_channels=16,
@@ -69,7 +68,7 @@ def probe() -> ProbeConfig:
         crop_factors=(),
         generator=generator(),
         linear_probe=LinearProbeRun(
-            # In so few steps LARS moves the layer hardly at all.
+            # LARS hardly moves the layer in so few steps.
             optimizer=OptimizerConfig(rate=1e-2, final_rate=0.0, weight_decay=0.0),
             loop=LoopConfig(log_every=20, evaluate_every=100, checkpoint_every=0),
             steps=400,
@@ -95,7 +94,7 @@ def generator() -> GeneratorRun:
             codebook_size=1024,
             classes=10,
             positions="rotary_2d",
-            adaln="block",  # tells the classes apart within minutes
+            adaln="block",  # separates the classes within minutes
             dropout=0.0,
         ),
         optimizer=OptimizerConfig(

@@ -1,8 +1,8 @@
-"""A generator on a tokenizer's codes: `--config=configs/generator.py:NAME[,VARIANT...]`.
+"""A generator on a tokenizer's codes: `--config=generator:NAME[,VARIANT...]`.
 
-NAME: b l xl xxl (the paper's sizes), or tiny. VARIANT: `2d`, for 2d tokenizers.
-Images are encoded as they are read (`--config.tokenizer=DIR`), or stored codes are read that
-`gigatok encode` wrote (`--config.data.source=codes --config.data.path=DIR`).
+NAME: b l xl xxl (the paper's sizes), or tiny. VARIANT: `2d`, for 2D tokenizers. The run encodes
+images as it reads them (`--config.tokenizer=DIR`), or reads codes that `gigatok encode` stored
+(`--config.data.source=codes --config.data.path=DIR`).
 """
 
 from gigatok_jax import recipes

@@ -1,8 +1,7 @@
-"""AR probing of a tokenizer on ImageNet, as in the paper: `--config=configs/probe.py[:SIZE]`.
+"""AR probing of a tokenizer on ImageNet, as in the paper: `--config=probe[:SIZE]`.
 
-A generator (B unless SIZE says otherwise) is trained on the tokenizer's codes for 50 epochs, and
-its middle layer is probed. `gigatok train --config=configs/probe.py:linear` runs the linear probe
-alone.
+Trains a generator (SIZE, by default b) on the tokenizer's codes for 50 epochs, and probes its
+middle layer. `gigatok train --config=probe:linear` runs the linear probe alone.
 """
 
 from gigatok_jax import recipes

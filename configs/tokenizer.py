@@ -1,4 +1,4 @@
-"""A GigaTok tokenizer on ImageNet (Table 9): `--config=configs/tokenizer.py:NAME[,VARIANT...]`.
+"""A GigaTok tokenizer on ImageNet (Table 9): `--config=tokenizer:NAME[,VARIANT...]`.
 
 NAME (encoder and decoder size): s_s s_b s_l b_s b_l xl_xxl s_s_2d s_b_2d b_l_2d, or tiny_tiny.
 VARIANT: `released`, the older recipe of the released weights; `vanilla`, no semantic loss;
@@ -14,8 +14,8 @@ from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 def get_config(argument="s_s"):
     name, *variants = argument.split(",")
     recipe = recipes.lookup(name, recipes.TOKENIZERS, "tokenizer")
-    # What the paper recommends for every size (appendix C): warm-up and entropy loss. The weights
-    # released up to B-L had 15,000 steps of shortcut losses instead.
+    # The paper recommends warm-up and entropy loss for every size (appendix C). The released
+    # weights up to B-L were trained with 15,000 steps of auxiliary losses instead.
     older = "released" in variants and name != "xl_xxl"
     objective = dict(auxiliary_steps=15_000) if older else dict(entropy=0.005)
     if "vanilla" in variants:

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def entry() -> None:
-    """The program: `main`, and the end of the process."""
+    """Runs `main` and ends the process."""
     if not set(sys.argv) & {*HELP}:
         take_huge_pages()
     try:
@@ -44,7 +44,7 @@ def entry() -> None:
         code = 1
     distributed = sys.modules.get("gigatok_jax.distributed")
     if code and distributed and distributed.started():
-        # An ordinary exit would wait for processes that may be lost.
+        # A normal exit would wait for processes that may be lost.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -54,8 +54,8 @@ def entry() -> None:
 def take_huge_pages() -> None:
     """Restarts the program with huge pages for large allocations, where glibc supports them.
 
-    On CPUs, XLA maps gigabytes anew at each step, which costs a tenth of the time with pages of
-    4 KiB. glibc reads the setting only when a process starts.
+    On CPUs, XLA maps gigabytes anew at each step, which with pages of 4 KiB takes a tenth of the
+    time. glibc reads the setting only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
@@ -63,7 +63,7 @@ def take_huge_pages() -> None:
 
 
 def _run(arguments: list[str]) -> int:
-    # Compilations are kept between runs, so that a run that resumes starts in seconds.
+    # Cached compilations let a resumed run start in seconds. Set before JAX is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_dir() / "compilations"))
     from gigatok_jax import commands
 
@@ -90,10 +90,10 @@ def _run(arguments: list[str]) -> int:
 
 
 def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
-    """Values of a verb's flags by name, or None after printing its help.
+    """Parses the flags of a verb: values by name, or None after printing its help.
 
-    A flag for a configuration takes `--config=FILE.py:ARGUMENT` and overrides `--config.a.b=c`. Its
-    value is the resulting dataclass.
+    The value of a configuration flag is the dataclass that results from `--config=FILE:ARGUMENT`
+    and all overrides `--config.a.b=c`.
 
     Raises:
       UserError: a flag or a field is unknown, missing, or has a wrong value.
@@ -143,7 +143,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         values[verb.positional] = positional
     elif positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
-    # Fields of configurations, which are flags too, have a dot in their names.
+    # Fields of configurations are flags too; their names have dots.
     return {k: v for k, v in values.items() if k not in IGNORED and "." not in k}
 
 
@@ -153,7 +153,7 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 def _take_config_files(
     arguments: list[str], names: Mapping[str, Any]
 ) -> tuple[list[str], dict[str, str]]:
-    """The arguments without `--config=FILE` or `--config FILE`, and the files."""
+    """Splits off `--config=FILE` and `--config FILE`: the other arguments, and files by flag."""
     rest, files = [], {}
     pending = iter(arguments)
     for argument in pending:
@@ -166,14 +166,14 @@ def _take_config_files(
 
 
 def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
-    """Raises UserError for the first `--config.a.b` that is not a field, listing the known ones."""
+    """Rejects the first `--config.a.b` that is not a field, listing the valid ones."""
     for argument in arguments:
         name, *fields = argument.lstrip("-").partition("=")[0].split(".")
         if name != flag or not argument.startswith("-"):
             continue
         kind, path = type(config), f"--{flag}"
         if config is None:
-            raise UserError(f"--{flag}: missing, but {argument.partition('=')[0]} overrides it")
+            raise UserError(f"--{flag}: missing, but {argument.partition('=')[0]} is set")
         for field in fields:
             path += f".{field}"
             hints = typing.get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -185,7 +185,7 @@ def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
 
 
 def _join(values: dict[str, Any]) -> None:
-    """Joins the other processes of a run; all but the first then print only warnings."""
+    """Joins the other processes of a run; all but process 0 then show only warnings."""
     from gigatok_jax import distributed
 
     names = ("coordinator", "processes", "process", "timeout")
@@ -197,7 +197,7 @@ def _join(values: dict[str, Any]) -> None:
 
 
 def _require_accelerator() -> None:
-    """Rejects a machine without what JAX_PLATFORMS names first; a step on a CPU may take a day."""
+    """Rejects a machine without the first of JAX_PLATFORMS; on a CPU, a step may take a day."""
     import jax
 
     wanted, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
@@ -205,7 +205,7 @@ def _require_accelerator() -> None:
         return
     try:
         found = jax.default_backend() != "cpu"
-    except (AssertionError, RuntimeError):  # which one depends on what is missing
+    except (AssertionError, RuntimeError):  # depending on what is missing
         found = False
     if not found:
         raise UserError(
@@ -215,7 +215,7 @@ def _require_accelerator() -> None:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes messages above a progress bar."""
+    """Writes messages above progress bars."""
 
     def emit(self, record):
         from tqdm import tqdm
@@ -224,11 +224,11 @@ class _TerminalHandler(logging.Handler):
 
 
 def _log_to_terminal(level: int = logging.INFO) -> None:
-    """Shows this program's messages, and only the warnings of its libraries."""
+    """Shows the messages of this program, but only warnings of its libraries."""
     from absl import flags
     from absl import logging as absl_logging
 
-    flags.FLAGS.mark_as_parsed()  # Grain and absl's log read flags of their own
+    flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

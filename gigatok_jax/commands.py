@@ -1,7 +1,7 @@
 """The verbs of the command line: their flags, and the library functions that they call.
 
-A verb is a function of its flags' values. The functions import what they need when they run, so
-that `gigatok --help` answers at once.
+A verb is a function of its flags' values, and its docstring is the help text. Functions import what
+they need when they run, so that `gigatok --help` answers at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -25,11 +25,11 @@ class Verb:
     summary: str  # one line for `gigatok --help`; the docstring of `run` is the rest
     flags: Sequence[Define]
     configs: Mapping[str, str]  # flags that take a configuration, and their default files
-    positional: str  # name of the argument that takes what is not a flag; "": nothing does
+    positional: str  # name of the argument for what is not a flag; "": not accepted
 
     @property
     def several_processes(self) -> bool:
-        """Whether several processes can share the work."""
+        """Whether several processes can share the work of this verb."""
         return PROCESSES[0] in self.flags
 
 
@@ -43,7 +43,7 @@ def verb(
     configs: Mapping[str, str] | None = None,
     positional: str = "",
 ) -> Callable:
-    """Registers the decorated function as a verb of its name; see `Verb`."""
+    """Registers the decorated function as the verb of the same name; see `Verb`."""
 
     def register(run):
         VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional)
@@ -53,7 +53,7 @@ def verb(
 
 
 def flag(kind: str, name: str, *args: Any, **kwargs: Any) -> Define:
-    """An absl flag that is defined when its verb is parsed; `kind` as in `flags.DEFINE_kind`."""
+    """An absl flag, defined only when its verb is parsed; `kind` as in `flags.DEFINE_kind`."""
     define = getattr(flags, f"DEFINE_{kind}")
     return lambda flag_values: define(name, *args, flag_values=flag_values, **kwargs)
 
@@ -62,15 +62,19 @@ def required(name: str, text: str) -> Define:
     return flag("string", name, None, text, required=True)
 
 
-def batch_size(default: int, text: str = "images at once") -> Define:
+def batch_size(default: int, text: str = "images per batch") -> Define:
     return flag("integer", "batch_size", default, text, lower_bound=1)
 
 
 PROCESSES = (
-    flag("integer", "processes", 0, "number of processes of this run, if no launcher tells"),
+    flag("integer", "processes", 0, "number of processes, unless the launcher sets it"),
     flag("integer", "process", -1, "index of this process, from 0"),
-    flag("integer", "timeout", 120, "seconds after which a silent process is given up"),
+    flag("integer", "timeout", 120, "seconds until a silent process counts as lost"),
     flag("string", "coordinator", "", "HOST:PORT of process 0"),
+)
+
+SSIM_RANGE = flag(
+    "integer", "ssim_range", 1, "data range of SSIM; the reference program uses 2", lower_bound=1
 )
 
 SAMPLING = (
@@ -79,19 +83,20 @@ SAMPLING = (
         "enum",
         "schedule",
         "constant",
+        # Not taken from `sampling.SCHEDULES`, because importing that module takes seconds.
         ["constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"],
-        "how the guidance depends on the position of the code",
+        "how guidance varies over the codes of an image",
     ),
-    flag("float", "schedule_start", 0.18, "where step and rectangular begin, in [0, 1]"),
-    flag("float", "schedule_end", 1.0, "where rectangular ends, in [0, 1]"),
-    flag("float", "temperature", 1.0, "divides the logits; 0 takes the likeliest code"),
-    flag("integer", "top_k", 0, "sample from the k likeliest codes; 0: from all"),
-    flag("float", "top_p", 1.0, "sample from the likeliest codes of total probability p"),
+    flag("float", "schedule_start", 0.18, "start of step and rectangular, in [0, 1]"),
+    flag("float", "schedule_end", 1.0, "end of rectangular, in [0, 1]"),
+    flag("float", "temperature", 1.0, "divides the logits; 0: always the likeliest code"),
+    flag("integer", "top_k", 0, "sample from the k likeliest codes; 0: all"),
+    flag("float", "top_p", 1.0, "sample from the likeliest codes with probability p together"),
 )
 
 
 def _sampling(values: dict[str, Any]) -> Any:
-    """Takes the sampling flags out of `values`, as a `SamplingConfig`."""
+    """Moves the sampling flags from `values` into a `SamplingConfig`."""
     from gigatok_jax.sampling import SamplingConfig
 
     try:
@@ -107,53 +112,47 @@ def _sampling(values: dict[str, Any]) -> Any:
 
 
 def _data(config: Any) -> Any:
-    """The `data` of any run's configuration."""
+    """The `data` of a configuration."""
     if config is None:
-        raise UserError("--config: missing, expected a configuration whose `data` is evaluated")
+        raise UserError("--config: missing, expected a configuration with `data` to evaluate")
     if not hasattr(config, "data"):
-        raise UserError("--config: expected a training run's or a probe's, which has `data`")
+        raise UserError("--config: expected that of a training run or a probe, which has `data`")
     return config.data
 
 
 @verb(
     "train a tokenizer, a generator or a linear probe, or resume training",
-    required("workdir", "where the run lives"),
+    required("workdir", "folder of the run"),
     *PROCESSES,
     configs={"config": REQUIRED},
 )
 def train(config, workdir: str) -> None:
-    """gigatok train --config=configs/tokenizer.py:b_l --workdir=DIR [--config.FIELD=VALUE ...]
+    """gigatok train --config=tokenizer:b_l --workdir=DIR [--config.FIELD=VALUE ...]
 
-    Trains from scratch, or resumes from the newest checkpoint in DIR. DIR gets checkpoints/,
-    metrics.jsonl, tensorboard/, pictures/, config.json and, at the end, bundle/.
+    Trains from scratch, or resumes from the newest checkpoint in DIR. Writes config.json,
+    checkpoints/, metrics.jsonl, tensorboard/, pictures/ and, at the end, bundle/ to DIR.
     """
     from gigatok_jax.training import TASKS, loop
 
     if not isinstance(config, tuple(TASKS.values())):
-        raise UserError(f"--config: expected the run of a {', '.join(TASKS)}, got another one")
+        raise UserError(f"--config: expected a training run ({', '.join(TASKS)})")
     loop.train(config, pathlib.Path(workdir))
 
 
 @verb(
-    "reconstruct images with a tokenizer and compare",
+    "reconstruct images with a tokenizer, with metrics",
     required("tokenizer", "bundle or workdir"),
     required("images", "image file, or folder of images"),
     required("out", "folder for the results"),
     batch_size(8),
-    flag(
-        "integer",
-        "ssim_range",
-        1,
-        "data_range of SSIM; the reference passes 2",
-        lower_bound=1,
-    ),
+    SSIM_RANGE,
 )
 def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     """gigatok reconstruct --tokenizer=DIR --images=PATH --out=DIR
 
-    Reconstructs images (a file, or all below a folder) with a tokenizer. OUT gets grid.png (input
-    over output), images/ (one PNG each), and metrics.json: PSNR, SSIM, codebook usage, and LPIPS
-    if its weights have been fetched (`gigatok weights fetch lpips_vgg16`).
+    Reconstructs an image, or all images in a folder and its subfolders. Writes grid.png (inputs
+    over outputs), images/ (one PNG per image), and metrics.json: PSNR, SSIM, codebook usage, and
+    LPIPS if its weights have been fetched (`gigatok weights fetch lpips_vgg16`).
     """
     from gigatok_jax import api
     from gigatok_jax.evaluation import reconstruction
@@ -170,10 +169,10 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
         "list",
         "crop_factors",
         ["1.1"],
-        "ten crops for each factor, of a center crop of factor times the image size; "
-        "1.1,1.05 adds the reference's second set; empty: one center crop",
+        "store ten crops per factor, from a centre crop of factor times the image size; "
+        "1.1,1.05 adds the reference's second set; empty: one centre crop",
     ),
-    batch_size(32, "images read, and crops encoded, at once"),
+    batch_size(32, "images read, and crops encoded, per batch"),
     flag("integer", "shard_images", 4096, "images per shard", lower_bound=1),
     *PROCESSES,
     configs={"config": REQUIRED},
@@ -181,9 +180,9 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
 def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options: Any) -> None:
     """gigatok encode --tokenizer=DIR --config=FILE --out=DIR [--config.data.FIELD=VALUE ...]
 
-    Stores the codes of the data set that the configuration names: of ten crops of each training
-    image, and of the center crop of each validation image. After a kill, the same command resumes.
-    Train on the codes with --config.data.source=codes --config.data.path=DIR.
+    Stores the codes of the config's data set: ten crops of each training image, and the centre crop
+    of each validation image. After a kill, the same command resumes. To train on the codes, use
+    --config.data.source=codes --config.data.path=DIR.
     """
     from gigatok_jax import bundles, encoding
     from gigatok_jax.models.tokenizer import TokenizerConfig
@@ -201,11 +200,11 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     required("generator", "bundle or workdir"),
     required("tokenizer", "bundle or workdir"),
     required("out", "folder for the images"),
-    flag("list", "classes", ["all"], "numbers or ranges such as 0,7,10-19; all: each"),
-    flag("integer", "count", 0, "images, the classes in turn; 0: 8 per class", lower_bound=0),
-    flag("boolean", "random_classes", False, "draw the classes uniformly, not in turn"),
+    flag("list", "classes", ["all"], "numbers and ranges such as 0,7,10-19, or all"),
+    flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
+    flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
-    flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
+    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
     *SAMPLING,
     *PROCESSES,
 )
@@ -222,9 +221,9 @@ def sample(
 ) -> None:
     """gigatok sample --generator=DIR --tokenizer=DIR --classes=0,1,207 --out=DIR
 
-    Samples images by class. OUT gets grid.png (one class per row), images/ (one PNG each) and
-    samples.npz in the layout of ADM's evaluator (`arr_0`, uint8 [n, H, W, 3], and `arr_1`, the
-    classes). After a kill, the same command resumes. Image n does not depend on the others.
+    Samples images by class. Writes grid.png (one class per row), images/ (one PNG per image) and
+    samples.npz in the layout of ADM's evaluator: `arr_0`, uint8 [n, H, W, 3], and `arr_1`, the
+    classes. After a kill, the same command resumes. Image n does not depend on the others.
     """
     import numpy as np
 
@@ -251,7 +250,7 @@ def sample(
 
 
 def _class_numbers(items: list[str], count: int) -> list[int]:
-    """The numbers that "all", or numbers and ranges such as "10-19", stand for."""
+    """Expands "all", or numbers and ranges such as "10-19", to class numbers."""
     if items == ["all"]:
         return list(range(count))
     numbers = []
@@ -273,20 +272,19 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
     flag("string", "tokenizer", "", "bundle or workdir"),
     required("out", "folder for the results"),
     batch_size(32),
-    flag("string", "features", "inception", "network whose features are compared"),
-    flag("string", "reference", "", ".npz of statistics or images"),
-    flag("enum", "split", "eval", ["train", "eval"], "images of the data to compare with"),
-    flag("integer", "count", 50_000, "number of samples", lower_bound=2),
-    flag("integer", "seed", 0, "of codes and classes", lower_bound=0),
-    flag("boolean", "search", False, "search for the best guidance"),
-    *SAMPLING,
     flag(
-        "integer",
-        "ssim_range",
-        1,
-        "data_range of SSIM; the reference passes 2",
-        lower_bound=1,
+        "string",
+        "features",
+        "inception",
+        "network whose features are compared",
     ),
+    flag("string", "reference", "", ".npz of real images or their statistics"),
+    flag("enum", "split", "eval", ["train", "eval"], "split of the data to compare with"),
+    flag("integer", "count", 50_000, "number of samples", lower_bound=2),
+    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
+    flag("boolean", "search", False, "search for the guidance with the lowest gFID"),
+    *SAMPLING,
+    SSIM_RANGE,
     flag("list", "decoders", ["s_b", "b_l", "xl_xxl"], "tokenizers to time"),
     flag("list", "generators", ["b", "l", "xxl"], "generators to time"),
     *PROCESSES,
@@ -297,19 +295,18 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     """gigatok evaluate MEASURE --out=DIR ...
 
     reconstruction --tokenizer=DIR --config=FILE: PSNR, SSIM, LPIPS (if its weights have been
-      fetched), codebook usage and rFID of the evaluation images of the configuration's `data`.
+      fetched), codebook usage and rFID on the evaluation images of the config's `data`.
     generation --generator=DIR --tokenizer=DIR (--reference=FILE.npz or --config=FILE): gFID, sFID,
-      Inception Score, precision and recall, as ADM's evaluator defines them, of samples of
-      uniformly drawn classes. --search walks from --guidance, in steps of 0.25, to the scale of
-      the lowest gFID. After a kill, the same command resumes.
-    loss --generator=DIR --config=FILE [--tokenizer=DIR]: the mean cross entropy of the codes of the
-      evaluation images, given their classes. Images, unlike stored codes, need the tokenizer.
-    cost [--decoders=s_b,b_l,xl_xxl] [--generators=b,l,xxl]: the share of sampling time that
-      decoding takes on this machine, for models with random weights (paper, Table 4).
+      Inception Score, precision and recall of samples of random classes, as ADM's evaluator
+      defines them. --search walks from --guidance, in steps of 0.25, to the scale with the lowest
+      gFID. After a kill, the same command resumes.
+    loss --generator=DIR --config=FILE [--tokenizer=DIR]: mean cross entropy of the evaluation
+      images' codes, given their classes. Images need --tokenizer, stored codes do not.
+    cost [--decoders=s_b,b_l,xl_xxl] [--generators=b,l,xxl]: share of generation time that decoding
+      takes on this machine, with random weights (paper, Table 4).
 
-    --features=inception compares features of FID's network. A teacher's name (dinov2_vitb14,
-    embedded) compares its features instead; the distance is then called fd_dinov2 or fd_teacher.
-    OUT gets metrics.json and pictures.
+    --features=inception is FID's network. A teacher (dinov2_vitb14, embedded) replaces it; the
+    distance is then called fd_dinov2 or fd_teacher. Writes metrics.json and pictures to OUT.
     """
     from gigatok_jax import distributed
     from gigatok_jax.evaluation import print_metrics
@@ -394,7 +391,7 @@ def _evaluate_loss(args: types.SimpleNamespace) -> dict[str, float]:
     if args.tokenizer:
         tokenizer = generation.load_matching_tokenizer(args.tokenizer, generator)
     elif data.source != "codes":
-        raise UserError("--tokenizer: expected a bundle or workdir, which encodes the images")
+        raise UserError("--tokenizer: missing, expected a bundle or workdir to encode the images")
     return generation.evaluate_loss(generator, tokenizer, data, args.batch_size)
 
 
@@ -412,52 +409,51 @@ def _evaluate_cost(args: types.SimpleNamespace) -> dict[str, Any]:
 
 
 @verb(
-    "AR probing: evaluate a tokenizer by a small generator trained on its codes",
+    "AR probing: evaluate a tokenizer by training a small generator on its codes",
     required("tokenizer", "bundle or workdir"),
-    required("workdir", "where everything is written"),
+    required("workdir", "folder for the results"),
     *PROCESSES,
     configs={"config": REQUIRED},
 )
 def probe(tokenizer: str, workdir: str, config) -> None:
-    """gigatok probe --tokenizer=DIR --workdir=DIR --config=configs/probe.py [--config.FIELD=...]
+    """gigatok probe --tokenizer=DIR --workdir=DIR --config=probe [--config.FIELD=VALUE ...]
 
-    AR probing (paper, 3.1): evaluates a tokenizer by a small generator trained on its codes. Each
-    step is skipped when its result exists, so that a kill costs little:
+    AR probing (paper, 3.1): evaluates a tokenizer by training a small generator on its codes. The
+    steps are below, by what they write. After a kill, the same command skips finished steps.
       reconstruction/  metrics and pictures of the evaluation images
-      codes/           of all images
-      generator/       the run of the small generator
-      loss/            its validation loss
-      generation/      metrics of its samples, at the best guidance
-      linear_probe/    the run of the linear probe of its features
+      codes/           codes of all images
+      generator/       training run of the small generator
+      steps/loss.json  its validation loss
+      generation/      metrics of its samples at the best guidance
+      linear_probe/    training run of a linear probe of its features
       samples/         samples by class
       maps.png         principal components of the decoder's features (Fig. 8)
-    tokenizer.json says what was probed, results.json holds the metrics, and report.html shows
+    tokenizer.json describes the tokenizer, results.json has all metrics, and report.html shows
     everything in one file.
     """
     from gigatok_jax.evaluation import probing
 
     if not isinstance(config, probing.ProbeConfig):
-        raise UserError("--config: expected a probe's, such as configs/probe.py")
+        raise UserError("--config: expected that of AR probing, such as --config=probe")
     probing.probe(tokenizer, config, pathlib.Path(workdir))
 
 
 @verb(
     "show probes or training runs in one HTML file",
-    flag("string", "out", "", "the file; by default report.html in the first DIR"),
+    flag("string", "out", "", "HTML file; default: report.html in the first DIR"),
     positional="workdirs",
 )
 def report(workdirs: list[str], out: str) -> None:
     """gigatok report DIR [DIR ...] [--out=FILE.html]
 
-    Shows what `gigatok probe` or `gigatok train` left in DIR in one HTML file: tables, curves,
-    pictures and settings. A probe must be finished; a training run need not be. Several of a kind
-    are set side by side: probes in the paper's table and figures, training runs in one chart per
-    metric.
+    Shows a run of `gigatok probe` or `gigatok train` in one HTML file: tables, curves, pictures and
+    settings. A probe must be finished; a training run need not be. Several runs of one kind appear
+    side by side: probes in the paper's table and figures, training runs in one chart per metric.
     """
     from gigatok_jax.evaluation import report as reports
 
     if not workdirs:
-        raise UserError("expected the workdir of a probe or a training run, or of several")
+        raise UserError("expected workdirs of probes or of training runs")
     folders = [pathlib.Path(workdir) for workdir in workdirs]
     path = pathlib.Path(out) if out else folders[0] / "report.html"
     reports.write(folders, path)
@@ -465,14 +461,14 @@ def report(workdirs: list[str], out: str) -> None:
 
 
 @verb(
-    "compile a run for devices that do not exist here: memory, FLOPs, time",
+    "compile a run for hardware you need not have: memory, FLOPs, time",
     required("topology", "devices, such as v5e:4x4 or h100:8"),
-    flag("enum", "job", "train", ["train", "sample"], "which program"),
+    flag("enum", "job", "train", ["train", "sample"], "program to compile"),
     flag(
         "float",
         "utilisation",
         0.4,
-        "fraction of the peak FLOPs that a step reaches",
+        "fraction of the peak FLOPs that a step is assumed to reach",
         lower_bound=0.01,
         upper_bound=1.0,
     ),
@@ -480,40 +476,40 @@ def report(workdirs: list[str], out: str) -> None:
         "float",
         "effort",
         -1.0,
-        "of the compiler: -1 is quick, 0 what a run itself uses; until JAX 0.10",
+        "compiler effort: -1 is quick, 0 is that of a real run; JAX 0.11 and newer always use 0",
         lower_bound=-1.0,
         upper_bound=1.0,
     ),
     configs={"config": REQUIRED},
 )
 def plan(config, topology: str, job: str, utilisation: float, effort: float) -> None:
-    """gigatok plan --config=configs/tokenizer.py:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=...]
+    """gigatok plan --config=tokenizer:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=VALUE ...]
 
-    Compiles the training step (or, with --job=sample, a generator's sampling) for devices that need
-    not exist here: TPUs v4, v5e, v5p, v6e as CHIP:AxB or CHIP:AxBxC, with the `tpu` extra. Prints
-    each device's memory by part, FLOPs, bytes, a lower bound on the time of a step, and the days of
-    training. GPUs (a100, h100, h200, b200 as CHIP:COUNT), and TPUs without the extra, are estimated
-    from shapes. Exits with 1 if the memory does not suffice, after listing settings that fit.
+    Compiles the training step (or a generator's sampling, with --job=sample) for TPUs that need not
+    exist: v4 or v5p as CHIP:AxBxC, v5e or v6e as CHIP:AxB. This needs the `tpu` extra. Without it,
+    and for GPUs (a100, h100, h200, b200 as CHIP:COUNT), estimates from shapes. Prints memory per
+    device, FLOPs, bytes, a lower bound on the step's time, and days of training. If memory is too
+    small, lists settings that fit, and exits with 1.
     """
     from gigatok_jax.planning import plan as planning
     from gigatok_jax.training import GeneratorRun, TokenizerRun
 
     if not isinstance(config, TokenizerRun | GeneratorRun):
-        raise UserError("--config: expected the run of a tokenizer or a generator")
+        raise UserError("--config: expected the training run of a tokenizer or a generator")
     planning.plan(config, topology, job, utilisation, effort)
 
 
 @verb(
-    "convert a checkpoint of the reference to a bundle, or back",
-    flag("multi_string", "from", None, "what to read", required=True),
-    required("out", "what to write"),
+    "convert the reference's checkpoints to bundles and back",
+    flag("multi_string", "from", None, "checkpoint or bundle to read", required=True),
+    required("out", "bundle or checkpoint to write"),
     flag(
         "string",
         "model",
         "",
-        "architecture: b_l, ... or dinov2_vitb14, ...; or a bundle of the same one",
+        "architecture, such as b_l or dinov2_vitb14, or a bundle that has it",
     ),
-    flag("string", "weights", "auto", "which weights of the checkpoint: model, ema or auto"),
+    flag("string", "weights", "auto", "weights to take from the checkpoint: model, ema or auto"),
     flag("boolean", "to_torch", False, "convert a bundle to a checkpoint"),
     lambda flag_values: flags.DEFINE_alias("to-torch", "to_torch", flag_values=flag_values),
     positional="kind",
@@ -521,9 +517,9 @@ def plan(config, topology: str, job: str, utilisation: float, effort: float) -> 
 def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str, **values) -> None:
     """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
-    Converts a checkpoint of the reference (.pt, .safetensors) to a bundle, or a bundle back. KIND:
-    tokenizer, generator, dino, dinov2, clip, siglip, lpips, inception. For a checkpoint in several
-    files, repeat --from.
+    Converts a published checkpoint (.pt, .safetensors) to a bundle, or back. KIND is tokenizer,
+    generator, dino, dinov2, clip, siglip, lpips or inception. For a checkpoint in several files,
+    repeat --from.
     """
     from gigatok_jax.weights import convert as converters
 
@@ -539,14 +535,12 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     print(out)
 
 
-@verb(
-    "fetch published weights",
-    positional="names",
-)
+@verb("download and convert published weights", positional="names")
 def weights(names: list[str]) -> None:
     """gigatok weights fetch NAME
 
-    Downloads published weights into the cache (GIGATOK_CACHE), checks them and converts them.
+    Downloads published weights into the cache (GIGATOK_CACHE), checks and converts them, and prints
+    the folder of the bundle.
     """
     from gigatok_jax.weights import convert as converters
     from gigatok_jax.weights import fetch
@@ -557,18 +551,17 @@ def weights(names: list[str]) -> None:
 
 
 @verb(
-    "train and probe a tiny tokenizer on drawings that the program makes itself",
-    flag("string", "workdir", "runs/demo", "where everything is written"),
+    "train and probe a tiny tokenizer on generated drawings",
+    flag("string", "workdir", "runs/demo", "folder for the results"),
     configs={"tokenizer": "configs/demo.py:tokenizer", "probe": "configs/demo.py:probe"},
 )
 def demo(workdir: str, tokenizer, probe) -> None:
     """gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--probe.FIELD=VALUE ...]
 
-    Trains a tiny tokenizer on drawings that the program makes itself, with every loss and the
-    teacher that comes with it; reconstructs held-out drawings; and probes the tokenizer: trains a
-    small generator on its codes, samples by class, and writes report.html (configs/demo.py). Takes
-    minutes on two cores. DIR gets tokenizer/ (the run), drawings/ (held out), reconstructions/,
-    samples/, and probe/ (see `gigatok probe`).
+    Trains a tiny tokenizer on generated drawings, with every loss and the embedded teacher;
+    reconstructs held-out drawings; and runs AR probing, with a small generator and report.html.
+    Takes minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
+    probe/ (see `gigatok probe`) and samples/ to DIR.
     """
     from gigatok_jax import demo as demonstration
 

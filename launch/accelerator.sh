@@ -21,7 +21,7 @@ if [ -n "${SHARED:-}" ]; then export GIGATOK_CACHE="${GIGATOK_CACHE:-$SHARED/cac
 
 case "$kind" in
   cuda)
-    # Makes a missing accelerator an error. JAX would fall back to the CPU, at a day per step.
+    # Makes a missing accelerator an error; JAX would fall back to the CPU, at a day per step.
     export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
     # Each process has its GPU to itself, but JAX's default leaves a quarter of the memory unused.
     # The remaining tenth is for NCCL, cuDNN and CUDA.
@@ -29,18 +29,17 @@ case "$kind" in
       export XLA_CLIENT_MEM_FRACTION="${XLA_CLIENT_MEM_FRACTION:-0.9}"
     fi
     # Overlaps the reduction of gradients with computing the next ones; off by default in JAX 0.10
-    # to 0.12. Older guides add flags for asynchronous collectives. These are always on now, and XLA
-    # aborts on a flag that it does not know.
+    # to 0.12. Do not add the flags for asynchronous collectives of older guides: these are always
+    # on now, and XLA aborts on unknown flags.
     export XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
-    # A failing collective says why. NCCL chooses the network; if it chooses the wrong one, set
-    # NCCL_SOCKET_IFNAME and NCCL_IB_HCA as the cluster's manual says.
+    # Logs why a collective fails. If NCCL chooses the wrong network, set NCCL_SOCKET_IFNAME and
+    # NCCL_IB_HCA as in the cluster's manual.
     export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
     ;;
   tpu)
     export JAX_PLATFORMS="${JAX_PLATFORMS:-tpu,cpu}"
-    # No LIBTPU_INIT_ARGS: on v5e, v5p and v6e the latency-hiding flags of older guides compile a
-    # sharded step to the same program, and those for asynchronous collectives to one with the same
-    # collectives.
+    # No LIBTPU_INIT_ARGS: on v5e, v5p and v6e the latency-hiding flags of older guides do not change
+    # the compiled step, and those for asynchronous collectives do not change its collectives.
     ;;
   cpu) export JAX_PLATFORMS=cpu ;;
 esac

@@ -14,7 +14,7 @@
 #   ACCELERATOR=nvidia-h100-80gb NODES=2 bash launch/gke.sh gpu train ...  # EXTRAS=cuda in IMAGE
 #
 # Settings, with their defaults in parentheses:
-#   NAME (gigatok)  of the job. A job of that name is replaced: it saves, and the new one resumes.
+#   NAME (gigatok)  of the job. An existing job of this name saves and ends; the new one resumes.
 #   DRY=1           only prints the manifest.
 #   tpu: ACCELERATOR is tpu-v4-podslice, tpu-v5-lite-podslice (v5e), tpu-v5p-slice or
 #     tpu-v6e-slice; TOPOLOGY is the slice's shape in chips; CHIPS (4) per host; SLICES (1).
@@ -52,7 +52,7 @@ else
 fi
 pods+=",batch.kubernetes.io/job-completion-index=0"
 
-# Quotes the command's words as JSON, so that they may hold any character.
+# Quotes the command's words as JSON, so that they may contain any character.
 manifest="$(python3 - "$kind.yaml" "$@" <<'EOF'
 import json, os, pathlib, string, sys
 

@@ -54,8 +54,8 @@ for ((i = 0; i < count; i++)); do
 done
 echo "local.sh: processes 0 to $((count - 1)) are ${pids[*]}; logs in $logs" >&2
 
-# Passes SIGTERM and Ctrl-C on to the processes, which a shell starts in the background without
-# Ctrl-C; a second one kills them.
+# Passes SIGTERM and Ctrl-C on to the processes, because a shell shields background processes from
+# Ctrl-C. A second one kills them.
 notices=0
 # shellcheck disable=SC2317,SC2329 # the traps call it
 pass_on() {

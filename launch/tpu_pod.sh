@@ -16,7 +16,7 @@
 #   tail [N|all]   follows the log of worker N (0) until its run ends; all: each worker's last line
 #   stop           all workers save at the same step and exit
 #   status         state of the slice and of each worker
-#   delete         gives the slice back
+#   delete         deletes the slice
 #
 # Settings, with their defaults in parentheses:
 #   NAME, ZONE, PROJECT  of the slice
@@ -25,8 +25,8 @@
 #   SPOT=1               requests spot capacity
 #   OPTIONS              of `gcloud compute tpus queued-resources create`: --network=..., --reserved
 #   NFS                  the share that every worker mounts at SHARED
-#   SHARED (/shared)     where runs, codes and data must be if there are several workers. Without
-#                        NFS it must be a file system that is mounted already
+#   SHARED (/shared)     the folder for runs, codes and data of several workers. Without NFS, it
+#                        must be mounted already
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

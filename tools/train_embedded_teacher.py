@@ -1,9 +1,9 @@
 """Trains the embedded teacher: `python -m tools.train_embedded_teacher --out=DIR`.
 
-A small ViT of DINOv2's architecture learns the drawings of `data.embedded` with labels, so that
-its class token tells the class and its patch tokens tell what each patch shows. The pixels of the
-patches are reconstructed as well, from the last blocks' outputs: a perceptual distance must see
-changes of appearance that a classifier would forget.
+A small ViT with DINOv2's architecture learns labelled drawings (`data.drawings`): the class token
+predicts the class, and patch tokens predict what each patch shows. Two blocks' outputs also predict
+the pixels, because a perceptual distance must notice changes of appearance that a classifier would
+ignore.
 """
 
 import argparse
@@ -28,12 +28,12 @@ from gigatok_jax.models import vit
 IMAGE_SIZE = 64
 CLASSES = len(drawings.CLASS_NAMES)
 CONFIG = vit.ViTConfig(depth=6, heads=3, width=96, patch_size=8, grid=8)
-PIXEL_TAPS = (3, 6)  # blocks whose outputs must tell the pixels
+PIXEL_TAPS = (3, 6)  # blocks whose outputs predict the pixels
 PIXEL_WEIGHT = 1.0
 
 
 class Pretext(nn.Module):
-    """The teacher and the heads that only its training needs."""
+    """The teacher, and heads that only its training needs."""
 
     config: vit.ViTConfig
 
@@ -69,8 +69,8 @@ def draw_all(count: int, split: str, seed: int) -> dict[str, np.ndarray]:
 def sampling_matrix(start: jax.Array, length: jax.Array, width: jax.Array) -> jax.Array:
     """`[S, S]` rows that crop an axis to [start, start + length) pixels, resize and blur it.
 
-    A triangle of half-width `width` pixels is laid at each sampling point; a negative `length`
-    reads backwards from `start`.
+    Each sampling point is the centre of a triangular filter of half-width `width` pixels. With a
+    negative `length`, the axis is read backwards from `start`.
     """
     at = jnp.arange(IMAGE_SIZE) + 0.5
     centre = start + at * (length / IMAGE_SIZE)
@@ -81,7 +81,7 @@ def sampling_matrix(start: jax.Array, length: jax.Array, width: jax.Array) -> ja
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Crop, flip, colour, blur and noise of one image `[S, S, 3]` in [-1, 1] and its mask.
 
-    A third of the images are neither resized nor blurred, half are free of noise.
+    A third of the images are neither resized nor blurred, and half have no noise.
     """
     keys = jax.random.split(key, 8)
     plain = jax.random.uniform(keys[0]) < 1 / 3
@@ -107,7 +107,7 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Arra
 
 
 def part_labels(masks: jax.Array, labels: jax.Array) -> jax.Array:
-    """What patches show, as probabilities `[B, T, 11]` of background, then the classes."""
+    """Content of each patch: probabilities `[B, T, 11]` of background, then the classes."""
     size = CONFIG.patch_size
     cover = reduce(masks, "b (h p) (w q) -> b (h w) 1", "mean", p=size, q=size)
     shown = cover * jax.nn.one_hot(labels, CLASSES)[:, None]
@@ -140,7 +140,7 @@ def make_optimizer(steps: int) -> optax.GradientTransformation:
 
 
 def make_step(optimizer: optax.GradientTransformation, seed: int):
-    """The jitted `(state, batch) -> (state, terms)`; the step number gives the randomness."""
+    """The jitted `(state, batch) -> (state, terms)`; the step number seeds the randomness."""
 
     @functools.partial(jax.jit, donate_argnums=0)
     def step(state, batch):
@@ -178,7 +178,7 @@ def validate(params, data: dict[str, np.ndarray], batch_size: int = 250) -> dict
 
 def sincos_positions(grid: int, width: int) -> np.ndarray:
     """`[1 + grid^2, width]`: sines and cosines of a patch's row and column; 0 for the class."""
-    frequency = np.pi * np.geomspace(0.125, 1, width // 4)[:, None]  # radians a patch
+    frequency = np.pi * np.geomspace(0.125, 1, width // 4)[:, None]  # radians per patch
     angle = frequency * np.arange(grid)
     wave = np.concatenate([np.sin(angle), np.cos(angle)]).T  # [grid, width / 2]
     patches = np.concatenate([np.repeat(wave, grid, axis=0), np.tile(wave, (grid, 1))], axis=1)
@@ -186,7 +186,7 @@ def sincos_positions(grid: int, width: int) -> np.ndarray:
 
 
 def initial_params(seed: int) -> dict:
-    """As the models initialize, but for two things that DINOv2 has the time to learn."""
+    """The models' own, except positions and layer scales, which a short run cannot learn."""
     images = jnp.zeros((1, IMAGE_SIZE, IMAGE_SIZE, 3))
     params = nn.meta.unbox(Pretext(CONFIG).init(jax.random.key(seed), images)["params"])
     teacher = params["teacher"]
@@ -198,10 +198,10 @@ def initial_params(seed: int) -> dict:
 
 
 def train(steps: int, batch_size: int, images: int, seed: int) -> tuple[dict, dict]:
-    """Trains, printing as it goes; the same arguments give the same weights on one machine.
+    """Trains, printing progress; on one machine, equal arguments give equal weights.
 
     Returns:
-      The teacher's parameters, and the record of its training for the bundle.
+      The teacher's parameters, and a record of the training for the bundle.
     """
     started = time.monotonic()
     data, held_out = draw_all(images, "train", seed), draw_all(500, "validation", seed)

@@ -1,4 +1,4 @@
-"""What decoding codes costs, compared with sampling them (paper, Table 4)."""
+"""Cost of decoding codes relative to sampling them (paper, Table 4)."""
 
 from collections.abc import Callable, Sequence
 import logging
@@ -22,22 +22,22 @@ ENCODER = ("encoder", "cnn_encoder", "quant_conv")  # parameters that decoding d
 def shares(
     decoders: Sequence[str], generators: Sequence[str], *, batch_size: int, guidance: float
 ) -> dict[str, dict[str, float]]:
-    """Measures which share of the time to make an image its decoder takes on this machine.
+    """Measures the share of generation time that decoding takes on this machine.
 
-    Weights are random, which does not change the time.
+    Weights are random, which does not affect the time.
 
     Args:
       decoders: names of tokenizers.
       generators: names of generators.
       batch_size: images per batch.
-      guidance: scale; above 1, the generator sees each image twice.
+      guidance: scale; above 1, the generator computes each image twice.
 
     Returns:
-      Decoder to generator to share in [0, 1].
+      Shares in [0, 1], by decoder, then by generator.
 
     Raises:
       UserError: a name is unknown.
-      ValueError: the guidance is impossible.
+      ValueError: the guidance is below 1.
     """
     SamplingConfig(guidance=guidance)  # fails before anything is timed
     tokenizer_configs = {name: recipes.tokenizer_model(name) for name in decoders}

@@ -1,4 +1,4 @@
-"""Frozen networks whose features tell sets of images apart: FID's Inception, or a ViT."""
+"""Frozen networks whose features compare sets of images: FID's Inception, or a ViT."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, vit
 
 INCEPTION = "inception"
-DINOV2_GRID = 16  # of 224 pixels, on which DINOv2 is usually evaluated
+DINOV2_GRID = 16  # patches per side at 224 pixels, the usual size in evaluations of DINOv2
 
 
 class Extractor:
@@ -52,6 +52,7 @@ class Extractor:
           "pool" `[B, D]`; from Inception also "spatial" `[B, 2023]` and "log_probabilities"
           `[B, 1008]`.
         """
+        # All devices need the same number of images, so repeat the last one to fill the batch.
         missing = -len(images) % self._batch.mesh.size
         filled = np.concatenate([images, images[-1:].repeat(missing, axis=0)])
         features = self._apply(self._params, jax.device_put(filled, self._batch))
@@ -62,8 +63,8 @@ def load(name: str) -> Extractor:
     """Loads an extractor.
 
     Args:
-      name: "inception", or a teacher that `frozen_networks.load_teacher` knows. Of a teacher, the
-        class token is taken, and the distance is "fd_dinov2" or "fd_teacher", never "fid".
+      name: "inception", or a teacher that `frozen_networks.load_teacher` knows. A teacher's feature
+        is its class token, and the distance is called "fd_dinov2" or "fd_teacher", never "fid".
 
     Raises:
       UserError: the name is unknown, or the weights are missing.
@@ -73,7 +74,7 @@ def load(name: str) -> Extractor:
     try:
         config, params = frozen_networks.load_teacher(name)
     except UserError as error:
-        raise UserError(f"features: {error}; {INCEPTION} and embedded are others") from None
+        raise UserError(f"features: {error}; other choices: {INCEPTION}, embedded") from None
     dinov2 = config in vit.DINOV2.values()
     grid = DINOV2_GRID if dinov2 else config.grid
     params["positions"] = vit.resize_positions(params["positions"], grid)
@@ -90,8 +91,8 @@ def _inception() -> Extractor:
         params = frozen_networks.load_inception()
     except UserError as error:
         raise UserError(
-            f"{error}; or compare the features of a teacher: --features=dinov2_vitb14, "
-            "--features=embedded (of a probe --config.features)"
+            f"{error}; or compare a teacher's features with --features=dinov2_vitb14 or "
+            "--features=embedded (in a probe, --config.features)"
         ) from None
 
     def apply(params, images):

@@ -8,8 +8,8 @@ How FID is computed, in the order of this file:
 2. `Moments` sums the vectors and their outer products batch by batch. The sums yield a `Gaussian`:
    the mean and the unbiased covariance of the set.
 3. `frechet_distance` compares two Gaussians.
-4. `FeatureSet` collects what the metrics need of generated images, `load_reference` of real ones:
-   from one of ADM's `.npz` files, or from a data set.
+4. `FeatureSet` collects the features of generated images, and `load_reference` those of real
+   images, from one of ADM's `.npz` files or a data set.
 5. `compare` computes all metrics.
 
 Sums are accumulated on the host in float64 and need the memory of one covariance matrix. Results
@@ -42,8 +42,8 @@ from gigatok_jax.files import cache_dir, write_npz
 logger = logging.getLogger(__name__)
 
 NEIGHBOURS = 3  # k of precision and recall
-ROWS = 1_000  # of a distance matrix in memory at once
-MEMBERS = 10_000  # images of a data set that precision and recall compare with, as in ADM
+ROWS = 1_000  # rows of a distance matrix in memory at once
+MEMBERS = 10_000  # real images that precision and recall use, as in ADM
 CACHE_VERSION = 1  # bump to invalidate cached references
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of mu and sigma in ADM's files
 ROUNDING = 1e-4  # error of float32 statistics, relative to the largest entry of the covariance
@@ -88,7 +88,7 @@ class Moments:
         """Mean and unbiased covariance.
 
         Raises:
-          UserError: there are fewer than two vectors.
+          UserError: fewer than two vectors were added.
         """
         if self.count < 2:
             raise UserError(f"a covariance needs at least 2 images, got {self.count}")
@@ -98,7 +98,7 @@ class Moments:
 
 
 def frechet_distance(first: Gaussian, second: Gaussian) -> float:
-    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)); of Inception's pool features, the FID.
+    """|mu1 - mu2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)), with Inception's pool features the FID.
 
     With roots Si = Ai Ai', the trace of (S1 S2)^(1/2) is the sum of the singular values of A1' A2.
     Unlike a matrix square root, they are real and stable at any rank.
@@ -117,11 +117,11 @@ def _root(covariance: np.ndarray) -> np.ndarray:
 
 
 def inception_score(log_probabilities: np.ndarray, split: int = 5_000) -> float:
-    """exp of the mean KL divergence of predictions from their mean, averaged over splits.
+    """Exponential of the mean KL divergence of predictions from their mean, averaged over splits.
 
     Args:
       log_probabilities: `[n, K]`, the log softmax of each image.
-      split: consecutive images in a split; the last one may be smaller.
+      split: consecutive images per split; the last split may be smaller.
     """
     scores = []
     for start in range(0, len(log_probabilities), split):
@@ -136,15 +136,18 @@ def inception_score(log_probabilities: np.ndarray, split: int = 5_000) -> float:
 def precision_recall(
     reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
 ) -> tuple[float, float]:
-    """Shares of each set inside the manifold of the other (Kynkaanniemi et al. 2019).
+    """Share of each set inside the manifold of the other (Kynkaanniemi et al. 2019).
 
     The manifold of a set is the union of balls around its members. Each ball reaches to the
     member's `neighbours`-th nearest other member.
 
     Args:
-      reference: features `[n, D]` of real images, more than k.
-      samples: features `[m, D]` of generated ones, more than k.
+      reference: features `[n, D]` of more than k real images.
+      samples: features `[m, D]` of more than k generated images.
       neighbours: k.
+
+    Returns:
+      Precision and recall, in [0, 1].
     """
     reference, samples = jnp.asarray(reference), jnp.asarray(samples)
     return _coverage(samples, reference, neighbours), _coverage(reference, samples, neighbours)
@@ -173,12 +176,12 @@ def _squared_distances(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 class FeatureSet:
-    """Collects what the metrics need of a set of images.
+    """Collects the features of a set of images that the metrics need.
 
     Args:
       extractor: maps images to features.
-      members: whether to keep the pool features of every image, for precision and recall.
-      predictions: whether to keep its log probabilities of classes, for the Inception Score.
+      members: keep the pool features of every image, for precision and recall.
+      predictions: keep the log probabilities of every image, for the Inception Score.
     """
 
     def __init__(self, extractor: Extractor, *, members: bool = False, predictions: bool = True):
@@ -197,18 +200,18 @@ class FeatureSet:
         self.add_features(self._extractor(images))
 
     def add_features(self, features: dict[str, np.ndarray]) -> None:
-        """Adds what the extractor returned for a batch."""
+        """Adds the extractor's output for a batch."""
         for name, moments in self._moments.items():
             moments.add(features[name])
         for name, rows in self._rows.items():
             rows.append(features[name])
 
     def gaussians(self) -> dict[str, Gaussian]:
-        """Of "pool" and, where the extractor has it, "spatial"."""
+        """Gaussians of "pool" and, if the extractor has it, "spatial"."""
         return {name: moments.gaussian() for name, moments in self._moments.items()}
 
     def inception_score(self) -> float | None:
-        """None without class predictions."""
+        """The Inception Score, or None without class predictions."""
         rows = self._rows.get("log_probabilities")
         return inception_score(np.concatenate(rows)) if rows else None
 
@@ -240,8 +243,8 @@ def load_reference(
 
     Args:
       npz: a file in ADM's layout (statistics, images or both), or "" to use `data`.
-      data: the data set whose evaluation images are the reference, as centre crops. What was
-        computed once is cached.
+      data: the data set whose evaluation images are the reference, as centre crops. Results are
+        cached.
       extractor: the network whose features are compared.
       count: number of samples that will be compared.
       image_size: side of the samples in pixels.
@@ -249,10 +252,11 @@ def load_reference(
       train: use the training images of `data` instead.
 
     Returns:
-      The reference in process 0, which alone compares; None in all others.
+      The reference in process 0, which computes the metrics; None in all others.
 
     Raises:
-      UserError: the reference cannot be read, has other features, or is too small; or `count` is.
+      UserError: the reference cannot be read or has other features, or too few images are given or
+        requested.
     """
 
     def load():
@@ -301,7 +305,7 @@ def _npz_reference(
         logger.warning("%s: images of %dx%d pixels, but samples of %d", path, *sizes)
     gaussians = found.gaussians()
     for feature, gaussian in stored.items():
-        # Those in the file may be of more images, but also of another network.
+        # The file's statistics may cover more images, unless they are those of another network.
         if feature in gaussians and gaussian.mean.shape == gaussians[feature].mean.shape:
             gaussians[feature] = gaussian
     return Reference(gaussians, found.members(), name)
@@ -317,7 +321,7 @@ def _data_reference(
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
     if not path.exists():
-        # Random, because the first images may all be of the first classes.
+        # Chosen at random, because data sets are often sorted by class.
         chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
         found, members = FeatureSet(extractor, predictions=False), []
         steps = math.ceil(batches.examples / batch_size)
@@ -346,7 +350,7 @@ def check_count(examples: int, field: str) -> None:
 
 @contextlib.contextmanager
 def _readable(path: pathlib.Path) -> Iterator[None]:
-    """Turns whatever a damaged or wrong file raises into one line that names it."""
+    """Reports a damaged or wrong file in one line that names it."""
     try:
         yield
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
@@ -354,7 +358,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
 
 
 def _read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
-    """The Gaussians that an `.npz` file holds: "pool", "spatial", both or none."""
+    """The Gaussians in an `.npz` file: "pool", "spatial", both or none."""
     found = {}
     with _readable(path), np.load(path) as file:
         for name, suffix in SUFFIXES.items():
@@ -364,7 +368,7 @@ def _read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
 
 
 def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
-    """The Gaussian, or a ValueError or TypeError that says why there is no such one."""
+    """The Gaussian; raises ValueError or TypeError if the arrays do not describe one."""
     mean = np.asarray(mean).astype(np.float64, casting="same_kind")
     covariance = np.asarray(covariance).astype(np.float64, casting="same_kind")
     if mean.ndim != 1 or covariance.shape != (mean.size, mean.size):
@@ -380,7 +384,7 @@ def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
 
 
 def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields the images of an `.npz` file, uint8 `[b, H, W, 3]`, with one batch in memory."""
+    """Yields the images of an `.npz` file, uint8 `[b, H, W, 3]`, one batch in memory at a time."""
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("arr_0 has an unknown .npy format")
@@ -394,11 +398,11 @@ def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
 
 
 def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[str, float]:
-    """All metrics of generation that features and reference allow.
+    """All metrics of generation that the features and the reference allow.
 
     Args:
       samples: the generated images, with their members if the reference has any.
-      reference: the real ones, from `load_reference`.
+      reference: the real images, from `load_reference`.
       distance: `Extractor.distance`.
 
     Returns:

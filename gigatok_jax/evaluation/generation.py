@@ -1,8 +1,8 @@
-"""Sampling images from a generator, and measuring how good they are (paper, appendix B).
+"""Sampling images from a generator, and evaluating them (paper, appendix B).
 
-Image n of a sequence depends on its class, the seed and n only, so it is the same whichever other
-images are sampled. Files are written as soon as their images are there, and a restart samples only
-what is missing. Several processes share the work.
+Image n of a sequence depends only on its class, the seed and n, not on the other images. Each file
+is written as soon as its images are sampled, and a restart samples only what is missing. Several
+processes share the work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -33,10 +33,10 @@ from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import validation_loss
 from gigatok_jax.training.task import held_out_means
 
-COLUMNS = 8  # images in a row of a grid, at most
-CLASSES = 12  # rows of a grid of classes, at most
+COLUMNS = 8  # most images in a row of a grid
+CLASSES = 12  # most rows of a grid of classes
 SHOWN = 64  # images in the grid of an evaluation
-NAME_LENGTH = 24  # letters of a class name that the grid has room for
+NAME_LENGTH = 24  # letters of a class name that fit beside the grid
 CHUNK = 512  # images whose features are stored in one file
 GUIDANCE_STEP = 0.25
 
@@ -47,7 +47,7 @@ def load_matching_tokenizer(
     """Loads the tokenizer whose codes the generator models.
 
     Raises:
-      UserError: `directory` is not a tokenizer, or the generator was trained on another one.
+      UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
     config, model = bundle.config, generator.config
@@ -82,10 +82,10 @@ def sample(
         layout of ADM's evaluator: `arr_0`, uint8 `[n, H, W, 3]`, and `arr_1`, the classes.
       class_names: shown in the grid, by class number.
       seed: determines the images, together with `classes` and `settings`.
-      batch_size: images per call of the networks; has no effect on the images.
+      batch_size: images per call of the networks; does not affect the images.
 
     Raises:
-      UserError: `out` holds images of other networks, another seed or other settings.
+      UserError: `out` holds images made with other networks, settings or another seed.
     """
     folder = out / "images"
     # The classes are in the file names, so more images can be added later.
@@ -119,19 +119,18 @@ def evaluate(
     seed: int,
     batch_size: int,
 ) -> dict[str, Any]:
-    """Compares samples of uniformly drawn classes with real images.
+    """Compares samples of random classes with real images.
 
     Args:
       generator, tokenizer, settings, batch_size: as for `sample`.
       extractor: network whose features are compared.
-      reference: what `fid.load_reference` returned in this process.
+      reference: the result of `fid.load_reference` in this process.
       out: gets `grid.png` and `metrics.json`; holds features until these are complete.
       count: number of samples.
       seed: of the samples and their classes.
 
     Returns:
-      The metrics of `fid.compare`, and "images" and "guidance". They are read from
-      `metrics.json` if it is there.
+      The metrics of `fid.compare`, "images" and "guidance", read from `metrics.json` if it exists.
 
     Raises:
       UserError: `out` holds the results of another evaluation.
@@ -180,11 +179,11 @@ def evaluate_best(
     out: Path,
     **options: int,
 ) -> dict[str, Any]:
-    """`evaluate` at the guidance with the least distance, found by `search_guidance`.
+    """`evaluate` at the guidance with the lowest distance, found by `search_guidance`.
 
-    Takes the arguments of `evaluate`; the search starts at `settings.guidance`. Each scale has a
-    folder in `out`, so none is sampled twice. "search" in the result lists the metrics of all
-    scales tried, in ascending order.
+    Takes the arguments of `evaluate`; the search starts at `settings.guidance`. Each scale has its
+    own folder in `out`, so that a restart samples none twice. "search" in the result lists the
+    metrics at all scales tried, in ascending order.
     """
     results = {}
 
@@ -205,7 +204,7 @@ def search_guidance(distance: Callable[[float], float], start: float) -> dict[fl
     """Walks in steps of 0.25 while the distance falls, first up, then down to 1 (paper, B).
 
     Args:
-      distance: of the samples at a guidance scale; called once per scale.
+      distance: maps a guidance scale to the distance of its samples; called once per scale.
       start: first scale, at least 1.
 
     Returns:
@@ -270,13 +269,13 @@ def evaluate_loss(
 
 
 def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:
-    """At most `count` of the items, the first among them."""
+    """At most `count` evenly spaced items, including the first."""
     count = min(count, len(items))
     return items[np.arange(count) * len(items) // count]
 
 
 def _identity(generator, tokenizer, settings: SamplingConfig, seed: int) -> dict[str, Any]:
-    """What images of known classes depend on."""
+    """Everything that images of given classes depend on."""
     return {
         "sampling": dataclasses.asdict(settings),
         "seed": seed,
@@ -298,7 +297,7 @@ def _sample_missing(
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Yields the missing files of this process's share and their images, uint8 `[n, H, W, 3]`.
 
-    File i holds `per_file` images from number i * per_file on. A batch may span several files.
+    File i holds `per_file` images, starting with number i * per_file. A batch may span files.
     """
     process, processes = distributed.place()
     todo = {
@@ -313,7 +312,7 @@ def _sample_missing(
     def images():
         for start in range(0, len(numbers), batch_size):
             chosen = numbers[start : start + batch_size]
-            filled = np.resize(chosen, size)  # a shorter last batch would need a compilation
+            filled = np.resize(chosen, size)  # a shorter last batch would recompile
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, filled)
             sampled = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
             batch = np.asarray(pictures.to_uint8(tokenizer.decode(sampled)))
@@ -327,7 +326,7 @@ def _sample_missing(
 
 
 def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
-    """ADM's layout, written image by image: 50,000 of 256 pixels are 10 GB."""
+    """Writes ADM's layout image by image: 50,000 images of 256 pixels take 10 GB."""
     shape = (len(images), *np.asarray(Image.open(images[0])).shape)
     with replacing(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:
         with file.open("arr_0.npy", "w", force_zip64=True) as array:
@@ -342,7 +341,7 @@ def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
 def _write_class_grid(
     path: Path, images: Sequence[Path], classes: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """A row of samples per class, labelled; evenly spaced classes if there are many."""
+    """Writes a labelled row of samples per class, for evenly spaced classes if they are many."""
     shown = evenly_spaced(np.unique(classes), CLASSES)
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
     rows, labels = [], []

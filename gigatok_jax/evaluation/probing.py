@@ -1,4 +1,4 @@
-"""AR probing: evaluating a tokenizer by a small generator trained on its codes (paper, 3.1)."""
+"""AR probing: evaluates a tokenizer by a small generator trained on its codes (paper, 3.1)."""
 
 import dataclasses
 import functools
@@ -40,8 +40,8 @@ MAPPED = 8  # images whose features are shown as maps
 class ProbeConfig:
     """Settings of AR probing (paper, 3.1 and appendix B).
 
-    Networks, data, and the number of codes and classes in `generator` and `linear_probe` are
-    replaced by those that are probed.
+    The probe sets the networks and data of `generator` and `linear_probe`, and the generator's
+    numbers of codes and classes.
     """
 
     generator: GeneratorRun  # run of the small generator
@@ -53,9 +53,9 @@ class ProbeConfig:
     ssim_range: Literal[1, 2] = 1  # data_range of SSIM; the reference program passes 2
     samples: Annotated[int, Field(ge=2)] = 50_000  # per guidance scale
     sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # the search starts at its guidance
-    batch_size: PositiveInt = 32  # images at once, except in sampling
+    batch_size: PositiveInt = 32  # images per batch, except in sampling
     shard_images: PositiveInt = 4_096  # images per shard of codes, a multiple of batch_size
-    sample_batch_size: PositiveInt = 64  # images at once in sampling
+    sample_batch_size: PositiveInt = 64  # images per batch in sampling
     seed: int = 0  # of the samples
 
     @pydantic.model_validator(mode="after")
@@ -75,7 +75,7 @@ class ProbeConfig:
         return self
 
     def identity(self) -> dict[str, Any]:
-        """The fields that results depend on, by dotted name; others may change on a restart."""
+        """Fields that affect results, by dotted name; the others may change on a restart."""
         fields = dataclasses.asdict(self) | {"data": self.data.content()}
         del fields["batch_size"], fields["sample_batch_size"]
         for run in (fields["generator"], fields["linear_probe"]):
@@ -86,7 +86,7 @@ class ProbeConfig:
 
 @dataclasses.dataclass
 class _Probe:
-    """What the steps share."""
+    """State shared by the steps."""
 
     config: ProbeConfig
     workdir: Path
@@ -115,7 +115,7 @@ class _Probe:
 
 
 def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
-    """Runs the steps that `workdir` lacks, in the order of `STEPS`, and writes a report.
+    """Runs the steps without results in `workdir`, in the order of `STEPS`; writes a report.
 
     Args:
       tokenizer_directory: bundle or workdir of the tokenizer.
@@ -127,11 +127,12 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
       The metrics of all steps.
 
     Raises:
-      UserError: `workdir` holds another probe, or a step cannot work.
+      UserError: `workdir` holds another probe, or the input of a step is wrong.
     """
     bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
     identity = {"tokenizer": bundle.fingerprint, **config.identity()}
+    # Reject another probe's workdir early: the reference can take hours to compute.
     files.claim(workdir / "probe.json", identity, "a probe", write=False)
     reference = fid.load_reference(
         config.reference,
@@ -141,7 +142,7 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
         batch_size=config.batch_size,
         image_size=bundle.config.image_size,
     )
-    # The inputs have been checked; only now is anything written.
+    # Write nothing before all inputs have been checked.
     distributed.claim(workdir / "probe.json", identity, "a probe")
     if distributed.is_main():
         described = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
@@ -285,8 +286,8 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
     return {}
 
 
-# In the order in which they run. Each writes files to a folder of its name (the maps to maps.png)
-# and returns metrics.
+# In order of execution. Each step writes to the folder of its name ("maps" to maps.png) and returns
+# metrics.
 STEPS = {
     "reconstruction": _reconstruct,
     "codes": _encode,
@@ -302,7 +303,7 @@ STEPS = {
 def feature_maps(
     tokenizer: api.PretrainedTokenizer, images: np.ndarray, layer: int = 1
 ) -> np.ndarray:
-    """A picture of images uint8 `[n, S, S, 3]` over maps of a decoder layer's features."""
+    """A picture of images, uint8 `[n, S, S, 3]`, over maps of a decoder layer's features."""
     tokens = tokenizer.decoder_features(tokenizer.encode(images), layer=layer)
     maps = component_maps(np.asarray(tokens))
     scale = images.shape[1] // maps.shape[1]
@@ -314,11 +315,11 @@ def component_maps(features: np.ndarray) -> np.ndarray:
     """Shows the first three principal components of features as colours (Fig. 8).
 
     Args:
-      features: `[n, T, W]` of T tokens, which form a square.
+      features: `[n, T, W]`, whose T tokens form a square.
 
     Returns:
-      uint8 `[n, side, side, 3]`. The components are those of all tokens of all images, each
-      stretched over its central 98 %.
+      uint8 `[n, side, side, 3]`. Components are computed over all tokens of all images,
+      and each is stretched over its central 98 %.
     """
     count, tokens, width = features.shape
     flat = features.reshape(-1, width).astype(np.float64)

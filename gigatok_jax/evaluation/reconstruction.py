@@ -1,4 +1,4 @@
-"""How well a tokenizer reconstructs images: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
+"""Reconstruction metrics of a tokenizer: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
@@ -18,6 +18,7 @@ from gigatok_jax.data import crops, pipeline
 from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import print_metrics
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
 from gigatok_jax.files import replacing, write_json
@@ -26,7 +27,7 @@ from gigatok_jax.models.lpips import LPIPS
 logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # of the grid
-SHOWN = 32  # images in it, evenly spaced
+SHOWN = 32  # images in the grid, evenly spaced
 
 Batch = dict[str, Any]
 
@@ -47,16 +48,16 @@ def evaluate(
       extractor: the network whose features the Fréchet distance compares.
       data: the data set.
       out: folder that receives `grid.png` and `code_counts.npy`, int64 `[K]`.
-      batch_size: images per batch, of all processes together.
+      batch_size: images per batch, over all processes.
       ssim_range: see `image_metrics.ssim`.
 
     Returns:
-      "images", "psnr" (dB), "ssim", "lpips" if its weights are there, "codebook_usage" (the share
-      of all codes that these images use), and the Fréchet distance between images and
+      "images", "psnr" (dB), "ssim", "lpips" if its weights are installed, "codebook_usage" (the
+      share of all codes that these images use), and the Fréchet distance between images and
       reconstructions: "rfid", "rfd_dinov2" or "rfd_teacher".
 
     Raises:
-      UserError: the data cannot be read, or are fewer than two images.
+      UserError: the data cannot be read, or have fewer than two images.
     """
     place = distributed.place()
     batches = pipeline.eval_images(data, tokenizer.config.image_size, batch_size, *place)
@@ -92,15 +93,16 @@ def reconstruct(
 
     Args:
       tokenizer: the tokenizer to use.
-      source: an image, or a folder with images in it and below. Unreadable ones are skipped.
-      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG for each
+      source: an image file, or a folder that is searched recursively. Unreadable images are
+        skipped.
+      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG per
         image) and `metrics.json`.
       batch_size: images per batch.
       ssim_range: see `image_metrics.ssim`.
 
     Returns:
       The content of `metrics.json`: "images", "skipped", the metrics of `evaluate` without the
-      distance, and "each", a row of metrics for each image.
+      distance, and "each", one row of metrics per image.
 
     Raises:
       UserError: no image can be read.
@@ -120,8 +122,7 @@ def reconstruct(
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
     print(f"{len(rows)} images ({skipped} skipped)")
-    for name, value in means.items():
-        print(f"  {name:<16}{value:10.4f}")
+    print_metrics(means)
     return result
 
 
@@ -154,11 +155,11 @@ def _reconstruct(
 ) -> tuple[dict[str, float], np.ndarray]:
     """Passes this process's part of `batches` through a tokenizer, and writes `grid.png`.
 
-    `visit` gets the keys, inputs, outputs and metrics of the images in a batch that could be read.
-    Returns the means of the metrics, and how often each code occurs, over all processes.
+    `visit` receives the keys, inputs, outputs and metrics of each batch's readable images. Returns
+    the means of the metrics and the count of each code, over all processes.
     """
     compare = _comparison(ssim_range)
-    # Process 0 saves the grid, so it shows images that process 0 reads: the first of each batch.
+    # Process 0 saves the grid, so only images that it reads are shown: the first of each batch.
     index = np.arange(examples)
     own = index[index % batch_size < batch_size // distributed.place()[1]]
     wanted = own[np.linspace(0, len(own) - 1, min(SHOWN, len(own))).astype(int)]
@@ -188,11 +189,11 @@ def _reconstruct(
 
 
 def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
-    """Function of uint8 inputs and float outputs to metrics, `[B]` each."""
-    # Process 0 decides about LPIPS, because only sums of the same metrics can be added.
+    """A function that maps uint8 inputs and float outputs to metrics, `[B]` each."""
+    # Process 0 decides about LPIPS, because all processes must add up the same metrics.
     lpips = frozen_networks.load_lpips() if distributed.agree(frozen_networks.has_lpips()) else None
     if lpips is None:
-        logger.info("no LPIPS: `gigatok weights fetch lpips_vgg16` brings its weights")
+        logger.info("LPIPS is left out; to get its weights: gigatok weights fetch lpips_vgg16")
 
     @jax.jit
     def compare(inputs, floats, lpips):
@@ -212,7 +213,7 @@ def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, 
 
 
 def _save_grid(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:
-    """Rows of inputs, each over the row of its outputs; white fills the last pair of rows."""
+    """Saves rows of inputs, each over its row of outputs; white fills the last pair of rows."""
     pairs, columns = np.array(shown), min(COLUMNS, len(shown))  # [n, 2, H, W, 3]
     missing = -len(pairs) % columns
     pairs = np.concatenate([pairs, np.full_like(pairs[:1], 255).repeat(missing, axis=0)])

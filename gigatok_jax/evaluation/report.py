@@ -1,7 +1,7 @@
 """Probes or training runs as one self-contained HTML file, alone or side by side.
 
-This module reads results into plain dictionaries and draws the charts. What a reader sees of them
-(headings, number formats, captions, notes) is in the template `report.html`.
+This module reads results into plain dictionaries and draws the charts. The template `report.html`
+has the text: headings, number formats, captions, notes.
 """
 
 import base64
@@ -62,7 +62,7 @@ def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
       path: the HTML file.
 
     Raises:
-      UserError: a folder holds neither, the kinds differ, or a run has nothing to show yet.
+      UserError: a folder holds neither, the kinds differ, or a run has no results yet.
     """
     kinds = [_kind(workdir) for workdir in workdirs]
     for workdir, kind in zip(workdirs, kinds, strict=True):
@@ -112,7 +112,7 @@ def _describe(kind: str) -> str:
 
 
 def labels(workdirs: Sequence[pathlib.Path]) -> list[str]:
-    """The shortest tail of each path that no other path shares."""
+    """The shortest tail of each path that distinguishes it from the others."""
     paths = [workdir.resolve() for workdir in workdirs]
 
     def label(path: pathlib.Path) -> str:
@@ -126,7 +126,7 @@ def labels(workdirs: Sequence[pathlib.Path]) -> list[str]:
 
 
 def colours(count: int) -> list[str]:
-    """As many distinct colours."""
+    """`count` distinct colours."""
     if count <= len(COLOURS):
         return list(COLOURS[:count])
     wheel = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
@@ -134,19 +134,19 @@ def colours(count: int) -> list[str]:
 
 
 def _number(value: float | None, spec: str) -> str:
-    """Template filter; what a run lacks becomes a dash."""
+    """Template filter; a missing value becomes a dash."""
     missing = value is None or isinstance(value, jinja2.Undefined)
     return "-" if missing else format(value, spec)
 
 
 def _flatten(mapping: Mapping[str, Any]) -> dict[str, str]:
-    """Nested settings as `a.b`, their values as text."""
+    """Nested settings under names such as `a.b`, with values as text."""
     flat = traverse_util.flatten_dict(mapping, sep=".")
     return {k: v if isinstance(v, str) else json.dumps(v) for k, v in flat.items()}
 
 
 def _differing_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
-    """Settings whose values are not the same in all runs: name to one value per run."""
+    """Settings that differ between runs: name to one value per run."""
     differing = {}
     for heading in dict.fromkeys(heading for run in runs for heading in run["settings"]):
         columns = [run["settings"].get(heading, {}) for run in runs]
@@ -227,7 +227,7 @@ def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str
 
 
 def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the template needs beside the probes; `scaling` is as in Figs. 3 and 7 of the paper."""
+    """More variables for the template; `scaling` is as in the paper's Figs. 3 and 7."""
     scaling = {}
     for names in (RECONSTRUCTION_DISTANCES, GENERATION_DISTANCES, ("loss",), ("linear_accuracy",)):
         name = next((name for name in names if all(name in probe for probe in probes)), None)
@@ -247,7 +247,7 @@ def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
     for probe, size in zip(probes, sizes, strict=True):
         point = (size, probe[name])
         axes.scatter(*point, s=36, zorder=3, color=probe["colour"])
-        # Labels of large tokenizers stand on the left, or the edge would cut them off.
+        # Labels of large tokenizers go to the left, where the edge does not cut them off.
         offset, side = (5, "left") if size**2 <= min(sizes) * max(sizes) else (-5, "right")
         place = {"xytext": (offset, 5), "textcoords": "offset points", "ha": side}
         axes.annotate(probe["label"], point, fontsize=8, **place)
@@ -272,7 +272,7 @@ def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
             f"{metrics}: nothing logged yet; the first row comes at step "
             f"{min(config.loop.log_every, config.total_steps):,}"
         )
-    # Names end in the step with leading zeros, so the newest of a name comes last.
+    # Names end in a zero-padded step, so the newest picture of each name comes last.
     newest = {
         file.stem.rpartition("_")[0]: file
         for file in sorted((workdir / "pictures").glob("*_[0-9]*.png"))
@@ -290,7 +290,7 @@ def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _compare_training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the template needs beside the runs: names of all metrics, and their charts by group."""
+    """More variables for the template: names of all metrics, and their charts by group."""
     logged = dict.fromkeys(name for run in runs for name in run["last"] if name != "step")
     metrics = sorted(logged, key=lambda name: (name != "total", not name.startswith(HELD_OUT)))
     groups = {"Losses and metrics": {}, "Optimization": {}, "Throughput": {}}
@@ -306,7 +306,7 @@ def _compare_training(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
-    """One metric of all runs; a single run has a legend here, several have one on the page."""
+    """One metric of all runs. A single run gets a legend here, several share one on the page."""
     single = len(runs) == 1
     for run in runs:
         _draw_curves(axes, run["rows"], name, colours(2) if single else [run["colour"]] * 2)
@@ -319,20 +319,20 @@ def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
     steps = [row["step"] for run in runs for row in run["rows"]]
     margin = 0.02 * (max(steps) - min(steps)) + 0.5
-    axes.set_xlim(min(steps) - margin, max(steps) + margin)  # the same in all charts
+    axes.set_xlim(min(steps) - margin, max(steps) + margin)  # equal in all charts
     if single and any(line.get_label() == "held out" for line in axes.lines):
         axes.legend(frameon=False)
 
 
 def _read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, if it exists; the held-out loss is named after its counterpart."""
+    """Rows of a `metrics.jsonl`, if any; the held-out loss takes the training loss's name."""
     rows = read_metrics(path) if path.exists() else []
     names = {f"{HELD_OUT}loss": f"{HELD_OUT}total"}
     return [{names.get(name, name): value for name, value in row.items()} for row in rows]
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric where it was logged; means of neighbours in long runs."""
+    """Steps and values of a metric where it was logged, averaged over neighbours in long runs."""
     pairs = np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
     if not len(pairs):
         return np.empty(0), np.empty(0)
@@ -341,7 +341,7 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
 
 
 def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Sequence[str]) -> None:
-    """Draws a line of a metric in training and a dashed one of its held-out counterpart."""
+    """Draws a metric in training as a line, and its held-out counterpart as a dashed line."""
     dots = {"marker": "o", "markersize": 3, "linestyle": "--"}
     for key, label, colour, style in (
         (name, "training", pair[0], {}),
@@ -360,7 +360,7 @@ def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Seque
 
 
 def chart(draw: Callable[[Any], None]) -> str:
-    """An SVG, as a data URL, of what `draw` does to Matplotlib axes."""
+    """What `draw` draws on Matplotlib axes, as an SVG in a data URL."""
     with matplotlib.rc_context(CHART_STYLE):
         figure = Figure(figsize=(4.2, 2.8), layout="constrained")
         draw(figure.add_subplot())

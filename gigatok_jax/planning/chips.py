@@ -26,8 +26,8 @@ class Chip:
     axes: int = 0  # dimensions of the network between TPUs; 0 for GPUs
 
 
-# TPUs: docs.cloud.google.com/tpu/docs, which gives memory in GiB. GPUs: NVIDIA's data sheets (SXM),
-# in GB; their runtime takes a few percent of what the card really has, so this is what is usable.
+# TPUs: docs.cloud.google.com/tpu/docs, with memory in GiB. GPUs: NVIDIA's data sheets (SXM), in GB.
+# Cards have a few percent more, but the driver takes about as much.
 CHIPS = {
     "v4": Chip(32 * 2**30, 275e12, 1228e9, axes=3),
     "v5e": Chip(16 * 2**30, 197e12, 819e9, axes=2),
@@ -38,17 +38,17 @@ CHIPS = {
     "h200": Chip(141e9, 989e12, 4800e9),
     "b200": Chip(180e9, 2250e12, 7700e9),
 }
-EXAMPLES = {0: "8", 2: "4x4", 3: "2x2x4"}  # of the devices, by `Chip.axes`
+EXAMPLES = {0: "8", 2: "4x4", 3: "2x2x4"}  # of DEVICES, by `Chip.axes`
 
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """A group of like devices, none of which needs to exist."""
+    """A group of equal devices, which need not exist."""
 
     name: str
     chip: Chip
     count: int
-    devices: Sequence[Any] | None = None  # the compiler's targets; None: no compiler is installed
+    devices: Sequence[Any] | None = None  # the compiler's targets; None: without a compiler
 
     def mesh(self, config: MeshConfig) -> Mesh | AbstractMesh:
         if self.devices is None:
@@ -60,12 +60,12 @@ def topology(name: str) -> Topology:
     """The devices called `name`: CHIP:AxBxC for TPUs, CHIP:COUNT for GPUs.
 
     Raises:
-      UserError: the chip is unknown, or does not come in such a group.
+      UserError: the chip is unknown, or is not available in this topology.
     """
     kind, _, extents = name.partition(":")
     if kind not in CHIPS:
         known = ", ".join(CHIPS)
-        raise UserError(f"--topology: expected CHIP:DEVICES with a chip of {known}, got {name!r}")
+        raise UserError(f"--topology: expected CHIP:DEVICES, CHIP one of {known}, got {name!r}")
     chip = CHIPS[kind]
     if not re.fullmatch(r"[1-9]\d*" + r"x[1-9]\d*" * (chip.axes - 1), extents):
         raise UserError(
@@ -75,7 +75,7 @@ def topology(name: str) -> Topology:
     if not chip.axes or importlib.util.find_spec("libtpu") is None:
         return Topology(name, chip, math.prod(sides))
     options: dict[str, Any] = {}
-    if kind == "v4":  # its two cores work as one device, which v5p's do by default
+    if kind == "v4":  # makes its two cores one device, as v5p's are by default
         options["chip_config_name"] = "megacore"
     if math.prod(sides) < 4:  # part of a host, which has four chips
         options["chips_per_host_bounds"] = (*sides, 1, 1)[:3]

@@ -1,13 +1,13 @@
-"""Memory of a program's temporaries, estimated from its trace where no compiler is at hand.
+"""Memory of a program's temporaries, estimated from its trace when no compiler is available.
 
-The trace's operations are taken in the order in which they stand. Elementwise operations that read
-one array are assumed to be fused into whatever reads their result, so they take no memory. Every
-other operation stores its results, from its own turn until the last operation that reads them. The
-estimate is the largest sum of all arrays that are stored at the same time; an operation with a
-program inside (a loop's body, a recomputed block) adds that program's own peak to its turn.
+Operations are assumed to run in the order of the trace. Elementwise operations that read one array
+are assumed to be fused into the operation that reads their result, and take no memory. Every other
+operation stores its results until the last operation that reads them. The estimate is the largest
+sum of all arrays stored at the same time. An operation that contains a program (a loop's body, a
+recomputed block) adds that program's own peak while it runs.
 
-An array counts by how much larger it is for twice the batch. That leaves out what does not grow
-with the batch, such as gradients, which are easier to add up than to find in the trace.
+The size of an array is its growth when the batch is doubled. This leaves out arrays that do not
+grow with the batch, such as gradients, which are easier to add up than to find in the trace.
 """
 
 import dataclasses
@@ -36,7 +36,7 @@ class _Operation:
 
 
 def peak(jaxpr: Any, doubled: Any) -> int:
-    """Most bytes of temporaries at once.
+    """Peak bytes of temporaries.
 
     Args:
       jaxpr: of the program for one device's batch.
@@ -44,7 +44,7 @@ def peak(jaxpr: Any, doubled: Any) -> int:
     """
     operations, results = _operations(jaxpr, doubled)
     sizes = {array: size for operation in operations for array, size in operation.writes.items()}
-    # Backwards, an array is alive from the last operation that reads it to the one that writes it.
+    # Going backwards, an array is alive from its last reader to the operation that writes it.
     alive, most = results, 0
     for operation in reversed(operations):
         if alive.isdisjoint(operation.writes):
@@ -56,9 +56,9 @@ def peak(jaxpr: Any, doubled: Any) -> int:
 
 
 def _operations(jaxpr: Any, doubled: Any) -> tuple[list[_Operation], set[int]]:
-    """The operations that store something, and the arrays that the results are computed from."""
+    """The operations that store arrays, and the arrays that the results are computed from."""
     operations: list[_Operation] = []
-    stored: dict[int, int | None] = {}  # id of a variable to the array that it is computed from
+    stored: dict[int, int | None] = {}  # id of a variable to the stored array it is computed from
     numbers = itertools.count()
 
     def sources(variables):

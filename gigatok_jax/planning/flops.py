@@ -1,8 +1,8 @@
 """FLOPs of a traced program: dead code is removed, then products and convolutions are counted.
 
-A scan's body counts as often as it runs, so that what a remat policy recomputes counts too. All
-else (norms, activations, the optimizer) is left out: it is bound by memory on accelerators, and a
-few percent of the FLOPs.
+The body of a scan counts once per iteration, and recomputation by a remat policy counts too. The
+rest (norms, activations, the optimizer) is left out: on accelerators it is limited by memory, and
+it is a few percent of the FLOPs.
 """
 
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ import numpy as np
 
 
 def count(jaxpr: Any) -> float:
-    """FLOPs of a jaxpr, over all devices together; of a conditional, the costliest branch counts.
+    """FLOPs of a jaxpr, over all devices. Of a conditional, the costliest branch counts.
 
     Raises:
-      NotImplementedError: the number of turns of a while loop is only known once it runs.
+      NotImplementedError: a while loop, whose length is unknown, contains products.
     """
     jaxpr = getattr(jaxpr, "jaxpr", jaxpr)
     needed, _ = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -61,7 +61,7 @@ def _product(equation: Any) -> float:
 def _convolution(equation: Any) -> float:
     x, kernel = (variable.aval.shape for variable in equation.invars)
     out, params = equation.outvars[0].aval.shape, equation.params
-    # Of each array: the batch's axis (a kernel's output features), the features', the spatial ones.
+    # For each array: axes of the batch (in a kernel, output features), the features, and space.
     inputs, kernels, outputs = params["dimension_numbers"]
     hits = map(
         window_hits,
@@ -73,7 +73,7 @@ def _convolution(equation: Any) -> float:
         params["lhs_dilation"],
         params["rhs_dilation"],
     )
-    # A kernel's input axis has one group's features only.
+    # A kernel's input axis has the features of one group only.
     batch = x[inputs[0]] / params["batch_group_count"]
     return 2 * batch * out[outputs[1]] * kernel[kernels[1]] * math.prod(hits)
 
@@ -81,16 +81,16 @@ def _convolution(equation: Any) -> float:
 def window_hits(
     length: int, size: int, outputs: int, stride: int, low: int, dilation: int, spread: int
 ) -> int:
-    """Pairs of an output and a tap of its window, along one axis, that meet an input.
+    """Counts the products of a convolution along one axis: pairs of an output and a window tap.
 
-    Pairs that meet padding, or the zeros of a dilated input, cost nothing.
+    Pairs that read padding, or the zeros in a dilated input, cost nothing.
 
     Args:
       length, size, outputs: extents of the input, the window and the output.
       stride: of the window.
       low: padding before the input.
-      dilation: of the input: its elements are this far apart, with zeros between them.
-      spread: the same of the window's taps.
+      dilation: distance between elements of the input, with zeros between them.
+      spread: distance between taps of the window.
     """
     place = np.arange(outputs)[:, None] * stride + np.arange(size) * spread - low
     inside = (place >= 0) & (place <= (length - 1) * dilation) & (place % dilation == 0)

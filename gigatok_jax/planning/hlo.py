@@ -3,12 +3,12 @@
 The text lists computations (the entry, bodies of loops, fusions) with one instruction per line.
 The cost of a computation is the sum over its instructions: FLOPs of products and convolutions,
 bytes read from and written to main memory, and the cost of the computations that they call. The
-body of a loop counts as often as it runs. XLA's own `cost_analysis` counts it once, although the
-models here are loops over layers.
+body of a loop counts once per iteration. XLA's own `cost_analysis` counts it only once, which is
+useless for models that are loops over layers.
 
-Inside a fusion nothing touches main memory, so its bytes are those of its operands and its result.
-Where it takes a slice of an operand (one layer of stacked weights), or writes a slice into its
-result, only the slice is moved.
+A fusion reads its operands and writes its result, but moves nothing in between. Where it takes a
+slice of an operand (one layer of stacked weights), or writes a slice into its result, only the
+slice is moved.
 """
 
 from collections.abc import Iterator
@@ -30,7 +30,7 @@ INSTRUCTION = re.compile(
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")  # such as bf16[8,128]{1,0:T(8,128)S(1)}
 NAME = re.compile(r"%[\w.\-]+")
 
-# Instructions that move nothing themselves; what some of them call does.
+# Instructions that move nothing themselves, although the computations they call may.
 FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional",
     "call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier",
@@ -48,11 +48,11 @@ class Array(NamedTuple):
 @dataclasses.dataclass(eq=False)
 class Instruction:
     opcode: str
-    arguments: str  # as written: operands, the number of a parameter or the value of a constant
+    arguments: str  # as written: operands, number of a parameter, or value of a constant
     attributes: str
     arrays: list[Array]  # the result; a tuple has several
     operands: list["Instruction"]
-    users: list[tuple["Instruction", int]]  # with the place of this among their operands
+    users: list[tuple["Instruction", int]]  # and their operand number of this one
 
     @property
     def size(self) -> int:
@@ -65,7 +65,7 @@ class Instruction:
         return sum(array.size for array in self.arrays if array.in_main_memory)
 
     def attribute(self, name: str, pattern: str = r"([^,\s]+)") -> str:
-        """What `pattern` captures after `name=`, by default all up to a comma; "" if absent."""
+        """What `pattern` captures after `name=` (by default up to a comma), or ""."""
         found = re.search(rf"\b{name}={pattern}", self.attributes)
         return found[1] if found else ""
 
@@ -103,10 +103,10 @@ class Program:
                     self._roots[where] = new
 
     def cost(self) -> tuple[float, float]:
-        """FLOPs of one device, and bytes to and from its main memory, when the program runs once.
+        """FLOPs of one device, and bytes to and from its main memory, for one run of the program.
 
         Raises:
-          NotImplementedError: the number of turns of a loop is not in the text.
+          NotImplementedError: the text does not give the number of iterations of a loop.
         """
         flops, moved = self._computation(self._entry)
         return float(flops), float(moved)
@@ -121,7 +121,7 @@ class Program:
         match instruction.opcode:
             case "while":
                 names = [instruction.attribute(name) for name in ("body", "condition")]
-                return own + self._turns(instruction) * sum(map(self._computation, names))
+                return own + self._iterations(instruction) * sum(map(self._computation, names))
             case "conditional":
                 listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
                 names = NAME.findall(listed) or [
@@ -134,24 +134,24 @@ class Program:
                 return own + self._computation(instruction.called)
         return own
 
-    def _turns(self, loop: Instruction) -> int:
+    def _iterations(self, loop: Instruction) -> int:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return int(known[1])
-        # The TPU compiler does not say: loops of `lax.scan` count from 0 up to a constant.
+        # The TPU compiler omits the count, but loops of `lax.scan` run from 0 to a constant.
         root = self._roots[loop.attribute("condition")]
         limits = [x.arguments for x in root.operands if x.opcode == "constant"]
         if "direction=LT" not in root.attributes or not limits or not limits[0].isdigit():
-            raise NotImplementedError("a compiled loop has no known number of turns")
+            raise NotImplementedError("a compiled loop has no known number of iterations")
         return int(limits[0])
 
     def _bytes(self, instruction: Instruction) -> float:
-        """Bytes that an instruction outside of fusions reads and writes itself."""
+        """Bytes that an instruction outside a fusion reads and writes itself."""
         opcode, operands = instruction.opcode, instruction.operands
         allocation = 'custom_call_target="AllocateBuffer"' in instruction.attributes
         if opcode in FREE or opcode.endswith("-start") or allocation:
             return 0
-        if opcode.endswith("-done"):  # of an asynchronous copy, one side of which counts
+        if opcode.endswith("-done"):  # an asynchronous copy, of which one side counts
             return max(array.size for array in instruction.arrays)
         if opcode == "dynamic-slice":
             return 2 * instruction.moved
@@ -171,7 +171,7 @@ class Program:
         return total + (min(written, instruction.moved) if written else instruction.moved)
 
     def _uses(self, value: Instruction) -> Iterator[tuple[Instruction, int]]:
-        """What reads a value inside a fusion, and at which place; nested fusions are entered."""
+        """The instructions that read a value inside a fusion, nested ones included, and where."""
         for user, place in value.users:
             if user.opcode == "bitcast":
                 yield from self._uses(user)
@@ -203,14 +203,14 @@ def _flops(instruction: Instruction) -> float:
     if instruction.opcode == "dot":
         axes = instruction.attribute("lhs_contracting_dims", r"\{([\d,]*)\}").split(",")
         return 2 * math.prod(out) * math.prod(x[int(axis)] for axis in axes if axis)
-    # Such as b01f_01io->b01f: batch and features, a kernel's in and out, spatial axes by number.
+    # Such as b01f_01io->b01f: batch, features, a kernel's input and output, numbered spatial axes.
     inputs, kernels, outputs = re.split("_|->", instruction.attribute("dim_labels"))
     window = instruction.attribute("window", r"\{([^}]*)\}")
     rank = len(kernels) - 2
 
     def setting(name, default):
         found = re.search(rf"\b{name}=([\dx_\-]+)", window)
-        # A padding stands there as 1_2, for before and after.
+        # Padding is written as 1_2: before and after.
         return [int(v.split("_")[0]) for v in found[1].split("x")] if found else [default] * rank
 
     settings = (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))

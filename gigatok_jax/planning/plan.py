@@ -1,4 +1,4 @@
-"""`gigatok plan`: what a run needs of each device, how long a step takes at best, and what fits."""
+"""`gigatok plan`: memory per device, a lower bound on the step's time, and settings that fit."""
 
 from collections.abc import Iterator, Mapping
 import dataclasses
@@ -18,7 +18,7 @@ from gigatok_jax.planning.chips import Topology
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.task import RunConfig
 
-# No device is used: the TPU compiler must neither look for any nor lock those that exist.
+# Keeps the TPU compiler from searching for devices and from locking those that exist.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -26,26 +26,26 @@ ENVIRONMENT = {
     "TPU_ACCELERATOR_TYPE": "v5p-8",
 }
 HAS_EFFORT = hasattr(jax.config, "jax_exec_time_optimization_effort")  # until JAX 0.10
-SPARE = 0.1  # share of the memory that suggested settings leave free
+SPARE = 0.1  # share of memory that suggested settings leave free
 TEMPORARIES = {"train": "activations and gradients", "sample": "temporaries"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What one program needs; bytes and compiled FLOPs are those of one device."""
+    """Requirements of one program; bytes and compiled FLOPs are per device."""
 
     topology: Topology
-    memory: Mapping[str, int]  # bytes, by what they hold
+    memory: Mapping[str, int]  # bytes by part
     model_flops: float  # of all devices, traced without remat
     traced_flops: float  # of all devices, with what remat recomputes
-    bytes_moved: float  # to and from main memory; uncompiled, those of the state alone
+    bytes_moved: float  # to and from main memory; without a compiler, of the state alone
     compiled_flops: float | None = None  # None: not compiled
     compile_seconds: float | None = None
-    rejection: str = ""  # what the compiler says if the program does not fit
+    rejection: str = ""  # the compiler's message if the program does not fit
 
     @property
     def bytes(self) -> int:
-        """All that a device holds at the worst moment."""
+        """Peak memory of a device."""
         return sum(self.memory.values())
 
     @property
@@ -53,7 +53,7 @@ class Plan:
         return not self.rejection and self.bytes <= self.topology.chip.memory
 
     def step_seconds(self, utilisation: float) -> float:
-        """Time of products at this share of peak FLOPs, or of bytes at full bandwidth if longer."""
+        """The longer of FLOPs at this share of the peak, and bytes at full bandwidth."""
         chip = self.topology.chip
         device_flops = self.compiled_flops or self.traced_flops / self.topology.count
         return max(device_flops / (utilisation * chip.flops), self.bytes_moved / chip.bandwidth)
@@ -62,19 +62,19 @@ class Plan:
 def plan(
     run: RunConfig, topology: str, job: str = "train", utilisation: float = 0.4, effort: float = -1
 ) -> None:
-    """Prints what a run needs on devices that need not exist and, if it does not fit, what does.
+    """Prints a run's requirements on a topology and, if it does not fit, settings that do.
 
     Args:
       run: of a tokenizer or a generator; its `dtype` "auto" means bfloat16.
-      topology: the devices, such as "v5p:4x4x2" or "h100:8".
+      topology: devices, which need not exist, such as "v5p:4x4x2" or "h100:8".
       job: "train", or "sample" for a generator.
       utilisation: share of the peak FLOPs that a step is assumed to reach.
       effort: of the compiler, from -1 (the quickest) to 1; runs themselves compile with 0. JAX 0.11
-        and newer offer no choice and take 0.
+        and newer always use 0.
 
     Raises:
-      UserError: the run does not suit the devices, or something that it names is missing.
-      RunStopped: the memory of a device does not suffice.
+      UserError: the run does not suit the devices, or a network that it names is missing.
+      RunStopped: a device has too little memory.
     """
     if job == "sample" and run.task != "generator":
         raise UserError(f"--job: sample needs a generator's config, got a {run.task}'s")
@@ -123,7 +123,7 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
         state,
         model_flops=flops.count(model.jaxpr),
         traced_flops=flops.count(traced.jaxpr),
-        bytes_moved=2 * sum(state.values()),  # more is not certain: it is read and written once
+        bytes_moved=2 * sum(state.values()),  # at least: the state is read and written once
     )
     if topology.devices is None:
         return dataclasses.replace(made, memory=estimated_memory(run, topology, job))
@@ -138,7 +138,7 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
         return dataclasses.replace(made, rejection=found[0].strip() if found else first_line(error))
     seconds = time.monotonic() - start
     needs = compiled.memory_analysis()
-    # Results that do not take over an argument's memory need their own.
+    # Results that do not reuse the memory of an argument need their own.
     results = needs.output_size_in_bytes - needs.alias_size_in_bytes
     temporaries = {TEMPORARIES[job]: needs.temp_size_in_bytes + results}
     code = {"compiled program": needs.generated_code_size_in_bytes}
@@ -153,12 +153,12 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
 
 
 def estimated_memory(run: RunConfig, topology: Topology, job: str = "train") -> dict[str, int]:
-    """Bytes of a device by what they hold, without a compiler."""
+    """Bytes of a device by part, without a compiler."""
     mesh = topology.mesh(run.mesh)
     program = programs.build(run, mesh, job)
     parameters = program.parts["parameters"]
     share = run.batch_size // sharding.batch_shards(mesh)
-    # Gradients are as large as the parameters; the estimate by batch size leaves them out.
+    # Add gradients, as large as the parameters: the estimate covers only what grows with the batch.
     temporaries = programs.device_bytes(parameters) + _activations(
         dataclasses.replace(run, mesh=MeshConfig(), steps=run.total_steps, batch_size=share), job
     )
@@ -168,7 +168,7 @@ def estimated_memory(run: RunConfig, topology: Topology, job: str = "train") -> 
     return program.memory | {TEMPORARIES[job]: temporaries}
 
 
-@functools.cache  # `alternatives` asks for the same with each division of the state
+@functools.cache  # `alternatives` repeats it for each division of the state
 def _activations(run: RunConfig, job: str) -> int:
     mesh = sharding.abstract_mesh(run.mesh, 1)
     doubled = dataclasses.replace(run, batch_size=2 * run.batch_size)
@@ -176,9 +176,9 @@ def _activations(run: RunConfig, job: str) -> int:
 
 
 def alternatives(run: RunConfig, topology: Topology) -> list[tuple[RunConfig, int]]:
-    """Ways to run that fit by estimate, each with a device's bytes; the least recomputation first.
+    """Settings that fit by estimate, with bytes per device, least recomputation first.
 
-    The batch is only divided into parts if no way fits that takes it whole.
+    The batch is divided into parts only if nothing fits otherwise.
     """
     topology = dataclasses.replace(topology, devices=None)
     limit = (1 - SPARE) * topology.chip.memory
@@ -202,7 +202,7 @@ def alternatives(run: RunConfig, topology: Topology) -> list[tuple[RunConfig, in
 
 
 def describe(made: Plan, utilisation: float, steps: int) -> str:
-    """A plan as text; `steps` are those of the whole run."""
+    """A plan as text; `steps` is the length of the run."""
     chip, count = made.topology.chip, made.topology.count
     how, total = "estimated from shapes", "total"
     if made.compile_seconds is not None:

@@ -1,4 +1,4 @@
-"""The programs of a run, traced for the shapes and shardings of their arguments."""
+"""The programs of a run, traced with the shapes and shardings of their arguments."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -22,7 +22,7 @@ from gigatok_jax.training.tokenizer import Frozen, TokenizerTask
 @dataclasses.dataclass(frozen=True)
 class Program:
     trace: Callable[[], jax.stages.Traced]  # for the devices of the mesh; nothing is allocated
-    parts: Mapping[str, Any]  # arguments that stay in memory between two calls, by name, as shapes
+    parts: Mapping[str, Any]  # shapes of the arguments that stay in memory between calls, by name
 
     @property
     def memory(self) -> dict[str, int]:
@@ -70,7 +70,7 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
       UserError: a teacher or a tokenizer that the run names is missing.
     """
     if isinstance(run, GeneratorRun):
-        if run.data.source == "codes" or not run.tokenizer:  # planned as if it read codes
+        if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
         config = bundles.load_config(run.tokenizer, "tokenizer", tokenizer.TokenizerConfig)
         return GeneratorTask(run, config), tokenizer.param_shapes(config)
@@ -92,7 +92,7 @@ def _vit_shapes(config: vit.ViTConfig, grid: int) -> dict:
 
 
 def sampling_codes(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:
-    """The sampling of codes for `run.batch_size` images, with the options in `run.sampling`."""
+    """Sampling codes for `run.batch_size` images, with the options in `run.sampling`."""
     shapes = generator.param_shapes(run.model)
     whole, shared = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = sharding.abstract(shapes, jax.tree.map(lambda _: whole, shapes))

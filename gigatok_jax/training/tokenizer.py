@@ -285,7 +285,7 @@ class TokenizerTask(Task):
         gradients, more, statistics, _ = mean_gradients(
             discriminator_loss, run.accumulate, params, discriminator["batch_stats"], pair, key
         )
-        # It warms up when it starts, but then follows the run's schedule.
+        # The rate follows the run's schedule, in which `disc_start` is usually past the warm-up.
         adamw = make_optimizer(
             run.resolved_optimizer, run.total_steps, start=run.objective.disc_start
         )
