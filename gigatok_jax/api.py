@@ -68,6 +68,8 @@ class Pretrained:
     def _codes(self, codes, length: int) -> jax.Array:
         if codes.ndim != 2 or codes.shape[1] != length:
             raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
+        if not jnp.issubdtype(codes.dtype, jnp.integer):
+            raise ValueError(f"codes: expected integers, got {codes.dtype}")
         return jnp.asarray(codes, jnp.int32)
 
     def _check_layer(self, layer: int, depth: int) -> None:
@@ -120,6 +122,8 @@ class PretrainedTokenizer(Pretrained):
         size = self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3):
             raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
+        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
+            raise ValueError(f"images: expected floats or uint8, got {images.dtype}")
         images = self._place(images)
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 

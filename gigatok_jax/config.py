@@ -134,6 +134,10 @@ def load(name: str) -> Any:
             known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem[0] != "_"))
             raise UserError(f"--config: {file}: no such file; installed configs: {known}")
         path = installed
+    if path.suffix != ".py":
+        raise UserError(
+            f"--config: {path}: expected a Python file, got {path.suffix or 'no suffix'}"
+        )
     spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -219,3 +219,6 @@ def test_configs_are_found_by_short_names_and_from_any_folder(tmp_path, monkeypa
     assert config.load(f"{tmp_path}/tokenizer.py:y") == "y"
     with pytest.raises(UserError, match=r"no such file; installed configs: demo, generator, probe"):
         config.load("nothing.py")
+    (tmp_path / "notes.txt").write_text("")
+    with pytest.raises(UserError, match=r"notes\.txt: expected a Python file, got \.txt"):
+        config.load("notes.txt")

@@ -419,6 +419,8 @@ def test_kill_then_sigterm_and_going_on_equals_an_uninterrupted_run(
         ("model.codebook_size", 128),
         ("objective.discriminator_channels", (4, 4)),
         ("average_decay", 0.0),
+        ("optimizer.algorithm", "lars"),
+        ("optimizer.clip", 0.0),
     ],
 )
 def test_run_of_another_architecture_is_refused_by_field(uninterrupted, path, value):

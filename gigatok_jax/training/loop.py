@@ -35,10 +35,15 @@ logger = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2  # keeps a device busy while the host prepares the next step
 
-# Config prefixes that change the structure of a checkpoint. For the average's decay, only zero or
-# nonzero does.
-STRUCTURE = ("config.task", "config.model", "config.objective.discriminator")
-AVERAGE = "config.average_decay"
+# Config prefixes that change the structure of a checkpoint, and fields that change it when they turn
+# to or from zero.
+STRUCTURE = (
+    "config.task",
+    "config.model",
+    "config.objective.discriminator",
+    "config.optimizer.algorithm",
+)
+SWITCHES = ("config.average_decay", "config.optimizer.clip")
 
 
 def train(run: RunConfig, workdir: pathlib.Path) -> None:
@@ -253,7 +258,7 @@ def _claim_workdir(workdir: pathlib.Path, run: RunConfig) -> None:
             before, now = old.get(name), new.get(name)
             if before == now:
                 continue
-            if name.startswith(STRUCTURE) or (name == AVERAGE and bool(before) != bool(now)):
+            if name.startswith(STRUCTURE) or (name in SWITCHES and bool(before) != bool(now)):
                 raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
             logger.warning("%s: %r, was %r when this run started", name, now, before)
     distributed.barrier("config", working=True)  # all processes have read the old file
