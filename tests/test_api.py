@@ -144,7 +144,7 @@ def test_checkpoint_of_another_architecture_is_rejected(monkeypatch):
 
 
 def test_arrays_of_another_type_are_rejected(tokenizer):
-    with pytest.raises(ValueError, match="^images: expected floats or uint8, got int32$"):
+    with pytest.raises(ValueError, match=r"^images: expected floats or uint8, got int32$"):
         tokenizer.encode(np.zeros((1, 32, 32, 3), np.int32))
-    with pytest.raises(ValueError, match="^codes: expected integers, got float32$"):
+    with pytest.raises(ValueError, match=r"^codes: expected integers, got float32$"):
         tokenizer.decode(np.zeros((1, 16), np.float32))

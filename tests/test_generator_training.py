@@ -402,7 +402,8 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
         ),
         (
             {"classes": 2},
-            r"config\.model\.classes: expected at least 3, the number of classes in the data",
+            r"config\.model\.classes: expected at least 3, the number of classes in the data, "
+            "got 2",
         ),
     ],
 )

@@ -66,9 +66,9 @@ def test_an_axis_that_the_mesh_does_not_divide_is_left_whole():
         ({0: [0, 1], 1: [2, 3]}, (0, 2)),
         ({0: [2, 3], 1: [0, 1]}, (1, 2)),
         ({0: [0, 1, 2, 3], 1: [0, 1, 2, 3]}, (0, 1)),  # they differ along `tensor`
-        ({0: [0, 1], 1: [2]}, "process 1 has parts [2] of 4"),
-        ({0: [0, 1], 1: [3, 1]}, "process 1 has parts [1, 3] of 4"),
-        ({0: [0, 2], 1: [1, 3]}, "process 0 has parts [0, 2] of 4"),
+        ({0: [0, 1], 1: [2]}, "process 1 owns parts [2] of 4"),
+        ({0: [0, 1], 1: [3, 1]}, "process 1 owns parts [1, 3] of 4"),
+        ({0: [0, 2], 1: [1, 3]}, "process 0 owns parts [0, 2] of 4"),
     ],
 )
 def test_block_of_a_process(parts, block, monkeypatch):

@@ -287,7 +287,7 @@ def test_dino_discriminator_sees_images_as_its_key_says(dino, batch):
     @jit
     @functools.partial(jax.value_and_grad, has_aux=True)
     def judge(images, key):
-        logits, _ = training._judge(state.discriminator, images, frozen, key)
+        logits, _ = training._discriminate(state.discriminator, images, frozen, key)
         return logits.mean(), logits
 
     keys = jax.random.split(jax.random.key(0), 2)

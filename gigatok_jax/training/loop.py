@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 STEPS_IN_FLIGHT = 2  # keeps a device busy while the host prepares the next step
 
-# Config prefixes that change the structure of a checkpoint, and fields that change it when they turn
+# Config prefixes that change the structure of a checkpoint, and fields that change it when they go
 # to or from zero.
 STRUCTURE = (
     "config.task",
