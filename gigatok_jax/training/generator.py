@@ -183,8 +183,8 @@ class GeneratorTask(Task):
         self.class_count = len(batches.class_names)
         if self.class_count > self.run.model.classes:
             raise UserError(
-                f"config.model.classes: expected at least {self.class_count}, the number of the "
-                f"data's classes, got {self.run.model.classes}"
+                f"config.model.classes: expected at least {self.class_count}, the number of "
+                f"classes in the data, got {self.run.model.classes}"
             )
 
     def init(self, key: jax.Array) -> GeneratorState:
