@@ -5,6 +5,8 @@ images as it reads them (`--config.tokenizer=DIR`), or reads codes that `gigatok
 (`--config.data.source=codes --config.data.path=DIR`).
 """
 
+import dataclasses
+
 from gigatok_jax import recipes
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.generator import GeneratorRun
@@ -13,7 +15,8 @@ from gigatok_jax.training.generator import GeneratorRun
 def get_config(argument="b"):
     recipe = recipes.lookup(argument.split(",")[0], recipes.GENERATORS, "generator")
     return GeneratorRun(
-        model=recipes.generator_model(argument),
+        # The data have the classes.
+        model=dataclasses.replace(recipes.generator_model(argument), classes=0),
         epochs=float(recipe.epochs),
         batch_size=recipe.batch_size,
         mesh=MeshConfig(data=1, fsdp=-1) if recipe.sharded else MeshConfig(),

@@ -7,11 +7,12 @@ import logging
 import os
 import sys
 import traceback
+import types
 import typing
 from typing import Any
 
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import cache_dir
+from gigatok_jax.files import cache_dir, local_path
 
 HELP = ("-h", "--help", "-help", "help")
 
@@ -49,6 +50,12 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+PARSER_MESSAGES = {
+    "invalid literal for int() with base 10:": "expected an integer, got",
+    "could not convert string to float:": "expected a number, got",
+}
 
 
 def take_huge_pages() -> None:
@@ -99,7 +106,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
       UserError: a flag or a field is unknown, missing, or has a wrong value.
     """
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import config_dict, config_flags
 
     from gigatok_jax import commands, config
 
@@ -111,36 +118,42 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         print(flag_values.module_help(commands.__name__))
         return None
     arguments, files = _take_config_files(arguments, verb.configs)
-    loaded = {}
+    loaded, unset = {}, {}
     for flag, default in verb.configs.items():
         file = files.get(flag, default)
         if file == commands.REQUIRED:
             raise UserError(f"--{flag}: missing")
         loaded[flag] = None if file == commands.OPTIONAL else config.load(file)
-        _check_overrides(flag, loaded[flag], arguments)
+        arguments, unset[flag] = _check_overrides(flag, loaded[flag], arguments)
     argv = [name, *arguments]
     try:
         for flag, value in loaded.items():
             if value is not None:
                 fields = config.to_config_dict(value)
+                for path, kind in unset[flag].items():
+                    fields.update_from_flattened_dict({path: config_dict.placeholder(kind)})
                 config_flags.DEFINE_config_dict(
                     flag, fields, sys_argv=argv, flag_values=flag_values
                 )
         positional = flag_values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         message = first_line(error)
+        for pythons, ours in PARSER_MESSAGES.items():
+            message = message.replace(pythons, ours)
         if message.endswith("must have a value other than None."):
             message = f"{message.split('=')[0].removeprefix('flag ')}: missing"
         raise UserError(message) from error
     values = {flag: flag_values[flag].value for flag in flag_values}
     for flag, value in loaded.items():
         if value is not None:
-            values[flag] = config.from_mapping(type(value), values[flag].to_dict(), flag)
+            fields = _local_paths(values[flag].to_dict(), f"{flag}.")
+            values[flag] = config.from_mapping(type(value), fields, flag)
         else:
             values[flag] = None
+    values = _local_paths(values, "--")
     values = {flag.replace("-", "_"): value for flag, value in values.items()}
     if verb.positional:
-        values[verb.positional] = positional
+        values |= _local_paths({verb.positional: positional}, "")
     elif positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
     # Fields of configurations are flags too; their names have dots.
@@ -148,6 +161,26 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
 
 
 IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?")
+
+
+# Flags, and fields of configurations, that hold a path.
+PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"} | {
+    "path",
+    "branch_from",
+}
+
+
+def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values`, with "~" expanded in all paths; see `files.local_path`."""
+    result = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result[name] = _local_paths(value, f"{where}{name}.")
+        elif name in PATHS and isinstance(value, str):
+            result[name] = local_path(value, where + name)
+        elif name in PATHS and isinstance(value, list):
+            result[name] = [local_path(item, where + name) for item in value]
+    return result
 
 
 def _take_config_files(
@@ -165,11 +198,20 @@ def _take_config_files(
     return rest, files
 
 
-def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
-    """Rejects the first `--config.a.b` that is not a field, listing the valid ones."""
+def _check_overrides(
+    flag: str, config: Any, arguments: list[str]
+) -> tuple[list[str], dict[str, type]]:
+    """Rejects the first `--config.a.b` that is not a field, listing the valid ones.
+
+    Splits off `--config.a.b=None`, which the parser of flags does not know: returns the other
+    arguments, and the types of these fields by path.
+    """
+    rest, unset = [], {}
     for argument in arguments:
-        name, *fields = argument.lstrip("-").partition("=")[0].split(".")
+        left, _, value = argument.partition("=")
+        name, *fields = left.lstrip("-").split(".")
         if name != flag or not argument.startswith("-"):
+            rest.append(argument)
             continue
         kind, path = type(config), f"--{flag}"
         if config is None:
@@ -182,6 +224,11 @@ def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
                     f"{path}: no such field; known: {', '.join(sorted(hints)) or 'none'}"
                 )
             kind = hints[field]
+        if value == "None" and types.NoneType in typing.get_args(kind):
+            (unset[".".join(fields)],) = {*typing.get_args(kind)} - {types.NoneType}
+        else:
+            rest.append(argument)
+    return rest, unset
 
 
 def _join(values: dict[str, Any]) -> None:

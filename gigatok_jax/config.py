@@ -43,7 +43,7 @@ def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
     """
     if cls is None:
         return functools.partial(configclass, kw_only=kw_only)
-    settings = pydantic.ConfigDict(strict=True, extra="forbid")
+    settings = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=settings)
     initialize = cls.__init__
     names = [field.name for field in dataclasses.fields(cls)]

@@ -18,7 +18,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from gigatok_jax import files
+from gigatok_jax import files, locks
 from gigatok_jax.errors import RunStopped, UserError, first_line
 
 TIMEOUT = 120  # seconds
@@ -175,6 +175,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield aside
         barrier("end of writing", working=True)
     barrier("renaming", working=True)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """`locks.hold` in process 0, for all processes."""
+    with contextlib.ExitStack() as stack:
+        in_main(lambda: stack.enter_context(locks.hold(folder)))
+        yield
 
 
 class Stop:

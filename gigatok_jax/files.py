@@ -1,11 +1,14 @@
 """Atomic files and directories (written aside, then renamed), and the cache directory."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -22,9 +25,28 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
 
-def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
+def local_path(path: str, where: str) -> str:
+    """Expands "~"; `where` names the flag or field in messages.
+
+    Raises:
+      UserError: the path is a URL.
+    """
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
+        raise UserError(f"{where}: expected a local path, got {path!r}; buckets are not supported")
+    return os.path.expanduser(path)
+
+
+def aside_path(path: pathlib.Path, pid: int, kind: str = "partial") -> pathlib.Path:
     """The temporary path that `replacing` yields in process `pid`."""
-    return path.with_name(f".{path.name}.{pid}.partial")
+    # A name may have 255 bytes, and this one must be longer.
+    whole = os.fsencode(path.name)
+    name = path.name if len(whole) < 200 else hashlib.sha256(whole).hexdigest()[:32]
+    return path.with_name(f".{name}.{pid}.{kind}")
+
+
+def printable(name: str) -> str:
+    """A file's name with its bytes that are not UTF-8 written as in "a\\xf1o.jpg"."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
@@ -39,7 +61,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     try:
         yield aside
         if path.is_dir():  # rename cannot replace a directory that is not empty
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = aside_path(path, os.getpid(), "old")
             path.rename(old)
             aside.rename(path)
             shutil.rmtree(old)
@@ -52,9 +74,23 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             aside.unlink(missing_ok=True)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: valid(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [valid(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(valid(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON; see `json_text`."""
     with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.write_text(json_text(value, indent=2) + "\n")
 
 
 def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -73,12 +109,16 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 
-def read_json(path: pathlib.Path, describes: str) -> Any:
-    """Parses a JSON file; a UserError names what the file `describes`."""
+def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
+    """Parses a JSON object; a UserError names what the file `describes`."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON that describes {describes}, got {error}") from None
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise UserError(f"{path}: expected a JSON object that describes {describes}, got a {found}")
+    return value
 
 
 def claim(
@@ -112,8 +152,17 @@ def refuse_other(
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
     """Hashes the names, sizes and modification times of files in `root` to sixteen hex digits."""
+
+    def describe(name: str) -> bytes:
+        try:
+            found = (root / name).stat()
+        except OSError:  # a dangling link, for example: an unreadable image
+            return os.fsencode(f"{name}\0missing\0")
+        return os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0")
+
     digest = hashlib.sha256()
-    for name in names:
-        found = (root / name).stat()
-        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0"))
+    # On network storage, asking for a million files one by one would take minutes.
+    with ThreadPoolExecutor(16) as threads:
+        for text in threads.map(describe, names, chunksize=256):
+            digest.update(text)
     return digest.hexdigest()[:16]

@@ -66,7 +66,7 @@ def data(root) -> DataConfig:
 
 @pytest.fixture(scope="module")
 def bundle() -> bundles.Bundle:
-    return bundles.Bundle(CONFIG, tiny.weights(CONFIG), {})
+    return bundles.Bundle(CONFIG, tiny.weights(CONFIG), {}, "made for tests")
 
 
 @pytest.fixture(scope="module")

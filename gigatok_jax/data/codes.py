@@ -29,6 +29,9 @@ class CodesInfo:
     data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
     crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one centre crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
+    # For each split, the encoded images: see `Source.version`, and their number.
+    versions: dict[str, str]
+    examples: dict[str, int]
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
@@ -44,6 +47,26 @@ class CodesInfo:
             raise UserError(
                 "the stored codes were made by a different tokenizer than the generator's"
             )
+
+
+def check_unchanged(folder: Path, old: CodesInfo, new: CodesInfo) -> None:
+    """Raises UserError if the encoded images are no longer those of `old`."""
+    for split, version in new.versions.items():
+        if old.versions.get(split) != version:
+            before, now = old.examples.get(split), new.examples[split]
+            found = f"{now} images, were {before}" if now != before else "other files, as many"
+            raise UserError(
+                f"{folder}: the {split} images have changed since they were encoded ({found}); "
+                "encode them into another folder, or anew with --overwrite"
+            )
+
+
+def remove(folder: Path) -> None:
+    """Removes the stored codes of a folder, and nothing else."""
+    (folder / "codes.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-?????-of-?????.array_record"):
+            path.unlink()
 
 
 def read_info(folder: Path) -> CodesInfo | None:
@@ -82,7 +105,7 @@ def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:
     """Records for `write_shard` from an evaluation batch and its codes [B, crops, N]."""
     for i in np.flatnonzero(batch["valid"]):
-        label, key = int(batch["label"][i]), str(batch["key"][i])
+        label, key = int(batch["label"][i]), str(batch["key"][i])  # valid UTF-8, as msgpack wants
         yield {"codes": codes[i], "label": label, "key": key}
 
 

@@ -6,13 +6,30 @@ import os
 from typing import Literal, get_args
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from gigatok_jax.errors import UserError
 
 Resize = Literal["bicubic", "linear"]
 RESIZES = get_args(Resize)
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+# Pillow's limit of 1 MB, against compressed text that exhausts the memory, also drops valid photos.
+PngImagePlugin.MAX_TEXT_CHUNK = 32 * 2**20
+ELONGATED = 8  # ratio of sides from which only the crop is resized
+
+
+@functools.cache
+def optional_formats() -> set[str]:
+    """Suffixes of formats that Pillow reads here, but not everywhere."""
+    formats = {"avif"} if features.check("avif") else set()
+    try:
+        import pillow_heif
+    except ImportError:
+        return formats
+    pillow_heif.register_heif_opener()
+    return formats | {"heic", "heif", "hif"}
 
 
 class BadImage(ValueError):
@@ -85,6 +102,13 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """
     image, (width, height) = _halve(_pillow(image), size)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) > ELONGATED * size:  # as a whole, a line of pixels would take gigabytes
+        x, y = image.width / width, image.height / height
+        # Pillow resizes columns first, and rounds in between; with one box it may do rows first.
+        columns = (left * x, 0, (left + size) * x, image.height)
+        image = image.resize((size, image.height), BICUBIC, box=columns)
+        rows = (0, top * y, size, (top + size) * y)
+        return np.asarray(image.resize((size, size), BICUBIC, box=rows))
     image = image.resize((width, height), BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

@@ -24,7 +24,7 @@ import grain
 import numpy as np
 
 from gigatok_jax.data.crops import BadImage, center_crop, opencv, random_crop, ten_crops
-from gigatok_jax.data.sources import DataConfig, Source, open_source
+from gigatok_jax.data.sources import DataConfig, Shuffled, Source, open_source
 from gigatok_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -85,6 +85,7 @@ def eval_batches(
     *,
     train: bool = False,
     crop_factors: tuple[float, ...] = (),
+    shuffled: bool = False,
 ) -> "Batches":
     """One pass over the evaluation examples, in order, as centre crops.
 
@@ -98,10 +99,11 @@ def eval_batches(
         process_index, process_count: the part of each batch that this process reads.
         train: read the training examples instead.
         crop_factors: if given, take `crops.ten_crops` of each factor instead of the centre crop.
+        shuffled: in an order that is random, but always the same.
 
     Returns:
         Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
-        "index": int32 [B/P], "key": str [B/P]}; "index" is the place in the source, -1 for
+        "index": int32 [B/P], "key": str [B/P]}; "index" is the place in this pass, -1 for
         padding. With crop factors, a second axis of the images holds ten crops per factor. If the
         source has codes, "codes", int32 [B/P, N], replaces "image".
 
@@ -109,6 +111,8 @@ def eval_batches(
         UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=train, image_size=image_size)
+    if shuffled:
+        source = Shuffled(source)
     positions = grain.MapDataset.range(math.ceil(len(source) / batch_size) * batch_size)
     read = functools.partial(_read_for_evaluation, source, image_size, crop_factors)
     return Batches(source, positions, read, config, batch_size, process_index, process_count)

@@ -320,26 +320,31 @@ def _data_reference(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
-    if not path.exists():
-        # Chosen at random, because data sets are often sorted by class.
-        chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
-        found, members = FeatureSet(extractor, predictions=False), []
-        steps = math.ceil(batches.examples / batch_size)
-        with batches:
-            for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
-                valid = batch["valid"]
-                if valid.any():
-                    features = extractor(batch["image"][valid])
-                    found.add_features(features)
-                    members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
-        arrays = {}
-        for feature, gaussian in found.gaussians().items():
-            arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
-            arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
-        write_npz(path, arrays | {"members": np.concatenate(members)})
-    with _readable(path), np.load(path) as file:
-        members = file["members"]
-    return Reference(_read_statistics(path), members, name)
+    if path.exists():
+        with _readable(path), np.load(path) as file:
+            members = file["members"]
+        return Reference(_read_statistics(path), members, name)
+    # Chosen at random, because data sets are often sorted by class.
+    chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
+    found, members = FeatureSet(extractor, predictions=False), []
+    steps = math.ceil(batches.examples / batch_size)
+    with batches:
+        for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
+            valid = batch["valid"]
+            if valid.any():
+                features = extractor(batch["image"][valid])
+                found.add_features(features)
+                members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
+    gaussians, members = found.gaussians(), np.concatenate(members)
+    arrays = {"members": members}
+    for feature, gaussian in gaussians.items():
+        arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
+        arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
+    try:
+        write_npz(path, arrays)
+    except OSError as error:
+        logger.warning("%s: the reference is not kept for the next time (%s)", path, error)
+    return Reference(gaussians, members, name)
 
 
 def check_count(examples: int, field: str) -> None:

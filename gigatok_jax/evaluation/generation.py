@@ -8,6 +8,7 @@ processes share the work.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import logging
 import math
 from pathlib import Path
 import shutil
@@ -32,6 +33,8 @@ from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import validation_loss
 from gigatok_jax.training.task import held_out_means
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # most images in a row of a grid
 CLASSES = 12  # most rows of a grid of classes
@@ -58,7 +61,7 @@ def load_matching_tokenizer(
         )
     if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
         raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
-    return PretrainedTokenizer(config, bundle.weights)
+    return PretrainedTokenizer(config, bundle.weights, fingerprint=bundle.fingerprint)
 
 
 def sample(
@@ -78,7 +81,8 @@ def sample(
       generator, tokenizer: must match, see `load_matching_tokenizer`.
       classes: integers `[n]`, the class of each image.
       settings: how codes are sampled.
-      out: gets `images/` (a PNG per image), `grid.png` (a row per class) and `samples.npz` in the
+      out: gets `images/` (a PNG per image; those of an earlier call are kept if this call has them,
+        too, and removed otherwise), `grid.png` (a row per class) and `samples.npz` in the
         layout of ADM's evaluator: `arr_0`, uint8 `[n, H, W, 3]`, and `arr_1`, the classes.
       class_names: shown in the grid, by class number.
       seed: determines the images, together with `classes` and `settings`.
@@ -99,11 +103,14 @@ def sample(
         pictures.save_png(path, images[0])
         sampled += 1
     distributed.barrier("images", working=True)
+    if distributed.is_main():  # whoever measures the folder expects the images of this call alone
+        for stale in set(folder.glob("??????_class????.png")) - set(paths):
+            stale.unlink()
     sampled = int(distributed.sums({"sampled": sampled})["sampled"])
     if distributed.is_main():
         _write_npz(out / "samples.npz", paths, classes)
         _write_class_grid(out / "grid.png", paths, classes, class_names)
-        print(f"{len(paths)} images ({len(paths) - sampled} were there)")
+        print(f"{len(paths)} images ({len(paths) - sampled} already existed)")
         print(out)
 
 
@@ -144,7 +151,7 @@ def evaluate(
     if path.exists():
         return read_json(path, "the metrics")
 
-    classes = np.random.default_rng(seed).integers(generator.config.classes, size=count)
+    classes = np.random.default_rng(seed).integers(generator.class_count, size=count)
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
     for file, images in _sample_missing(
         generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size
@@ -170,6 +177,11 @@ def evaluate(
     return read_json(path, "the metrics")
 
 
+def guidance_folder(out: Path, settings: SamplingConfig) -> Path:
+    """Where the evaluation of a guidance scale lives, so that a later search finds it."""
+    return out / f"guidance_{settings.guidance:.2f}"
+
+
 def evaluate_best(
     generator: PretrainedGenerator,
     tokenizer: PretrainedTokenizer,
@@ -188,8 +200,8 @@ def evaluate_best(
     results = {}
 
     def distance(scale: float) -> float:
-        folder = out / f"guidance_{scale:.2f}"
         guided = dataclasses.replace(settings, guidance=scale)
+        folder = guidance_folder(out, guided)
         results[scale] = evaluate(
             generator, tokenizer, extractor, reference, guided, folder, **options
         )
@@ -244,9 +256,10 @@ def evaluate_loss(
     config = generator.config
     size = tokenizer.config.image_size if tokenizer else 0
     batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
-    if len(batches.class_names) > config.classes:
+    if len(batches.class_names) > generator.class_count:
         raise UserError(
-            f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
+            f"config.data: expected at most the {generator.class_count} classes of the generator, "
+            f"got {len(batches.class_names)}"
         )
     if data.source == "codes":
         codes.find_info(data.path).check(
@@ -308,6 +321,11 @@ def _sample_missing(
     numbers = np.array([n for group in todo.values() for n in group], int)
     size = min(batch_size, len(numbers))
     key = jax.random.key(seed)
+    if settings.guidance > 1 and generator.made_by.get("run", {}).get("class_dropout") == 0:
+        logger.warning(
+            "guidance compares with the null class, which this generator was not trained on: its "
+            "run had class_dropout=0"
+        )
 
     def images():
         for start in range(0, len(numbers), batch_size):
@@ -315,7 +333,7 @@ def _sample_missing(
             filled = np.resize(chosen, size)  # a shorter last batch would recompile
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, filled)
             sampled = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
-            batch = np.asarray(pictures.to_uint8(tokenizer.decode(sampled)))
+            batch = pictures.finite_uint8(tokenizer.decode(sampled), "the decoded samples")
             yield from batch[: len(chosen)]
 
     label = f"guidance {settings.guidance:g}"

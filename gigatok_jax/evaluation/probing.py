@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pydantic
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from gigatok_jax import api, bundles, distributed, encoding, files, pictures
 from gigatok_jax.config import configclass
@@ -56,7 +56,7 @@ class ProbeConfig:
     batch_size: PositiveInt = 32  # images per batch, except in sampling
     shard_images: PositiveInt = 4_096  # images per shard of codes, a multiple of batch_size
     sample_batch_size: PositiveInt = 64  # images per batch in sampling
-    seed: int = 0  # of the samples
+    seed: NonNegativeInt = 0  # of the samples
 
     @pydantic.model_validator(mode="after")
     def _check(self):
@@ -131,7 +131,14 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     """
     bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
+    # Opening the data is cheap; reading them with other codes would mix two probes.
+    sources = {
+        split: open_source(config.data, train=train, image_size=bundle.config.image_size)
+        for split, train in (("training", True), ("evaluation", False))
+    }
     identity = {"tokenizer": bundle.fingerprint, **config.identity()}
+    for split, source in sources.items():
+        identity[f"set of {split} images"] = f"{len(source)} images, version {source.version()}"
     # Reject another probe's workdir early: the reference can take hours to compute.
     files.claim(workdir / "probe.json", identity, "a probe", write=False)
     reference = fid.load_reference(
@@ -153,7 +160,9 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
         workdir=workdir,
         directory=tokenizer_directory,
         bundle=bundle,
-        tokenizer=api.PretrainedTokenizer(bundle.config, bundle.weights),
+        tokenizer=api.PretrainedTokenizer(
+            bundle.config, bundle.weights, fingerprint=bundle.fingerprint
+        ),
         extractor=extractor,
         reference=reference,
         results={"parameters": sum(x.size for x in jax.tree.leaves(bundle.weights["params"]))},
@@ -250,7 +259,7 @@ def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
 
 def _sample_classes(probe: _Probe, out: Path) -> dict[str, Any]:
     """Samples of evenly spaced classes, at the best guidance."""
-    config, classes = probe.config, np.arange(probe.generator.config.classes)
+    config, classes = probe.config, np.arange(probe.generator.class_count)
     generation.sample(
         probe.generator,
         probe.tokenizer,

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import print_metrics
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import printable, replacing, write_json
 from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def reconstruct(
       tokenizer: the tokenizer to use.
       source: an image file, or a folder that is searched recursively. Unreadable images are
         skipped.
-      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG per
-        image) and `metrics.json`.
+      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG per image,
+        instead of those of an earlier call) and `metrics.json`.
       batch_size: images per batch.
       ssim_range: see `image_metrics.ssim`.
 
@@ -105,25 +106,46 @@ def reconstruct(
       distance, and "each", one row of metrics per image.
 
     Raises:
-      UserError: no image can be read.
+      UserError: no image can be read, or `out` has an `images/` that is not of an earlier call.
     """
     paths, rows = image_paths(source), []
+    root = source if source.is_dir() else source.parent
+    names = _output_names([str(path.relative_to(root)) for path in paths])
+    if (out / "images").exists() and not (out / "metrics.json").exists():
+        raise UserError(f"{out / 'images'}: expected no such folder, or that of an earlier call")
 
-    def visit(keys, inputs, outputs, values):
-        for i, key in enumerate(keys.tolist()):
-            # a.jpg becomes a.jpg.png, so that a.png remains another file.
-            name = key if key.endswith(".png") else f"{key}.png"
-            pictures.save_png(out / "images" / name, outputs[i])
-            rows.append({"image": key} | {name: float(value[i]) for name, value in values.items()})
+    with replacing(out / "images") as aside:
 
-    batches = _read(source, paths, tokenizer.config.image_size, batch_size)
-    means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        def visit(keys, inputs, outputs, values):
+            for i, key in enumerate(keys.tolist()):
+                pictures.save_png(aside / names[key], outputs[i])
+                described = {"image": printable(key), "output": printable(names[key])}
+                rows.append(described | {name: float(x[i]) for name, x in values.items()})
+
+        batches = _read(source, paths, tokenizer.config.image_size, batch_size)
+        means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
     skipped = len(paths) - means.pop("images")
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
     print(f"{len(rows)} images ({skipped} skipped)")
     print_metrics(means)
     return result
+
+
+def _output_names(keys: Sequence[str]) -> dict[str, str]:
+    """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
+    names = {key: key for key in keys if key.endswith(".png")}
+    for key in keys:
+        folder, base = os.path.split(key)
+        number = 0
+        while key not in names:
+            suffix = f".{number}.png" if number else ".png"
+            # A file's name has at most 255 bytes.
+            short = os.fsdecode(os.fsencode(base)[: 255 - len(suffix)])
+            name, number = os.path.join(folder, short + suffix), number + 1
+            if name not in names.values():
+                names[key] = name
+    return names
 
 
 def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
@@ -171,7 +193,8 @@ def _reconstruct(
         floats = tokenizer.decode(codes)
         values = jax.device_get(compare(batch["image"], floats))
         values = {name: value[valid].astype(np.float64) for name, value in values.items()}
-        inputs, outputs = batch["image"][valid], np.asarray(pictures.to_uint8(floats))[valid]
+        outputs = pictures.finite_uint8(floats, "the reconstructions")[valid]
+        inputs = batch["image"][valid]
         if valid.any():
             visit(batch["key"][valid], inputs, outputs, values)
         images += len(inputs)

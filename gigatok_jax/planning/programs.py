@@ -18,6 +18,8 @@ from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.task import RunConfig, Task
 from gigatok_jax.training.tokenizer import Frozen, TokenizerTask
 
+IMAGENET_CLASSES = 1_000  # assumed where a run leaves the number to its data
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -70,6 +72,7 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
       UserError: a teacher or a tokenizer that the run names is missing.
     """
     if isinstance(run, GeneratorRun):
+        run = run.for_classes(IMAGENET_CLASSES)
         if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
         config = bundles.load_config(run.tokenizer, "tokenizer", tokenizer.TokenizerConfig)
@@ -93,6 +96,7 @@ def _vit_shapes(config: vit.ViTConfig, grid: int) -> dict:
 
 def sampling_codes(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:
     """Sampling codes for `run.batch_size` images, with the options in `run.sampling`."""
+    run = run.for_classes(IMAGENET_CLASSES)
     shapes = generator.param_shapes(run.model)
     whole, shared = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = sharding.abstract(shapes, jax.tree.map(lambda _: whole, shapes))

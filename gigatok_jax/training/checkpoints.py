@@ -93,6 +93,10 @@ class Checkpoints:
             ) from error
         return Restored(step, restored.state, restored.progress)
 
+    def check(self) -> None:
+        """Raises the error, if any, with which writing in the background failed."""
+        self._manager.check_for_errors()
+
     def wait(self) -> None:
         """Waits until all checkpoints are written."""
         self._manager.wait_until_finished()

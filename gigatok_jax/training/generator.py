@@ -86,6 +86,12 @@ class GeneratorRun(RunConfig):
         share = (self.total_steps - self.branch_step) / self.total_steps
         return dataclasses.replace(resolved, decay_share=share)
 
+    def for_classes(self, count: int) -> "GeneratorRun":
+        """This run, with the number of classes if `model.classes` leaves it to the data."""
+        if self.model.classes:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, classes=count))
+
     def open_task(self) -> "GeneratorTask":
         from_codes = self.data.source == "codes"
         if not from_codes and not self.tokenizer:
@@ -175,17 +181,18 @@ class GeneratorTask(Task):
         self.image_size = tokenizer.image_size if tokenizer else 0
         self.identity = {"tokenizer": fingerprint}
         self.dtype = layers.compute_dtype(run.dtype)
-        self.class_count = run.model.classes  # classes of the data, once they are known
         if run.branch_from:
             self.branch = (run.branch_from, run.branch_step)
 
-    def check_data(self, batches) -> None:
-        self.class_count = len(batches.class_names)
-        if self.class_count > self.run.model.classes:
+    def set_data(self, class_names, version) -> None:
+        super().set_data(class_names, version)
+        self.run, found = self.run.for_classes(len(class_names)), len(class_names)
+        if found > self.run.model.classes:
             raise UserError(
-                f"config.model.classes: expected at least {self.class_count}, the number of "
-                f"classes in the data, got {self.run.model.classes}"
+                f"config.model.classes: expected at least {found}, the number of classes in the "
+                f"data, or 0, got {self.run.model.classes}"
             )
+        self.identity = self.identity | {"list of classes": list(class_names)}
 
     def init(self, key: jax.Array) -> GeneratorState:
         run = self.run
@@ -255,7 +262,7 @@ class GeneratorTask(Task):
         if self.tokenizer is None:
             return {}
         run = self.run
-        classes = np.arange(COLUMNS) * self.class_count // COLUMNS
+        classes = np.arange(COLUMNS) * (len(self.class_names) or run.model.classes) // COLUMNS
         classes = jnp.asarray(np.tile(classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         codes = sampling.sample(
@@ -280,11 +287,7 @@ class GeneratorTask(Task):
     _compiled_decode = None
 
     def bundle(self, state) -> BundleContent:
-        made_by = {
-            "run": dataclasses.asdict(self.run),
-            "step": int(state.step),
-            "tokenizer": self.identity["tokenizer"],
-        }
+        made_by = self.made_by(state) | {"tokenizer": self.identity["tokenizer"]}
         weights = {"params": params_for_use(state)}
         return BundleContent("generator", self.run.model, weights, made_by)
 

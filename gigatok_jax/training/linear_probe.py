@@ -202,7 +202,7 @@ class LinearProbeTask(Task):
       run: the configuration.
       probed: the frozen network.
       image_size: of the images that it sees, in pixels; 0 for stored codes.
-      classes: number of classes, until `check_data` sets that of the data.
+      classes: number of classes, until `set_data` gives that of the data.
     """
 
     def __init__(
@@ -210,11 +210,16 @@ class LinearProbeTask(Task):
     ):
         self.run, self.probed, self.frozen = run, probed, probed.frozen
         self.image_size = image_size
-        self.identity = {"features": probed.description, "networks": probed.fingerprint}
+        self.identity = {
+            "kind of features": probed.description,
+            "frozen network": probed.fingerprint,
+        }
         self.module = LinearProbe(classes)
 
-    def check_data(self, batches) -> None:
-        self.module = LinearProbe(len(batches.class_names))
+    def set_data(self, class_names, version) -> None:
+        super().set_data(class_names, version)
+        self.module = LinearProbe(len(class_names))
+        self.identity = self.identity | {"list of classes": list(class_names)}
 
     def init(self, key: jax.Array) -> LinearProbeState:
         run = self.run
@@ -289,9 +294,5 @@ class LinearProbeTask(Task):
 
     def bundle(self, state) -> BundleContent:
         weights = {"params": state.params, "batch_stats": state.batch_stats}
-        made_by = {
-            "run": dataclasses.asdict(self.run),
-            "step": int(state.step),
-            "features": self.probed.description,
-        }
+        made_by = self.made_by(state) | {"features": self.probed.description}
         return BundleContent("linear_probe", None, weights, made_by)

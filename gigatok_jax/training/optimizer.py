@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 
 from gigatok_jax.config import configclass
 
@@ -22,7 +22,7 @@ class OptimizerConfig:
     # LARS (You et al. 2017) scales each matrix's update relative to the norm of the matrix.
     algorithm: Literal["adamw", "lars"] = "adamw"
     rate: PositiveFloat | None = 1e-4  # peak learning rate; None: base_rate * batch_size / 256
-    base_rate: PositiveFloat = 0.1
+    base_rate: PositiveFloat = 0.1  # used only if rate is None
     final_rate: NonNegativeFloat = 1e-5  # where the cosine ends
     # "warmup_stable_decay" is constant and then decays to 0.
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
@@ -35,6 +35,15 @@ class OptimizerConfig:
     decayed: Literal["all", "matrices"] = "all"  # "matrices" excludes biases and norm gains
     clip: NonNegativeFloat = 10.0  # maximum global norm of the gradient; 0 turns clipping off
 
+    @model_validator(mode="after")
+    def _check(self):
+        if self.warmup_steps is not None and self.warmup_epochs:
+            raise ValueError(
+                f"warmup_epochs: expected 0 with warmup_steps={self.warmup_steps}, got "
+                f"{self.warmup_epochs:g}; set warmup_steps=None to use it"
+            )
+        return self
+
     def resolve(self, batch_size: int, epoch_images: int) -> "OptimizerConfig":
         """Fills in `rate` and `warmup_steps` where they follow from the batch size."""
         rate, warmup = self.rate, self.warmup_steps
@@ -42,7 +51,7 @@ class OptimizerConfig:
             rate = self.base_rate * batch_size / 256
         if warmup is None:
             warmup = int(self.warmup_epochs * epoch_images / batch_size)
-        return dataclasses.replace(self, rate=rate, warmup_steps=warmup)
+        return dataclasses.replace(self, rate=rate, warmup_steps=warmup, warmup_epochs=0.0)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:

@@ -2,13 +2,12 @@
 
 from collections.abc import Mapping
 import json
-import math
 import pathlib
 
 import numpy as np
 from tensorboardX import SummaryWriter
 
-from gigatok_jax.files import replacing
+from gigatok_jax.files import json_text, replacing
 from gigatok_jax.pictures import save_png
 
 
@@ -35,9 +34,7 @@ class Telemetry:
         return any(row["step"] == step and "total" not in row for row in rows)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        # JSON has no NaN or infinity; both become null.
-        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.write(json_text({"step": step} | dict(values)) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
@@ -58,9 +55,11 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text().splitlines():
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except json.JSONDecodeError:
             break
+        # NaN and infinity are stored as strings, see `json_text`.
+        rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
 
 
@@ -68,4 +67,4 @@ def _keep_rows(path: pathlib.Path, step: int) -> None:
     if path.exists():
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         with replacing(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            aside.write_text("".join(json_text(row) + "\n" for row in rows))

@@ -433,8 +433,8 @@ class TokenizerTask(Task):
     _low_since, _warned = None, False
 
     def bundle(self, state) -> BundleContent:
-        made_by = {"run": dataclasses.asdict(self.run), "step": int(state.step)}
-        return BundleContent("tokenizer", self.run.model, weights_for_use(state), made_by)
+        weights = weights_for_use(state)
+        return BundleContent("tokenizer", self.run.model, weights, self.made_by(state))
 
     def _real_features(self, images, frozen) -> dict[str, Any]:
         """The frozen networks' features of the input."""
