@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,7 @@ photos: pathlib.Path | None = None  # folder of JPEGs; None: synthetic ones
 
 def augmentation(model: str, batch: int) -> Case:
     """Training crops of JPEGs in float32 on one core, compared with plain Pillow."""
-    if model not in crops.RESIZES:
+    if model not in typing.get_args(crops.Resize):
         raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
     files = list(itertools.islice(itertools.cycle(files), batch))

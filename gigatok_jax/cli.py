@@ -54,7 +54,7 @@ def entry() -> None:
 def take_huge_pages() -> None:
     """Restarts the program with huge pages for large allocations, where glibc supports them.
 
-    On CPUs, XLA maps gigabytes anew at each step, which with pages of 4 KiB takes a tenth of the
+    On CPUs, XLA maps gigabytes of memory at every step; with 4 KiB pages that takes 10 % of the
     time. glibc reads the setting only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:

@@ -3,7 +3,7 @@
 import functools
 import io
 import os
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -11,7 +11,6 @@ from PIL import Image, UnidentifiedImageError
 from gigatok_jax.errors import UserError
 
 Resize = Literal["bicubic", "linear"]
-RESIZES = get_args(Resize)
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 

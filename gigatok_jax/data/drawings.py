@@ -37,9 +37,8 @@ class Part(NamedTuple):
 
     paint: str  # key of the palette; "body" carries the drawing's texture
     outlines: tuple[Array, ...]  # closed polygons, each float [V, 2], filled together
-    decal: bool = (
-        False  # lies flat on the last part that is no decal: clipped to it and lit like it
-    )
+    # Lies flat: clipped to, and lit like, the last part that is not a decal.
+    decal: bool = False
     relief: float = 0.05  # width of the rounded edge, relative to the frame
     tint: float = 1.0  # brightness, for faces turned away from the light
     axes: Array = np.eye(2, dtype=np.float32)  # from object to texture coordinates

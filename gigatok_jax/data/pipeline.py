@@ -254,9 +254,8 @@ class Batches(Iterator[Batch]):
         batch = next(self._stream)
         self._next_batch += 1
         self._count_bad(batch.pop("bad"))
-        if (
-            self._config.workers
-        ):  # copy from shared memory, which Grain frees late and with warnings
+        # Copy from shared memory, which Grain frees late and with warnings.
+        if self._config.workers:
             batch = {name: np.array(array) for name, array in batch.items()}
         return batch
 

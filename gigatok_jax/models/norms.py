@@ -1,4 +1,7 @@
-"""Norms that Flax lacks: remat keeps their statistics, or they follow PyTorch or parts of a batch.
+"""Norms that Flax lacks.
+
+GroupNorm whose statistics survive remat, BatchNorm with PyTorch's running statistics, and BatchNorm
+over parts of a batch.
 
 Statistics are always float32.
 """
