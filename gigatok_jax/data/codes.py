@@ -32,19 +32,6 @@ class CodesInfo:
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
-    def check(self, *, codes: int, codebook_size: int, tokenizer: str | None) -> None:
-        """Raises UserError for codes of another shape or, if given, of another tokenizer."""
-        for name, wanted in (("codes", codes), ("codebook_size", codebook_size)):
-            if getattr(self, name) != wanted:
-                raise UserError(
-                    f"{name} is {wanted} in the generator's model, but {getattr(self, name)} in "
-                    "the stored codes"
-                )
-        if tokenizer not in (None, self.tokenizer):
-            raise UserError(
-                "the stored codes were made by a different tokenizer than the generator's"
-            )
-
 
 def read_info(folder: Path) -> CodesInfo | None:
     """Reads the folder's `codes.json`; returns None if it does not exist.
@@ -55,7 +42,7 @@ def read_info(folder: Path) -> CodesInfo | None:
     path = folder / "codes.json"
     if not path.exists():
         return None
-    return from_mapping(CodesInfo, read_json(path, "stored codes"), str(path))
+    return from_mapping(CodesInfo, read_json(path, "stored codes"), f"{path}: info")
 
 
 def find_info(path: str) -> CodesInfo:

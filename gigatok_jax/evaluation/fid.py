@@ -73,7 +73,8 @@ class Moments:
         """
         finite = np.isfinite(features).all(axis=1)
         if not finite.all():
-            raise UserError(f"features of image {self.count + finite.argmin()} are not finite")
+            number = self.count + finite.argmin()
+            raise UserError(f"image {number}: expected finite features, got NaN or inf")
         features = np.asarray(features, np.float64)
         self.count += len(features)
         self.total += features.sum(axis=0)

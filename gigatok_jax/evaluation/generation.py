@@ -30,7 +30,7 @@ from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import read_json, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.generator import check_tokenizer, validation_loss
 from gigatok_jax.training.task import held_out_means
 
 COLUMNS = 8  # most images in a row of a grid
@@ -50,15 +50,8 @@ def load_matching_tokenizer(
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
-    config, model = bundle.config, generator.config
-    if (model.codes, model.codebook_size) != (config.latents, config.codebook_size):
-        raise UserError(
-            f"{directory}: a tokenizer of {config.latents} codes out of {config.codebook_size}, "
-            f"but the generator samples {model.codes} out of {model.codebook_size}"
-        )
-    if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
-        raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
-    return PretrainedTokenizer(config, bundle.weights)
+    check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
+    return PretrainedTokenizer(bundle.config, bundle.weights)
 
 
 def sample(
@@ -246,14 +239,12 @@ def evaluate_loss(
     batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
     if len(batches.class_names) > config.classes:
         raise UserError(
-            f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
+            f"config.data: expected at most {config.classes} classes, as in the generator, got "
+            f"{len(batches.class_names)}"
         )
     if data.source == "codes":
-        codes.find_info(data.path).check(
-            codes=config.codes,
-            codebook_size=config.codebook_size,
-            tokenizer=generator.made_by.get("tokenizer"),
-        )
+        info = codes.find_info(data.path)
+        check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
     losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
 

@@ -96,21 +96,11 @@ class GeneratorRun(RunConfig):
         tokenizer = None
         if self.tokenizer:
             tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
-            for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
-                expected, got = getattr(tokenizer.config, theirs), getattr(self.model, name)
-                if got != expected:
-                    raise UserError(
-                        f"config.model.{name}: expected {expected}, as in tokenizer "
-                        f"{self.tokenizer}, got {got}"
-                    )
+            check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         if from_codes:
             info = stored.find_info(self.data.path)
-            info.check(
-                codes=self.model.codes,
-                codebook_size=self.model.codebook_size,
-                tokenizer=fingerprint,
-            )
+            check_tokenizer(self.data.path, info, self.model, fingerprint)
             fingerprint = info.tokenizer
         if self.branch_from:
             _check_branch_point(self)
@@ -122,16 +112,50 @@ class GeneratorRun(RunConfig):
         )
 
 
+def check_tokenizer(
+    path: str | pathlib.Path,
+    source: bundles.Bundle | stored.CodesInfo,
+    model: GeneratorConfig,
+    fingerprint: str | None = None,
+) -> None:
+    """Raises UserError unless a generator models the codes of a tokenizer.
+
+    Args:
+      path: of the tokenizer or its codes.
+      source: the tokenizer, or the description of its codes.
+      model: the generator's architecture.
+      fingerprint: of the generator's tokenizer, if it is known.
+    """
+    is_codes = isinstance(source, stored.CodesInfo)
+    if is_codes:
+        theirs = source.codes, source.codebook_size
+    else:
+        theirs = source.config.latents, source.config.codebook_size
+    if theirs != (model.codes, model.codebook_size):
+        raise UserError(
+            f"{path}: expected codes={model.codes} and codebook_size={model.codebook_size}, as in "
+            f"the generator's model, got {theirs[0]} and {theirs[1]}"
+        )
+    if fingerprint is None:  # do not compute the tokenizer's, which takes long
+        return
+    found = source.tokenizer if is_codes else source.fingerprint
+    if found != fingerprint:
+        raise UserError(
+            f"{path}: expected the generator's tokenizer, {fingerprint}, got another, {found}"
+        )
+
+
 def _check_branch_point(run: GeneratorRun) -> None:
     """Rejects a run of another model, and a step outside its constant phase."""
     path = pathlib.Path(run.branch_from) / "config.json"
     if not path.exists():  # a branch with checkpoints of its own does not need the other run
         return
-    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
-    if other.model != run.model:
-        raise UserError(
-            f"config.model: {run.model}, but the run in {run.branch_from} has {other.model}"
-        )
+    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), f"{path}: config")
+    for name, ours in dataclasses.asdict(run.model).items():
+        if (theirs := getattr(other.model, name)) != ours:
+            raise UserError(
+                f"config.model.{name}: expected {theirs!r}, as in {run.branch_from}, got {ours!r}"
+            )
     schedule = other.resolved_optimizer
     first = schedule.warmup_steps
     last = math.floor((1 - schedule.decay_share) * other.total_steps)
