@@ -11,9 +11,9 @@ from gigatok_jax.training.generator import GeneratorRun
 
 
 def get_config(argument="b"):
-    recipe = recipes.lookup(argument.split(",")[0], recipes.GENERATORS, "generator")
+    recipe = recipes.generator(argument)
     return GeneratorRun(
-        model=recipes.generator_model(argument),
+        model=recipe.model,
         epochs=float(recipe.epochs),
         batch_size=recipe.batch_size,
         mesh=MeshConfig(data=1, fsdp=-1) if recipe.sharded else MeshConfig(),

@@ -10,7 +10,7 @@ import traceback
 import typing
 from typing import Any
 
-from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import cache_dir
 
 HELP = ("-h", "--help", "-help", "help")
@@ -72,9 +72,7 @@ def _run(arguments: list[str]) -> int:
         print("\n".join(f"  {name:<12} {verb.summary}" for name, verb in commands.VERBS.items()))
         return 0
     name, *rest = arguments
-    if name not in commands.VERBS:
-        raise UserError(f"{name!r}: no such verb; known: {', '.join(commands.VERBS)}")
-    verb = commands.VERBS[name]
+    verb = lookup(name, commands.VERBS, "verb")
     values = parse(name, verb, rest)
     if values is None:
         return 0

@@ -58,6 +58,14 @@ class SamplingConfig:
             )
         return self
 
+    def check_schedule(self, prefix: str = "") -> None:
+        """Raises ValueError for a schedule of no guidance; `prefix` precedes names of fields."""
+        if self.schedule != "constant" and self.guidance == 1:
+            raise ValueError(
+                f"{prefix}guidance: expected more than 1 with {prefix}schedule={self.schedule}, "
+                "got 1"
+            )
+
     def scales(self, codes: int) -> np.ndarray | None:
         """Guidance scale of each of `codes` codes, float32 `[N]`; None without guidance.
 

@@ -67,11 +67,7 @@ class ProbeConfig:
             )
         if self.data.source == "codes":
             raise ValueError("data.source: expected images, got 'codes'")
-        if self.sampling.schedule != "constant" and self.sampling.guidance == 1:
-            raise ValueError(
-                "sampling.guidance: expected more than 1 with sampling.schedule="
-                f"{self.sampling.schedule}, got 1"
-            )
+        self.sampling.check_schedule("sampling.")
         return self
 
     def identity(self) -> dict[str, Any]:

@@ -118,13 +118,9 @@ def check_tokenizer(
     model: GeneratorConfig,
     fingerprint: str | None = None,
 ) -> None:
-    """Raises UserError unless a generator models the codes of a tokenizer.
+    """Raises UserError unless `model` generates the codes of a tokenizer, or stored codes.
 
-    Args:
-      path: of the tokenizer or its codes.
-      source: the tokenizer, or the description of its codes.
-      model: the generator's architecture.
-      fingerprint: of the generator's tokenizer, if it is known.
+    `path` is that of `source`, and `fingerprint` that of the generator's tokenizer, if known.
     """
     is_codes = isinstance(source, stored.CodesInfo)
     if is_codes:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gigatok_jax import bundles, recipes
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
@@ -34,7 +34,7 @@ def _vit(known: Mapping[str, vit.ViTConfig], family: str, entries: Callable) -> 
         entries,
         vit.param_shapes,
         config=vit.ViTConfig,
-        model=lambda name: recipes.lookup(name, known, f"{family} model"),
+        model=lambda name: lookup(name, known, f"{family} model"),
         example=next(iter(known)),
     )
 
@@ -177,7 +177,7 @@ def to_file(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) 
 
 def find(kind: str) -> Kind:
     """`KINDS[kind]`, or a UserError that lists the kinds."""
-    return recipes.lookup(kind, KINDS, "kind of weights")
+    return lookup(kind, KINDS, "kind of weights")
 
 
 def fetch_bundle(name: str) -> pathlib.Path:
@@ -186,7 +186,8 @@ def fetch_bundle(name: str) -> pathlib.Path:
     Raises:
       UserError: see `fetch.download`; or PyTorch, which reads the files, is missing.
     """
-    published, directory = fetch.find(name), fetch.bundle_path(name)
+    published = lookup(name, fetch.PUBLISHED, "weights")
+    directory = fetch.bundle_path(name)
     if not directory.exists():
         for file in published.files:
             if not file.name.endswith(".safetensors"):
