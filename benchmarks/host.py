@@ -98,8 +98,8 @@ def _photos() -> list[bytes]:
     for _ in range(64):
         noise = rng.standard_normal((3, height, width))
         planes = np.fft.irfft2(np.fft.rfft2(noise) / f, s=(height, width))
-        light, *colours = (plane / plane.std() for plane in planes)
-        mix = np.stack([light + 0.3 * c for c in (*colours, -sum(colours))], -1)
+        light, *colors = (plane / plane.std() for plane in planes)
+        mix = np.stack([light + 0.3 * c for c in (*colors, -sum(colors))], -1)
         pixels = np.clip(128 + 55 * mix, 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=92)

@@ -27,7 +27,7 @@ class CodesInfo:
     codebook_size: int  # K
     class_names: tuple[str, ...]  # by label
     data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
-    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one centre crop per image
+    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one center crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)

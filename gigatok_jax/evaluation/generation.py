@@ -332,7 +332,7 @@ def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
 def _write_class_grid(
     path: Path, images: Sequence[Path], classes: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Writes a labelled row of samples per class, for evenly spaced classes if they are many."""
+    """Writes a labeled row of samples per class, for evenly spaced classes if they are many."""
     shown = evenly_spaced(np.unique(classes), CLASSES)
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
     rows, labels = [], []
@@ -344,10 +344,10 @@ def _write_class_grid(
     grid = Image.fromarray(pictures.grid(rows))
     font = ImageFont.load_default(14)
     margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))
-    labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
-    labelled.paste(grid, (margin, 0))
-    canvas = ImageDraw.Draw(labelled)
+    labeled = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    labeled.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(labeled)
     for row, label in enumerate(labels):
         place = (6, (row + 0.5) * grid.height / len(rows))
         canvas.text(place, label, fill="black", anchor="lm", font=font)
-    pictures.save_png(path, np.asarray(labelled))
+    pictures.save_png(path, np.asarray(labeled))
