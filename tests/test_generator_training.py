@@ -395,14 +395,8 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (
-            {"codes": 8},
-            r"\S+: expected codes=8 and codebook_size=512, as in .*, got 4 and 512",
-        ),
-        (
-            {"codebook_size": 256},
-            r"\S+: expected codes=4 and codebook_size=256, as in .*, got 4 and 512",
-        ),
+        ({"codes": 8}, r"\S+: expected codes=8, as in the generator, got 4"),
+        ({"codebook_size": 256}, r"\S+: expected codebook_size=256, as in the generator, got 512"),
         (
             {"classes": 2},
             r"config\.model\.classes: expected at least 3, the number of classes in the data, "
@@ -418,7 +412,7 @@ def test_codes_that_do_not_fit_the_model_are_refused(stored, tmp_path, fields, m
 
 def test_codes_of_another_tokenizer_are_refused(stored, directory, tmp_path):
     others = codes_of_another(stored, tmp_path / "codes")
-    message = r"^\S+: expected the generator's tokenizer, \w+, got another, 0123456789abcdef$"
+    message = r"^\S+: expected tokenizer=\w+, as in the generator, got 0123456789abcdef$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", others, tokenizer=str(directory))
     assert not (tmp_path / "run").exists()
@@ -429,10 +423,12 @@ def test_images_without_a_tokenizer_are_refused(photos, tmp_path):
         start(tmp_path / "run", photos)
 
 
-@pytest.mark.parametrize("field", ["codes", "codebook_size"])
-def test_model_of_another_size_than_the_tokenizer_is_refused(photos, directory, tmp_path, field):
+@pytest.mark.parametrize("field, theirs", [("codes", 4), ("codebook_size", 512)])
+def test_model_of_another_size_than_the_tokenizer_is_refused(
+    photos, directory, tmp_path, field, theirs
+):
     model = dataclasses.replace(MODEL, **{field: 16})
-    message = rf"^\S+: expected .*{field}=16.*, as in the generator's model, got 4 and 512$"
+    message = rf"^\S+: expected {field}=16, as in the generator, got {theirs}$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", photos, tokenizer=str(directory), model=model)
 

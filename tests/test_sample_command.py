@@ -303,12 +303,8 @@ def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
 @pytest.mark.parametrize(
     "flag, name, message",
     [
-        ("tokenizer", "other", "expected the generator's tokenizer, "),
-        (
-            "tokenizer",
-            "short",
-            "expected codes=4 and codebook_size=32, as in the generator's model, got 2",
-        ),
+        ("tokenizer", "other", "expected tokenizer="),
+        ("tokenizer", "short", "expected codes=4, as in the generator, got 2"),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],

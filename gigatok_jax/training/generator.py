@@ -118,27 +118,20 @@ def check_tokenizer(
     model: GeneratorConfig,
     fingerprint: str | None = None,
 ) -> None:
-    """Raises UserError unless `model` generates the codes of a tokenizer, or stored codes.
+    """Raises UserError unless `model` fits the codes of `source`, a tokenizer or stored codes.
 
     `path` is that of `source`, and `fingerprint` that of the generator's tokenizer, if known.
     """
-    is_codes = isinstance(source, stored.CodesInfo)
-    if is_codes:
-        theirs = source.codes, source.codebook_size
+    if isinstance(source, stored.CodesInfo):
+        theirs = source.codes, source.codebook_size, source.tokenizer
     else:
-        theirs = source.config.latents, source.config.codebook_size
-    if theirs != (model.codes, model.codebook_size):
-        raise UserError(
-            f"{path}: expected codes={model.codes} and codebook_size={model.codebook_size}, as in "
-            f"the generator's model, got {theirs[0]} and {theirs[1]}"
-        )
-    if fingerprint is None:  # do not compute the tokenizer's, which takes long
-        return
-    found = source.tokenizer if is_codes else source.fingerprint
-    if found != fingerprint:
-        raise UserError(
-            f"{path}: expected the generator's tokenizer, {fingerprint}, got another, {found}"
-        )
+        config = source.config  # computing the fingerprint takes long
+        theirs = config.latents, config.codebook_size, fingerprint and source.fingerprint
+    ours = model.codes, model.codebook_size, fingerprint
+    names = "codes", "codebook_size", "tokenizer"
+    for name, expected, found in zip(names, ours, theirs, strict=True):
+        if expected not in (None, found):
+            raise UserError(f"{path}: expected {name}={expected}, as in the generator, got {found}")
 
 
 def _check_branch_point(run: GeneratorRun) -> None:
