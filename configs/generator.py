@@ -13,10 +13,9 @@ from gigatok_jax.training.generator import GeneratorRun
 
 
 def get_config(argument="b"):
-    recipe = recipes.lookup(argument.split(",")[0], recipes.GENERATORS, "generator")
+    recipe = recipes.generator(argument)
     return GeneratorRun(
-        # The data have the classes.
-        model=dataclasses.replace(recipes.generator_model(argument), classes=0),
+        model=dataclasses.replace(recipe.model, classes=0),  # the data have the classes
         epochs=float(recipe.epochs),
         batch_size=recipe.batch_size,
         mesh=MeshConfig(data=1, fsdp=-1) if recipe.sharded else MeshConfig(),

@@ -13,11 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from gigatok_jax import bundles, recipes, sampling
+from gigatok_jax import bundles, recipes, sampling, sharding
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
@@ -43,8 +41,8 @@ class Pretrained:
     """
 
     def __init__(self, module: nn.Module, params: Any, fingerprint: str | None = None):
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._replicated, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+        mesh = sharding.local_mesh()
+        self._replicated, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         self.config, self.module = module.config, module
         self.variables = {"params": jax.device_put(params, self._replicated)}
         self._compiled, self._fingerprint = {}, fingerprint

@@ -11,7 +11,7 @@ import types
 import typing
 from typing import Any
 
-from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import cache_dir, local_path
 
 HELP = ("-h", "--help", "-help", "help")
@@ -61,7 +61,7 @@ PARSER_MESSAGES = {
 def take_huge_pages() -> None:
     """Restarts the program with huge pages for large allocations, where glibc supports them.
 
-    On CPUs, XLA maps gigabytes anew at each step, which with pages of 4 KiB takes a tenth of the
+    On CPUs, XLA maps gigabytes of memory at every step; with 4 KiB pages that takes 10 % of the
     time. glibc reads the setting only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
@@ -79,9 +79,7 @@ def _run(arguments: list[str]) -> int:
         print("\n".join(f"  {name:<12} {verb.summary}" for name, verb in commands.VERBS.items()))
         return 0
     name, *rest = arguments
-    if name not in commands.VERBS:
-        raise UserError(f"{name!r}: no such verb; known: {', '.join(commands.VERBS)}")
-    verb = commands.VERBS[name]
+    verb = lookup(name, commands.VERBS, "verb")
     values = parse(name, verb, rest)
     if values is None:
         return 0

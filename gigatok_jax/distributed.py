@@ -23,7 +23,7 @@ from gigatok_jax.errors import RunStopped, UserError, first_line
 
 TIMEOUT = 120  # seconds
 WORKING = 7 * 24 * 3600  # seconds that a barrier waits for processes that are busy
-GRACE = 10  # seconds in which an error that all processes raise has reached all of them
+GRACE = 10  # seconds within which every process raises an error common to all
 CAUSES = "gigatok_causes/"  # prefix in the runtime's key-value store: errors of failed processes
 
 _timeout = TIMEOUT  # set by `start`

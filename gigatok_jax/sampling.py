@@ -3,7 +3,7 @@
 import functools
 import itertools
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,6 @@ from gigatok_jax.models.generator import Decoder, GeneratorConfig
 Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
 ]
-SCHEDULES = get_args(Schedule)
 NEAR_ONE = 1e-4  # the reference adds this to scales that would otherwise be 1
 STAGES = 4  # the cache of keys and values grows to its full length in this many steps
 
@@ -59,6 +58,14 @@ class SamplingConfig:
             )
         return self
 
+    def check_schedule(self, prefix: str = "") -> None:
+        """Raises ValueError for a schedule of no guidance; `prefix` precedes names of fields."""
+        if self.schedule != "constant" and self.guidance == 1:
+            raise ValueError(
+                f"{prefix}guidance: expected more than 1 with {prefix}schedule={self.schedule}, "
+                "got 1"
+            )
+
     def scales(self, codes: int) -> np.ndarray | None:
         """Guidance scale of each of `codes` codes, float32 `[N]`; None without guidance.
 
@@ -89,9 +96,8 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         descending = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[
-            ..., :-1
-        ]  # mass before codes 1, 2, ...
+        # Mass before codes 1, 2, ...
+        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[..., :-1]
         count = 1 + jnp.sum(before <= top_p, axis=-1, keepdims=True)
         least = jnp.take_along_axis(descending, count - 1, axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -400,9 +400,9 @@ def change(**fields):
         ),
         ("codes.json", unfinished, "{folder}: encoding is incomplete; the same `gigatok encode`"),
         ("codes.json", half, "{path}: expected JSON"),
-        ("codes.json", change(codes=None), "{path}.codes: missing"),
-        ("codes.json", change(codes="4"), "{path}.codes: expected integer, got '4'"),
-        ("codes.json", change(color=1), "{path}.color: no such field; known: class_names, "),
+        ("codes.json", change(codes=None), "{path}: info.codes: missing"),
+        ("codes.json", change(codes="4"), "{path}: info.codes: expected integer, got '4'"),
+        ("codes.json", change(color=1), "{path}: info.color: no such field; known: class_names, "),
     ],
 )
 def test_damaged_codes_raise_one_line_that_names_the_file(copy, name, damage, message):

@@ -258,7 +258,7 @@ def test_checkpoint_of_another_architecture(gigatok, tmp_path):
         (["convert", "--from=X", "--out=Y"], "expected one KIND of tokenizer, "),
         (["convert", "tokenizer", "--from=X", "--out=Y"], "--model: expected the architecture"),
         (["convert", "tokenizer", "--from=X", "--out=Y", "--model=q"], "'q': no such tokenizer"),
-        (["weights", "fetch", "gigatok_z"], "weights 'gigatok_z': expected one of "),
+        (["weights", "fetch", "gigatok_z"], "'gigatok_z': no such weights; known: "),
         (["weights", "fetch"], "expected: weights fetch NAME, with NAME of dinov2_vits14, "),
         (
             ["train", f"--config={TOKENIZER}", "--workdir=X", "extra"],

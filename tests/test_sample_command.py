@@ -303,8 +303,8 @@ def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
 @pytest.mark.parametrize(
     "flag, name, message",
     [
-        ("tokenizer", "other", "not the tokenizer that the generator was trained on"),
-        ("tokenizer", "short", "a tokenizer of 2 codes out of 32, but the generator samples 4"),
+        ("tokenizer", "other", "expected tokenizer="),
+        ("tokenizer", "short", "expected codes=4, as in the generator, got 2"),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],

@@ -27,26 +27,13 @@ class CodesInfo:
     codebook_size: int  # K
     class_names: tuple[str, ...]  # by label
     data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
-    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one centre crop per image
+    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one center crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
     # For each split, the encoded images: see `Source.version`, and their number.
     versions: dict[str, str]
     examples: dict[str, int]
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
-
-    def check(self, *, codes: int, codebook_size: int, tokenizer: str | None) -> None:
-        """Raises UserError for codes of another shape or, if given, of another tokenizer."""
-        for name, wanted in (("codes", codes), ("codebook_size", codebook_size)):
-            if getattr(self, name) != wanted:
-                raise UserError(
-                    f"{name} is {wanted} in the generator's model, but {getattr(self, name)} in "
-                    "the stored codes"
-                )
-        if tokenizer not in (None, self.tokenizer):
-            raise UserError(
-                "the stored codes were made by a different tokenizer than the generator's"
-            )
 
 
 def check_unchanged(folder: Path, old: CodesInfo, new: CodesInfo) -> None:
@@ -78,7 +65,7 @@ def read_info(folder: Path) -> CodesInfo | None:
     path = folder / "codes.json"
     if not path.exists():
         return None
-    return from_mapping(CodesInfo, read_json(path, "stored codes"), str(path))
+    return from_mapping(CodesInfo, read_json(path, "stored codes"), f"{path}: info")
 
 
 def find_info(path: str) -> CodesInfo:

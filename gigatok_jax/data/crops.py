@@ -3,7 +3,7 @@
 import functools
 import io
 import os
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
@@ -11,7 +11,6 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 from gigatok_jax.errors import UserError
 
 Resize = Literal["bicubic", "linear"]
-RESIZES = get_args(Resize)
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
@@ -40,13 +39,13 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
     """Decodes an image file, given as its path or content, to RGB.
 
     Opaque 8-bit images of any mode, including CMYK JPEGs, are converted by Pillow's
-    `convert("RGB")`. Transparent pixels become white (the reference shows the arbitrary colour
-    stored under them), and 16-bit grey keeps its upper 8 bits. EXIF orientation is ignored, as in
+    `convert("RGB")`. Transparent pixels become white (the reference shows the arbitrary color
+    stored under them), and 16-bit gray keeps its upper 8 bits. EXIF orientation is ignored, as in
     the reference.
 
     Raises:
-        BadImage: the file is missing, truncated or not an image, or the range of its pixel values
-            is undefined.
+      BadImage: the file is missing, truncated or not an image, or the range of its pixel values
+          is undefined.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -65,10 +64,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImage("grey values exceed 16 bits")
+            raise BadImage("gray values exceed 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise BadImage("floating-point grey values, whose range is undefined")
+        raise BadImage("floating-point gray values, whose range is undefined")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -91,14 +90,14 @@ def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """The evaluation crop: resizes the short side to `size` and takes the centre.
+    """The evaluation crop: resizes the short side to `size` and takes the center.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
 
     Returns:
-        uint8 [S, S, 3].
+      uint8 [S, S, 3].
     """
     image, (width, height) = _halve(_pillow(image), size)
     left, top = (width - size) // 2, (height - size) // 2
@@ -114,15 +113,15 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
 
 
 def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.ndarray:
-    """Crops of the corners and the centre of a larger centre crop, and their mirror images.
+    """Crops of the corners and the center of a larger center crop, and their mirror images.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
-        factor: side of the larger crop, relative to S; the product is rounded down.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
+      factor: side of the larger crop, relative to S; the product is rounded down.
 
     Returns:
-        uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, centre, then flipped.
+      uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, center, then flipped.
     """
     large = center_crop(image, int(size * factor))
     end = len(large) - size
@@ -150,7 +149,7 @@ def _linear(image: np.ndarray, size: int, columns: list[float], rows: list[float
     for axis, (low, high) in enumerate((columns, rows)):
         step = (high - low) / size
         matrix[axis, axis] = step
-        matrix[axis, 2] = low + (step - 1) / 2  # in OpenCV, 0 is the centre of the first pixel
+        matrix[axis, 2] = low + (step - 1) / 2  # in OpenCV, 0 is the center of the first pixel
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
@@ -167,13 +166,13 @@ def random_crop(
     differ from ADM's by Pillow's rounding between its horizontal and vertical pass.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
-        rng: source of randomness.
-        resize: "linear" uses OpenCV without antialiasing, in a fifth of the time.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
+      rng: source of randomness.
+      resize: "linear" uses OpenCV without antialiasing, in a fifth of the time.
 
     Returns:
-        uint8 [S, S, 3].
+      uint8 [S, S, 3].
     """
     short_side = int(rng.integers(size, size * 5 // 4, endpoint=True))
     image, (width, height) = _halve(_pillow(image), short_side)

@@ -32,8 +32,8 @@ class FolderSource:
     """Images of a folder, sorted by class, then by path.
 
     Args:
-        root: the folder; keys are paths relative to it.
-        classes: class names, in the order of labels, to paths relative to `root`.
+      root: the folder; keys are paths relative to it.
+      classes: class names, in the order of labels, to paths relative to `root`.
     """
 
     codes = 0
@@ -65,7 +65,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     """Opens the training or evaluation images of a folder; arguments as in `DataConfig`.
 
     Raises:
-        UserError: the folder, or the requested part of it, has no images.
+      UserError: the folder, or the requested part of it, has no images.
     """
     if not root.is_dir():
         reason = "not a folder" if root.exists() else "no such folder"
@@ -206,7 +206,7 @@ def image_paths(path: Path) -> list[Path]:
     """The image file `path`, or all images below the folder `path`, sorted.
 
     Raises:
-        UserError: `path` does not exist, or has no images.
+      UserError: `path` does not exist, or has no images.
     """
     if path.is_file():
         return [path]

@@ -50,18 +50,18 @@ def train_batches(
     An unreadable image is replaced by the next readable one of the source.
 
     Args:
-        config: what to read, and how.
-        image_size: side S in pixels.
-        batch_size: global batch size B, a multiple of `process_count`.
-        seed: of order and crops, >= 0.
-        process_index, process_count: the part of each batch that this process reads.
+      config: what to read, and how.
+      image_size: side S in pixels.
+      batch_size: global batch size B, a multiple of `process_count`.
+      seed: of order and crops, >= 0.
+      process_index, process_count: the part of each batch that this process reads.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. If the source has
-        codes, "codes", int32 [B/P, N], replaces "image".
+      Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. If the source has
+      codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch does not divide.
+      UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=True, image_size=image_size)
     if config.resize == "linear" and not source.codes:
@@ -87,28 +87,28 @@ def eval_batches(
     crop_factors: tuple[float, ...] = (),
     shuffled: bool = False,
 ) -> "Batches":
-    """One pass over the evaluation examples, in order, as centre crops.
+    """One pass over the evaluation examples, in order, as center crops.
 
     Every process gets the same number of batches. `valid` marks real examples; unreadable images
     and the padding of the last batch are zeros.
 
     Args:
-        config: what to read, and how.
-        image_size: side S in pixels.
-        batch_size: global batch size B, a multiple of `process_count`.
-        process_index, process_count: the part of each batch that this process reads.
-        train: read the training examples instead.
-        crop_factors: if given, take `crops.ten_crops` of each factor instead of the centre crop.
-        shuffled: in an order that is random, but always the same.
+      config: what to read, and how.
+      image_size: side S in pixels.
+      batch_size: global batch size B, a multiple of `process_count`.
+      process_index, process_count: the part of each batch that this process reads.
+      train: read the training examples instead.
+      crop_factors: if given, take `crops.ten_crops` of each factor instead of the center crop.
+      shuffled: in an order that is random, but always the same.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
-        "index": int32 [B/P], "key": str [B/P]}; "index" is the place in this pass, -1 for
-        padding. With crop factors, a second axis of the images holds ten crops per factor. If the
-        source has codes, "codes", int32 [B/P, N], replaces "image".
+      Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
+      "index": int32 [B/P], "key": str [B/P]}; "index" is the place in this pass, -1 for padding.
+      With crop factors, a second axis of the images holds ten crops per factor. If the source has
+      codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch does not divide.
+      UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=train, image_size=image_size)
     if shuffled:
@@ -197,17 +197,17 @@ class Batches(Iterator[Batch]):
     `with` block, or when this process ends, even if it is killed.
 
     Args:
-        source: of the examples.
-        positions: arguments of `read`, for every example of the global batches in order.
-        read: returns an example, and the reasons why others could not be read.
-        config: how to read.
-        batch_size, process_index, process_count: see `train_batches`.
+      source: of the examples.
+      positions: arguments of `read`, for every example of the global batches in order.
+      read: returns an example, and the reasons why others could not be read.
+      config: how to read.
+      batch_size, process_index, process_count: see `train_batches`.
 
     Attributes:
-        source: of the examples.
-        class_names: by label.
-        examples: number of distinct examples, over all processes.
-        bad_count: number of distinct images that this process could not read so far.
+      source: of the examples.
+      class_names: by label.
+      examples: number of distinct examples, over all processes.
+      bad_count: number of distinct images that this process could not read so far.
     """
 
     def __init__(
@@ -247,8 +247,8 @@ class Batches(Iterator[Batch]):
         """The next batch of this process.
 
         Raises:
-            StopIteration: the pass is over (evaluation only).
-            UserError: too many images are unreadable.
+          StopIteration: the pass is over (evaluation only).
+          UserError: too many images are unreadable.
         """
         if self._next_batch >= len(self._positions):
             raise StopIteration
@@ -258,9 +258,8 @@ class Batches(Iterator[Batch]):
         batch = next(self._stream)
         self._next_batch += 1
         self._count_bad(batch.pop("bad"))
-        if (
-            self._config.workers
-        ):  # copy from shared memory, which Grain frees late and with warnings
+        # Copy from shared memory, which Grain frees late and with warnings.
+        if self._config.workers:
             batch = {name: np.array(array) for name, array in batch.items()}
         return batch
 
@@ -345,9 +344,9 @@ class prefetch_to_device(Iterator[Any]):
     """Transfers the next batches to the devices while the current one is in use.
 
     Args:
-        batches: host batches.
-        put: starts the transfer of a host batch and returns device arrays.
-        size: number of batches in flight.
+      batches: host batches.
+      put: starts the transfer of a host batch and returns device arrays.
+      size: number of batches in flight.
     """
 
     def __init__(self, batches: Batches, put: Callable[[Batch], Any], size: int = 2):

@@ -135,8 +135,8 @@ class TfdsSource:
     """One split of a data set that TFDS prepared as ArrayRecord; does not import TensorFlow.
 
     Args:
-        folder: the prepared version, which holds `dataset_info.json`.
-        split: name or slice.
+      folder: the prepared version, which holds `dataset_info.json`.
+      split: name or slice.
     """
 
     codes = 0
@@ -243,15 +243,15 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     """Opens the training or the evaluation examples that a configuration names.
 
     Args:
-        config: what to open.
-        train: True for the training examples, False for those for evaluation.
-        image_size: side of the crops in pixels; only drawings depend on it.
+      config: what to open.
+      train: True for the training examples, False for those for evaluation.
+      image_size: side of the crops in pixels; only drawings depend on it.
 
     Returns:
-        The source, with at least one example.
+      The source, with at least one example.
 
     Raises:
-        UserError: the source is missing, empty, not prepared, or shorter than configured.
+      UserError: the source is missing, empty, not prepared, or shorter than configured.
     """
     source = OPENERS[config.source](config, train, image_size)
     length = config.length if train else config.eval_length

@@ -31,7 +31,7 @@ from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import read_json, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.generator import check_tokenizer, validation_loss
 from gigatok_jax.training.task import held_out_means
 
 logger = logging.getLogger(__name__)
@@ -53,15 +53,8 @@ def load_matching_tokenizer(
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
-    config, model = bundle.config, generator.config
-    if (model.codes, model.codebook_size) != (config.latents, config.codebook_size):
-        raise UserError(
-            f"{directory}: a tokenizer of {config.latents} codes out of {config.codebook_size}, "
-            f"but the generator samples {model.codes} out of {model.codebook_size}"
-        )
-    if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
-        raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
-    return PretrainedTokenizer(config, bundle.weights, fingerprint=bundle.fingerprint)
+    check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
+    return PretrainedTokenizer(bundle.config, bundle.weights, fingerprint=bundle.fingerprint)
 
 
 def sample(
@@ -258,15 +251,12 @@ def evaluate_loss(
     batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
     if len(batches.class_names) > generator.class_count:
         raise UserError(
-            f"config.data: expected at most the {generator.class_count} classes of the generator, "
+            f"config.data: expected at most {generator.class_count} classes, as in the generator, "
             f"got {len(batches.class_names)}"
         )
     if data.source == "codes":
-        codes.find_info(data.path).check(
-            codes=config.codes,
-            codebook_size=config.codebook_size,
-            tokenizer=generator.made_by.get("tokenizer"),
-        )
+        info = codes.find_info(data.path)
+        check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
     losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
 
@@ -359,7 +349,7 @@ def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
 def _write_class_grid(
     path: Path, images: Sequence[Path], classes: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Writes a labelled row of samples per class, for evenly spaced classes if they are many."""
+    """Writes a labeled row of samples per class, for evenly spaced classes if they are many."""
     shown = evenly_spaced(np.unique(classes), CLASSES)
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
     rows, labels = [], []
@@ -371,10 +361,10 @@ def _write_class_grid(
     grid = Image.fromarray(pictures.grid(rows))
     font = ImageFont.load_default(14)
     margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))
-    labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
-    labelled.paste(grid, (margin, 0))
-    canvas = ImageDraw.Draw(labelled)
+    labeled = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    labeled.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(labeled)
     for row, label in enumerate(labels):
         place = (6, (row + 0.5) * grid.height / len(rows))
         canvas.text(place, label, fill="black", anchor="lm", font=font)
-    pictures.save_png(path, np.asarray(labelled))
+    pictures.save_png(path, np.asarray(labeled))

@@ -67,11 +67,7 @@ class ProbeConfig:
             )
         if self.data.source == "codes":
             raise ValueError("data.source: expected images, got 'codes'")
-        if self.sampling.schedule != "constant" and self.sampling.guidance == 1:
-            raise ValueError(
-                "sampling.guidance: expected more than 1 with sampling.schedule="
-                f"{self.sampling.schedule}, got 1"
-            )
+        self.sampling.check_schedule("sampling.")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -321,7 +317,7 @@ def feature_maps(
 
 
 def component_maps(features: np.ndarray) -> np.ndarray:
-    """Shows the first three principal components of features as colours (Fig. 8).
+    """Shows the first three principal components of features as colors (Fig. 8).
 
     Args:
       features: `[n, T, W]`, whose T tokens form a square.
@@ -338,6 +334,6 @@ def component_maps(features: np.ndarray) -> np.ndarray:
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     components = flat @ axes
     low, high = np.percentile(components, [1, 99], axis=0)
-    colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    colors = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     side = round(tokens**0.5)
-    return (255 * colours).astype(np.uint8).reshape(count, side, side, -1)
+    return (255 * colors).astype(np.uint8).reshape(count, side, side, -1)

@@ -42,7 +42,7 @@ def evaluate(
     batch_size: int,
     ssim_range: int = 1,
 ) -> dict[str, float]:
-    """Reconstructs the evaluation images of a data set, as centre crops.
+    """Reconstructs the evaluation images of a data set, as center crops.
 
     Args:
       tokenizer: the tokenizer to evaluate.

@@ -14,7 +14,7 @@ with cached keys and values, for sampling.
 
 import functools
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from einops import rearrange
 import flax.linen as nn
@@ -29,7 +29,6 @@ from gigatok_jax.models import layers
 
 Positions = Literal["learned", "rotary", "rotary_2d"]
 AdaLN = Literal["none", "block", "shared"]
-POSITIONS, ADALN = get_args(Positions), get_args(AdaLN)
 
 
 @configclass

@@ -102,21 +102,11 @@ class GeneratorRun(RunConfig):
         tokenizer = None
         if self.tokenizer:
             tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
-            for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
-                expected, got = getattr(tokenizer.config, theirs), getattr(self.model, name)
-                if got != expected:
-                    raise UserError(
-                        f"config.model.{name}: expected {expected}, as in tokenizer "
-                        f"{self.tokenizer}, got {got}"
-                    )
+            check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         if from_codes:
             info = stored.find_info(self.data.path)
-            info.check(
-                codes=self.model.codes,
-                codebook_size=self.model.codebook_size,
-                tokenizer=fingerprint,
-            )
+            check_tokenizer(self.data.path, info, self.model, fingerprint)
             fingerprint = info.tokenizer
         if self.branch_from:
             _check_branch_point(self)
@@ -128,16 +118,38 @@ class GeneratorRun(RunConfig):
         )
 
 
+def check_tokenizer(
+    path: str | pathlib.Path,
+    source: bundles.Bundle | stored.CodesInfo,
+    model: GeneratorConfig,
+    fingerprint: str | None = None,
+) -> None:
+    """Raises UserError unless `model` fits the codes of `source`, a tokenizer or stored codes.
+
+    `path` is that of `source`, and `fingerprint` that of the generator's tokenizer, if known.
+    """
+    if isinstance(source, stored.CodesInfo):
+        theirs = source.codes, source.codebook_size, source.tokenizer
+    else:
+        theirs = source.config.latents, source.config.codebook_size, source.fingerprint
+    ours = model.codes, model.codebook_size, fingerprint
+    names = "codes", "codebook_size", "tokenizer"
+    for name, expected, found in zip(names, ours, theirs, strict=True):
+        if expected not in (None, found):
+            raise UserError(f"{path}: expected {name}={expected}, as in the generator, got {found}")
+
+
 def _check_branch_point(run: GeneratorRun) -> None:
     """Rejects a run of another model, and a step outside its constant phase."""
     path = pathlib.Path(run.branch_from) / "config.json"
     if not path.exists():  # a branch with checkpoints of its own does not need the other run
         return
-    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
-    if other.model != run.model:
-        raise UserError(
-            f"config.model: {run.model}, but the run in {run.branch_from} has {other.model}"
-        )
+    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), f"{path}: config")
+    for name, ours in dataclasses.asdict(run.model).items():
+        if (theirs := getattr(other.model, name)) != ours:
+            raise UserError(
+                f"config.model.{name}: expected {theirs!r}, as in {run.branch_from}, got {ours!r}"
+            )
     schedule = other.resolved_optimizer
     first = schedule.warmup_steps
     last = math.floor((1 - schedule.decay_share) * other.total_steps)

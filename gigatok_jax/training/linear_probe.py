@@ -21,7 +21,7 @@ from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.norms import BatchNorm
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import losses, task
-from gigatok_jax.training.generator import batch_codes
+from gigatok_jax.training.generator import batch_codes, check_tokenizer
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.training.task import BundleContent, RunConfig, Task
 
@@ -96,13 +96,9 @@ def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
     bundle = bundles.load(run.generator, "generator", GeneratorConfig)
     config, made_by = bundle.config, bundle.made_by.get("tokenizer")
     if run.data.source == "codes":
-        info = stored.find_info(run.data.path)
-        info.check(codes=config.codes, codebook_size=config.codebook_size, tokenizer=made_by)
-    elif made_by not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"config.tokenizer: {run.tokenizer} is not the tokenizer that the generator was "
-            "trained on"
-        )
+        check_tokenizer(run.data.path, stored.find_info(run.data.path), config, made_by)
+    else:
+        check_tokenizer(run.tokenizer, tokenizer, config, made_by)
     layer = _chosen_layer(run, config.depth // 2, config.depth)
     module = Generator(config, dtype=dtype)
     encoder = tokenizer.config if tokenizer else None
