@@ -83,7 +83,7 @@ SAMPLING = (
         "enum",
         "schedule",
         "constant",
-        # Not taken from `sampling.SCHEDULES`, because importing that module takes seconds.
+        # Not taken from `sampling.Schedule`, because importing that module takes seconds.
         ["constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"],
         "how guidance varies over the codes of an image",
     ),
@@ -102,12 +102,9 @@ def _sampling(values: dict[str, Any]) -> Any:
     try:
         names = [field.name for field in dataclasses.fields(SamplingConfig)]
         settings = SamplingConfig(**{name: values.pop(name) for name in names})
+        settings.check_schedule()
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    if settings.schedule != "constant" and settings.guidance == 1:
-        raise UserError(
-            f"--guidance: expected more than 1 with schedule {settings.schedule}, got 1"
-        )
     return settings
 
 

@@ -170,7 +170,7 @@ def test_directory_without_a_bundle_is_rejected(tmp_path):
     [
         ("{", "config.json: expected JSON"),
         ("", "config.json: expected JSON"),
-        ("[1]", "config.json: not the config of a bundle"),
+        ("[1]", "config.json: expected a JSON object"),
         ('{"format": 99, "kind": "thing"}', "config.json: not the config of a bundle"),
     ],
 )

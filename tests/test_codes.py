@@ -84,7 +84,7 @@ def tokenizer(bundle) -> api.PretrainedTokenizer:
 
 def always(tokenizer) -> type:
     """A class whose every instance is the tokenizer; annotations need a class."""
-    return type("Always", (), {"__new__": lambda cls, config, weights: tokenizer})
+    return type("Always", (), {"__new__": lambda cls, config, weights, **kwargs: tokenizer})
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,5 @@
 """The command line: what it writes, and one line for whatever cannot work."""
 
-import copy
 import dataclasses
 import json
 import logging
@@ -221,17 +220,16 @@ def test_run_resumes_with_newer_fields_but_not_with_another_discriminator(tmp_pa
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     run = train_config.get_config()
     older = json.loads(json.dumps(dataclasses.asdict(run)))
-    newest = copy.deepcopy(older)
     del older["objective"]["discriminator"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    loop._claim_workdir(tmp_path, run)
-    assert json.loads((tmp_path / "config.json").read_text()) == newest
+    assert loop._check_workdir(tmp_path, run) == []
+    assert json.loads((tmp_path / "config.json").read_text()) == older
     other = dataclasses.replace(
         run, objective=dataclasses.replace(run.objective, discriminator="dino")
     )
     message = r"^config\.objective\.discriminator: 'dino', but the run in .* has 'patchgan'"
     with pytest.raises(UserError, match=message):
-        loop._claim_workdir(tmp_path, other)
+        loop._check_workdir(tmp_path, other)
 
 
 def test_bundle_of_another_kind(gigatok, tmp_path):

@@ -302,7 +302,7 @@ def codes_of_another(stored: DataConfig, folder: Path) -> DataConfig:
 def test_run_does_not_go_on_with_codes_of_another_tokenizer(stable, stored, tmp_path):
     workdir = shutil.copytree(stable[0], tmp_path / "run")
     with pytest.raises(
-        UserError, match=r"^\S+: checkpoint was trained with a different tokenizer$"
+        UserError, match=r"^\S+: its checkpoint was trained with another tokenizer$"
     ):
         start(workdir, codes_of_another(stored, tmp_path / "codes"), steps=24)
 
@@ -384,7 +384,7 @@ def test_branch_from_a_step_without_a_checkpoint_is_refused(stable, stored, tmp_
 def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_path):
     place = {"branch_from": str(stable[0]), "branch_step": 8, "steps": 12}
     with pytest.raises(
-        UserError, match=r"^\S+: checkpoint was trained with a different tokenizer$"
+        UserError, match=r"^\S+: its checkpoint was trained with another tokenizer$"
     ):
         start(tmp_path / "branch", codes_of_another(stored, tmp_path / "codes"), **place)
 

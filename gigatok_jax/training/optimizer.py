@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from gigatok_jax.config import configclass
 
@@ -27,22 +27,13 @@ class OptimizerConfig:
     # "warmup_stable_decay" is constant and then decays to 0.
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
     warmup_steps: NonNegativeInt | None = None  # linear from 1 % of rate; None: from warmup_epochs
-    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0  # used only if warmup_steps is None
     decay_share: Fraction = 0.2  # fraction of all steps over which "warmup_stable_decay" decays
     b1: Fraction = 0.9  # momentum, also in LARS
     b2: Fraction = 0.95
     weight_decay: NonNegativeFloat = 1e-4  # decoupled in AdamW, part of the gradient in LARS
     decayed: Literal["all", "matrices"] = "all"  # "matrices" excludes biases and norm gains
     clip: NonNegativeFloat = 10.0  # maximum global norm of the gradient; 0 turns clipping off
-
-    @model_validator(mode="after")
-    def _check(self):
-        if self.warmup_steps is not None and self.warmup_epochs:
-            raise ValueError(
-                f"warmup_epochs: expected 0 with warmup_steps={self.warmup_steps}, got "
-                f"{self.warmup_epochs:g}; set warmup_steps=None to use it"
-            )
-        return self
 
     def resolve(self, batch_size: int, epoch_images: int) -> "OptimizerConfig":
         """Fills in `rate` and `warmup_steps` where they follow from the batch size."""
@@ -51,7 +42,7 @@ class OptimizerConfig:
             rate = self.base_rate * batch_size / 256
         if warmup is None:
             warmup = int(self.warmup_epochs * epoch_images / batch_size)
-        return dataclasses.replace(self, rate=rate, warmup_steps=warmup, warmup_epochs=0.0)
+        return dataclasses.replace(self, rate=rate, warmup_steps=warmup)
 
 
 def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
