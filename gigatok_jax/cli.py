@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import errno
 import inspect
 import logging
 import os
@@ -11,8 +12,8 @@ import types
 import typing
 from typing import Any
 
-from gigatok_jax.errors import UserError, first_line, lookup
-from gigatok_jax.files import cache_dir, local_path
+from gigatok_jax.errors import RunStopped, UserError, first_line, lookup
+from gigatok_jax.files import cache_dir, local_path, reason
 
 HELP = ("-h", "--help", "-help", "help")
 
@@ -26,9 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gigatok: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what = f"{error.filename}: {reason(error)}" if error.filename else str(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
-        return UserError.exit_code
+        # A run that the machine failed can be started again; a wrong path cannot.
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return RunStopped.exit_code if failed else UserError.exit_code
 
 
 def entry() -> None:
@@ -275,6 +278,8 @@ def _log_to_terminal(level: int = logging.INFO) -> None:
 
     flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
+    # What fails in Orbax's threads is raised here, too: as one line, not as pages.
+    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("gigatok_jax")

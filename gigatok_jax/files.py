@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import errno
 import hashlib
 import json
 import math
@@ -16,13 +17,23 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, first_line
 
 
 def cache_dir() -> pathlib.Path:
     """`$GIGATOK_CACHE`, or `gigatok_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be written, in a few words, whichever library says it."""
+    full = ("RESOURCE_EXHAUSTED", "No space left", "Failed to write")
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if any(text in str(error) for text in full):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def local_path(path: str, where: str) -> str:

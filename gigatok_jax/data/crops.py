@@ -6,7 +6,7 @@ import os
 from typing import Literal
 
 import numpy as np
-from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from gigatok_jax.errors import UserError
 
@@ -57,6 +57,16 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
     except Exception as error:  # Pillow's decoders raise almost anything on a broken file
         reason = os.strerror(error.errno) if getattr(error, "errno", None) else str(error)
         raise BadImage(reason or type(error).__name__) from error
+
+
+def is_turned(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has an EXIF orientation other than upright, which `load` ignores."""
+    if isinstance(image, np.ndarray) or "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # damaged EXIF data
+        return False
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -23,7 +23,14 @@ from absl import flags
 import grain
 import numpy as np
 
-from gigatok_jax.data.crops import BadImage, center_crop, opencv, random_crop, ten_crops
+from gigatok_jax.data.crops import (
+    BadImage,
+    center_crop,
+    is_turned,
+    opencv,
+    random_crop,
+    ten_crops,
+)
 from gigatok_jax.data.sources import DataConfig, Shuffled, Source, open_source
 from gigatok_jax.errors import UserError
 
@@ -32,6 +39,11 @@ logger = logging.getLogger(__name__)
 EPOCHS = 10**9  # practically endless; Grain's endless repetition overflows for batches of one
 BAD_RUN = 100  # unreadable images in a row after which the search for a substitute ends
 MIN_READ = 200  # examples to read before checking the share of unreadable ones
+
+TURNED = (
+    "some photos are stored turned, with an EXIF orientation that is ignored, as in the reference; "
+    "to turn them upright for good: mogrify -auto-orient, or jhead -autorot"
+)
 
 Batch = dict[str, Any]
 State = dict[str, int]
@@ -141,7 +153,10 @@ def _read_for_training(
         if source.codes:  # each visit takes one of the stored crops
             seen = {"codes": example["codes"][rng.integers(len(example["codes"]))]}
         else:
-            seen = {"image": random_crop(example["image"], image_size, rng, resize)}
+            seen = {
+                "image": random_crop(example["image"], image_size, rng, resize),
+                "turned": is_turned(example["image"]),
+            }
         return seen | {"label": np.int32(example["label"])}, bad
     raise UserError(f"{len(bad)} images in a row cannot be read; the last one: {bad[-1]}")
 
@@ -165,6 +180,7 @@ def _read_for_evaluation(
             seen = {"image": np.concatenate(crops)}
         else:
             seen = {"image": center_crop(image, image_size)}
+        seen["turned"] = is_turned(image)
     return seen | {
         "label": np.int32(example["label"] if example else 0),
         "key": example["key"] if example else "",
@@ -174,10 +190,14 @@ def _read_for_evaluation(
 
 
 def _read_batch(read: Callable, map_: Callable, positions: list) -> Batch:
-    """Reads and stacks the examples of a batch; "bad" lists the reading errors."""
+    """Reads and stacks the examples of a batch.
+
+    "bad" lists the reading errors, and "turned" counts images that EXIF orientation would turn.
+    """
     examples, bad = zip(*map_(read, positions), strict=True)
+    turned = sum(example.pop("turned", False) for example in examples)
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    return batch | {"bad": [message for messages in bad for message in messages]}
+    return batch | {"bad": [message for messages in bad for message in messages], "turned": turned}
 
 
 _open_batches: "weakref.WeakSet[Batches]" = weakref.WeakSet()
@@ -234,6 +254,7 @@ class Batches(Iterator[Batch]):
         self._stream: grain.DatasetIterator | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._next_batch, self._examples_read, self._bad = 0, 0, set()
+        self._turned = False  # whether an image with EXIF orientation has been seen
 
     def version(self) -> str:
         """See `Source`."""
@@ -258,6 +279,9 @@ class Batches(Iterator[Batch]):
         batch = next(self._stream)
         self._next_batch += 1
         self._count_bad(batch.pop("bad"))
+        if batch.pop("turned") and not self._turned:
+            self._turned = True
+            logger.warning(TURNED)
         # Copy from shared memory, which Grain frees late and with warnings.
         if self._config.workers:
             batch = {name: np.array(array) for name, array in batch.items()}

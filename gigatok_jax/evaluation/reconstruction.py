@@ -150,13 +150,17 @@ def _output_names(keys: Sequence[str]) -> dict[str, str]:
 
 def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
     """Yields image files as batches like those of `pipeline.eval_images`."""
-    root, found = source if source.is_dir() else source.parent, False
+    root, found, turned = source if source.is_dir() else source.parent, False, False
     for start in range(0, len(paths), batch_size):
         images = np.zeros((batch_size, size, size, 3), np.uint8)
         valid, keys = np.zeros(batch_size, bool), [""] * batch_size
         for i, path in enumerate(paths[start : start + batch_size]):
             try:
-                images[i] = crops.center_crop(crops.load(path), size)
+                image = crops.load(path)
+                images[i] = crops.center_crop(image, size)
+                if crops.is_turned(image) and not turned:
+                    turned = True
+                    logger.warning(pipeline.TURNED)
                 valid[i], keys[i], found = True, str(path.relative_to(root)), True
             except crops.BadImage as error:
                 logger.warning("skipped %s: %s", path, error)

@@ -6,9 +6,10 @@ state, steps. A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, `t
 """
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -26,7 +27,7 @@ from gigatok_jax import bundles, distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.files import read_json, write_json
+from gigatok_jax.files import read_json, reason, write_json
 from gigatok_jax.training.checkpoints import Checkpoints, Restored
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
@@ -83,6 +84,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         stack.enter_context(distributed.locked(workdir))
+        stack.enter_context(_full_disk(workdir))
         changed = _check_workdir(workdir, run)
         # Place frozen networks once; host arrays would be copied to the devices at every step.
         shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
@@ -245,6 +247,22 @@ def _restore_branch(task: Task, abstract: Any) -> Restored:
     if restored is None:
         raise UserError(f"{workdir}: expected a checkpoint of step {step}, found {steps}")
     return restored._replace(progress=restored.progress | {"unlogged": []})
+
+
+@contextlib.contextmanager
+def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns the error of a file that cannot be written in the middle of a run into RunStopped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
+        raise RunStopped(
+            f"{error.filename or workdir}: {reason(error)}; last good checkpoint: "
+            f"{f'step {max(steps)}' if steps else 'none yet'}. Once that is mended, the same "
+            "command resumes the run"
+        ) from error
 
 
 def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 import json
 import pathlib
+import time
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gigatok_jax.files import json_text, replacing
 from gigatok_jax.pictures import save_png
@@ -26,7 +29,11 @@ class Telemetry:
         self._path = workdir / "metrics.jsonl"
         _keep_rows(self._path, step)
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard drops later points of older files
+        self._write(Event(step=step + 1, session_log=start))
 
     def evaluated(self, step: int) -> bool:
         """Whether `metrics.jsonl` has the step's held-out metrics, whose row has no `total`."""
@@ -37,13 +44,19 @@ class Telemetry:
         self._file.write(json_text({"step": step} | dict(values)) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 `[H, W, 3]` arrays as `pictures/NAME_STEP.png`."""
         for name, array in pictures.items():
             save_png(self._pictures / f"{name}_{step:08d}.png", array)
-            self._events.add_image(name, array, step, dataformats="HWC")
+            image = summary.image(name, array, dataformats="HWC")
+            self._write(Event(step=step, summary=image))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()

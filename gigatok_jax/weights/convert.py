@@ -10,6 +10,7 @@ import fnmatch
 import pathlib
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import numpy as np
 
 from gigatok_jax import bundles, recipes
@@ -97,6 +98,7 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
             f"belong to this architecture (the first of {len(unknown)} such tensors)"
         )
     weights = {"params": layout.from_torch(tensors, entries, rule.shapes(config))}
+    bundles.check_finite(flatten_dict(weights["params"], sep="/"))
     if kind == "tokenizer":
         weights["history"] = _history(tensors.get(names.USAGE))
     return weights
@@ -140,7 +142,7 @@ def to_bundle(
 
     Args:
       kind: a key of `KINDS`.
-      files: `.pt` or `.safetensors` files that together hold the tensors.
+      files: `.pt` or `.safetensors` files that together hold the tensors, or an index of them.
       directory: path of the bundle.
       model: name of the architecture, or a bundle of the same architecture.
       weights: see `torch_files.read`.
@@ -154,8 +156,9 @@ def to_bundle(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_bundle = (pathlib.Path(model) / "config.json").is_file()
+        is_bundle = pathlib.Path(model).is_dir()
         config = bundles.load_config(model, kind, rule.config) if is_bundle else rule.model(model)
+    files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])
     try:
         converted = from_torch(kind, tensors, config)
