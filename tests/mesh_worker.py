@@ -7,10 +7,9 @@ last parameters are from those of one device, relative to their norm, or to that
 
 import os
 
-os.environ["XLA_FLAGS"] = (
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0 "
-    "--xla_llvm_disable_expensive_passes=true"
-)
+import conftest  # sets the flags that make compiling cheap
+
+os.environ["XLA_FLAGS"] = " ".join([*conftest.FLAGS, "--xla_force_host_platform_device_count=8"])
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import json
