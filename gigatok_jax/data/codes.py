@@ -29,11 +29,11 @@ class CodesInfo:
     data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
     crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one center crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
-    # For each split, the encoded images: see `Source.version`, and their number.
-    versions: dict[str, str]
-    examples: dict[str, int]
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    # For each split, which images were to be encoded: `Source.version`, and their number.
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    examples: dict[str, int] = dataclasses.field(default_factory=dict)
 
 
 def check_unchanged(folder: Path, old: CodesInfo, new: CodesInfo) -> None:
