@@ -1,7 +1,7 @@
 """Bundles: directories that hold a network's weights and everything needed to use them.
 
-`config.json` holds the kind of network, its architecture, the provenance of the weights, and their
-digest, which is compared when they are loaded.
+`config.json` holds the kind of network, its architecture, where the weights come from, and a digest of
+architecture and weights, which is compared when they are loaded.
 `model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel". Large
 models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., with
 `model.safetensors.index.json` mapping arrays to files.
@@ -62,6 +62,10 @@ def _digests(arrays: Mapping[str, Any]) -> dict[str, str]:
 def _combine(digests: Mapping[str, str]) -> str:
     lines = sorted(f"{name} {digest}" for name, digest in digests.items())
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _digest(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    return _combine({**digests, "config": json.dumps(config, sort_keys=True)})
 
 
 def check_finite(arrays: Mapping[str, Any]) -> None:
@@ -129,7 +133,7 @@ def save(
                 write_safetensors(aside / file, arrays)
                 digests |= _digests(arrays)
         if distributed.is_main():
-            write_json(aside / "config.json", record | {"digest": _combine(digests)})
+            write_json(aside / "config.json", record | {"digest": _digest(config, digests)})
 
 
 def _gather(array: Any) -> np.ndarray | None:
@@ -171,8 +175,8 @@ def load(
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)
-        if _combine(digests) != record["digest"]:
-            raise ValueError("they are not those that were saved: config.json has another digest")
+        if _digest(record["config"], digests) != record["digest"]:
+            raise ValueError("they, or the architecture in config.json, are not those saved")
         check_finite(arrays)
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.floating):

@@ -89,6 +89,8 @@ def _run(arguments: list[str]) -> int:
     if verb.several_processes:
         _join(values)
     else:
+        if verb.run.__name__ not in ("plan", "report"):  # which work without devices
+            _require_accelerator()
         _log_to_terminal()
     from gigatok_jax import distributed
 

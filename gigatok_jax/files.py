@@ -70,7 +70,11 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
-        yield aside
+        try:
+            yield aside
+        except OSError as error:  # a full disk, for example, which does not say where
+            error.filename = error.filename or str(path)
+            raise
         if path.is_dir():  # rename cannot replace a directory that is not empty
             old = aside_path(path, os.getpid(), "old")
             path.rename(old)

@@ -4,6 +4,7 @@ import functools
 import io
 import os
 from typing import Literal
+import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
@@ -14,6 +15,7 @@ Resize = Literal["bicubic", "linear"]
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture itself is read
 # Pillow's limit of 1 MB, against compressed text that exhausts the memory, also drops valid photos.
 PngImagePlugin.MAX_TEXT_CHUNK = 32 * 2**20
 ELONGATED = 8  # ratio of sides from which only the crop is resized

@@ -396,7 +396,9 @@ def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
             raise ValueError("arr_0 has an unknown .npy format")
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
         right = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and 0 not in shape
-        if not right or columns_first:
+        if right and columns_first:
+            raise ValueError("expected arr_0 in C order, got Fortran order: np.ascontiguousarray")
+        if not right:
             raise ValueError(f"expected arr_0 to be uint8 [n, H, W, 3], got {dtype} {list(shape)}")
         for start in tqdm(range(0, shape[0], batch_size), desc=path.name, disable=None):
             chosen = (min(batch_size, shape[0] - start), *shape[1:])
