@@ -1,7 +1,7 @@
 """Bundles: directories that hold a network's weights and everything needed to use them.
 
-`config.json` holds the kind of network, its architecture, where the weights come from, and a digest of
-architecture and weights, which is compared when they are loaded.
+`config.json` holds the kind of network, its architecture, where the weights come from, and a digest
+of both, which is compared when they are loaded.
 `model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel". Large
 models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., with
 `model.safetensors.index.json` mapping arrays to files.

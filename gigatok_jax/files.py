@@ -28,7 +28,7 @@ def cache_dir() -> pathlib.Path:
 
 def reason(error: BaseException) -> str:
     """Why a file could not be written, in a few words, whichever library says it."""
-    full = ("RESOURCE_EXHAUSTED", "No space left", "Failed to write")
+    full = ("RESOURCE_EXHAUSTED", "No space left", "Failed to write", "unexpected pos")
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
     if any(text in str(error) for text in full):
@@ -120,7 +120,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     try:
         safetensors.numpy.save_file(arrays, path)
     except safetensors.SafetensorError as error:  # a full disk, for example
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        raise OSError(errno.EIO, reason(error), str(path)) from error
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, replacing, stamp, write_json
+from gigatok_jax.files import read_json, reason, replacing, stamp, write_json
 
 SPLITS = ("train", "validation")
 
@@ -100,15 +101,17 @@ def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Atomically writes a shard of records {"codes": int [crops, N], "label", "key"}."""
     for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a killed process
         stale.unlink()
-    with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(replacing(path))
-        # One record per group, because training reads records in random order.
-        writer = ArrayRecordWriter(str(aside), "group_size:1")
-        stack.callback(writer.close)
-        for record in records:
-            codes = record["codes"]
-            packed = {"codes": codes.tobytes(), "type": codes.dtype.str, "shape": codes.shape}
-            writer.write(msgpack.packb(dict(record) | packed))
+    with replacing(path) as aside:
+        try:
+            # One record per group, because training reads records in random order.
+            with contextlib.closing(ArrayRecordWriter(str(aside), "group_size:1")) as writer:
+                for record in records:
+                    codes = record["codes"]
+                    packed = {"codes": codes.tobytes(), "type": codes.dtype.str}
+                    packed["shape"] = codes.shape
+                    writer.write(msgpack.packb(dict(record) | packed))
+        except RuntimeError as error:  # of the C++ library
+            raise OSError(errno.EIO, reason(error), str(path)) from error
 
 
 def count(path: Path) -> int:

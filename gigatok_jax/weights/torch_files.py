@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, replacing, write_safetensors
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import read_json, reason, replacing, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -186,4 +186,4 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
             else:
                 torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
