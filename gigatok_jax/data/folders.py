@@ -49,13 +49,15 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        path = os.fsdecode(self._names[index])
-        key = printable(path)
+        path, key = os.fsdecode(self._names[index]), self._key(index)
         try:
             image = crops.load(self.root / path)
         except crops.BadImage as error:
             raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
+
+    def _key(self, index: int) -> str:
+        return printable(os.fsdecode(self._names[index]))
 
     def version(self) -> str:
         return stamp(self.root, map(os.fsdecode, self._names))

@@ -125,6 +125,8 @@ def _load_torch(path: pathlib.Path) -> Any:
             # Mapping avoids reading optimizer states, which are twice the size of the weights. The
             # format before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
             mapped = zipfile.is_zipfile(path)
+            if mapped and (damaged := zipfile.ZipFile(path).testzip()):
+                raise ValueError(f"{damaged} is damaged")  # torch itself ignores the checksums
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for files of other kinds
         code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
