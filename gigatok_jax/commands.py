@@ -59,12 +59,19 @@ def flag(kind: str, name: str, *args: Any, **kwargs: Any) -> Define:
 
 
 def required(name: str, text: str) -> Define:
-    return flag("string", name, None, text, required=True)
+    def define(flag_values):
+        flags.DEFINE_string(name, None, text, flag_values, required=True)
+        given = "expected a value, got ''"
+        flags.register_validator(name, lambda value: value != "", given, flag_values)
+
+    return define
 
 
 def batch_size(default: int, text: str = "images per batch") -> Define:
     return flag("integer", "batch_size", default, text, lower_bound=1)
 
+
+SEED = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
 PROCESSES = (
     flag("integer", "processes", 0, "number of processes, unless the launcher sets it"),
@@ -219,7 +226,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
-    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
+    flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
     *SAMPLING,
     *PROCESSES,
 )
@@ -299,7 +306,7 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
     flag("string", "reference", "", ".npz of real images or their statistics"),
     flag("enum", "split", "eval", ["train", "eval"], "split of the data to compare with"),
     flag("integer", "count", 50_000, "number of samples", lower_bound=2),
-    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
+    flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
     flag("boolean", "search", False, "search for the guidance with the lowest gFID"),
     *SAMPLING,
     SSIM_RANGE,

@@ -44,6 +44,8 @@ def local_path(path: str, where: str) -> str:
     """
     if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
         raise UserError(f"{where}: expected a local path, got {path!r}; buckets are not supported")
+    if "\0" in path:
+        raise UserError(f"{where}: expected a path, got {path!r}")
     return os.path.expanduser(path)
 
 

@@ -9,7 +9,7 @@ from flax.traverse_util import flatten_dict
 import jax
 import numpy as np
 import pydantic
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from gigatok_jax import api, bundles, distributed, encoding, files, pictures
 from gigatok_jax.config import configclass
@@ -30,6 +30,7 @@ from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.linear_probe import LinearProbeRun
 from gigatok_jax.training.loop import train
+from gigatok_jax.training.task import Seed
 from gigatok_jax.training.telemetry import read_metrics
 
 PER_CLASS = 8  # samples of each class in the report
@@ -56,7 +57,7 @@ class ProbeConfig:
     batch_size: PositiveInt = 32  # images per batch, except in sampling
     shard_images: PositiveInt = 4_096  # images per shard of codes, a multiple of batch_size
     sample_batch_size: PositiveInt = 64  # images per batch in sampling
-    seed: NonNegativeInt = 0  # of the samples
+    seed: Seed = 0  # of the samples
 
     @pydantic.model_validator(mode="after")
     def _check(self):

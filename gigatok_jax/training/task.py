@@ -28,6 +28,7 @@ from gigatok_jax.training import optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @configclass
@@ -57,7 +58,7 @@ class RunConfig:
     # Process each batch in this many parts, one after the other, to save memory. Batch statistics
     # (entropy loss, the discriminator's BatchNorm) are then those of each part.
     accumulate: PositiveInt = 1
-    seed: NonNegativeInt = 0
+    seed: Seed = 0
     average_decay: Decay = 0.0  # moving average of weights; 0: none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # "auto": bfloat16, float32 on CPU
     # Activations to recompute in the backward pass: "dots" keeps only products with weights, which
