@@ -64,15 +64,15 @@ class Telemetry:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, without a last line that a kill cut off."""
+    """Rows of a `metrics.jsonl`, up to the first line that a kill cut off or that is damaged."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            # NaN and infinity are stored as strings, see `json_text`.
+            row = {name: float(value) for name, value in json.loads(line).items()}
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError, OverflowError):
             break
-        # NaN and infinity are stored as strings, see `json_text`.
-        rows.append({k: float(v) if isinstance(v, str) else v for k, v in row.items()})
     return rows
 
 
