@@ -273,6 +273,11 @@ class _TerminalHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs of errors in its threads; they are raised too, and end as one line."""
+    return not record.exc_info
+
+
 def _log_to_terminal(level: int = logging.INFO) -> None:
     """Shows the messages of this program, but only warnings of its libraries."""
     from absl import flags
@@ -280,8 +285,7 @@ def _log_to_terminal(level: int = logging.INFO) -> None:
 
     flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
-    # What fails in Orbax's threads is raised here, too: as one line, not as pages.
-    logging.getLogger("absl").addFilter(lambda record: not record.exc_info)
+    logging.getLogger("absl").addFilter(_without_traceback)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("gigatok_jax")
