@@ -168,7 +168,7 @@ class PretrainedGenerator(Pretrained):
         module = Generator(config, dtype=compute_dtype(dtype))
         super().__init__(module, weights["params"], fingerprint)
         self.made_by = dict(made_by or {})
-        self.class_names = tuple(self.made_by.get("data", {}).get("class_names", ()))
+        self.class_names = tuple((self.made_by.get("data") or {}).get("class_names", ()))
         # The table may have more rows than the data have classes.
         self.class_count = len(self.class_names) or config.classes
 

@@ -1,7 +1,7 @@
 """Bundles: directories that hold a network's weights and everything needed to use them.
 
 `config.json` holds the kind of network, its architecture, where the weights come from, and a digest
-of both, which is compared when they are loaded.
+of all this and the weights, which is compared when they are loaded.
 `model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel". Large
 models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., with
 `model.safetensors.index.json` mapping arrays to files.
@@ -25,7 +25,7 @@ import safetensors.numpy
 from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import local_path, read_json, write_json, write_safetensors
+from gigatok_jax.files import json_text, local_path, read_json, write_json, write_safetensors
 
 FORMAT = 3
 INDEX = "model.safetensors.index.json"
@@ -64,8 +64,11 @@ def _combine(digests: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
-def _digest(config: Mapping[str, Any], digests: Mapping[str, str]) -> str:
-    return _combine({**digests, "config": json.dumps(config, sort_keys=True)})
+def _digest(record: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The digest of a bundle: of the content of `config.json`, and of all arrays."""
+    described = {name: value for name, value in record.items() if name != "digest"}
+    described = json.loads(json_text(described))  # as it is read back
+    return _combine({**digests, "config.json": json.dumps(described, sort_keys=True)})
 
 
 def check_finite(arrays: Mapping[str, Any]) -> None:
@@ -133,7 +136,7 @@ def save(
                 write_safetensors(aside / file, arrays)
                 digests |= _digests(arrays)
         if distributed.is_main():
-            write_json(aside / "config.json", record | {"digest": _digest(config, digests)})
+            write_json(aside / "config.json", record | {"digest": _digest(record, digests)})
 
 
 def _gather(array: Any) -> np.ndarray | None:
@@ -175,8 +178,8 @@ def load(
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)
-        if _digest(record["config"], digests) != record["digest"]:
-            raise ValueError("they, or the architecture in config.json, are not those saved")
+        if _digest(record, digests) != record["digest"]:
+            raise ValueError("they, or config.json, are not those saved")
         check_finite(arrays)
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.floating):

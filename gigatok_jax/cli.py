@@ -89,7 +89,7 @@ def _run(arguments: list[str]) -> int:
     if verb.several_processes:
         _join(values)
     else:
-        if verb.run.__name__ not in ("plan", "report"):  # which work without devices
+        if verb.devices:
             _require_accelerator()
         _log_to_terminal()
     from gigatok_jax import distributed
@@ -170,6 +170,9 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"} | {
     "path",
     "branch_from",
+    "model",  # of `convert`: a name or a bundle, as a teacher is
+    "teacher",
+    "features",
 }
 
 

@@ -26,6 +26,7 @@ class Verb:
     flags: Sequence[Define]
     configs: Mapping[str, str]  # flags that take a configuration, and their default files
     positional: str  # name of the argument for what is not a flag; "": not accepted
+    devices: bool  # whether it computes on the devices of JAX_PLATFORMS
 
     @property
     def several_processes(self) -> bool:
@@ -42,11 +43,12 @@ def verb(
     *flags: Define,
     configs: Mapping[str, str] | None = None,
     positional: str = "",
+    devices: bool = True,
 ) -> Callable:
     """Registers the decorated function as the verb of the same name; see `Verb`."""
 
     def register(run):
-        VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional)
+        VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional, devices)
         return run
 
     return register
@@ -474,6 +476,7 @@ def probe(tokenizer: str, workdir: str, config) -> None:
     "show probes or training runs in one HTML file",
     flag("string", "out", "", "HTML file; default: report.html in the first DIR"),
     positional="workdirs",
+    devices=False,
 )
 def report(workdirs: list[str], out: str) -> None:
     """gigatok report DIR [DIR ...] [--out=FILE.html]
@@ -513,6 +516,7 @@ def report(workdirs: list[str], out: str) -> None:
         upper_bound=1.0,
     ),
     configs={"config": REQUIRED},
+    devices=False,
 )
 def plan(config, topology: str, job: str, utilisation: float, effort: float) -> None:
     """gigatok plan --config=tokenizer:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=VALUE ...]

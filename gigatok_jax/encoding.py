@@ -40,7 +40,7 @@ def encode(
         empty, store the centre crop only, as for evaluation images.
       batch_size: number of images to read, and of crops to encode, at a time.
       shard_images: images per shard, a multiple of `batch_size`.
-      overwrite: remove the codes that `out` holds.
+      overwrite: remove the codes that `out` holds if they are others.
 
     Raises:
       UserError: an option is invalid, the data cannot be read, or `out` holds other codes, of other
@@ -75,7 +75,7 @@ def encode(
     )
 
     def claim():
-        if overwrite:
+        if overwrite and stored.differs(out, info):  # not after a kill of this same command
             stored.remove(out)
         identity = dataclasses.asdict(info)
         for name in ("versions", "examples", "images"):  # the first two have a message of their own

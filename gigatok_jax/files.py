@@ -1,6 +1,6 @@
 """Atomic files and directories (written aside, then renamed), and the cache directory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -26,12 +26,15 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
 
+# How libraries in C++ say that the disk is full.
+FULL = ("No space left", "Failed to write", "Error writing local file", "unexpected pos")
+
+
 def reason(error: BaseException) -> str:
     """Why a file could not be written, in a few words, whichever library says it."""
-    full = ("RESOURCE_EXHAUSTED", "No space left", "Failed to write", "unexpected pos")
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
         return "the disk is full"
-    if any(text in str(error) for text in full):
+    if any(text in str(error) for text in FULL):
         return "the disk is full"
     return getattr(error, "strerror", None) or first_line(error)
 
@@ -170,16 +173,20 @@ def refuse_other(
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
     """Hashes the names, sizes and modification times of files in `root` to sixteen hex digits."""
 
-    def describe(name: str) -> bytes:
-        try:
-            found = (root / name).stat()
-        except OSError:  # a dangling link, for example: an unreadable image
-            return os.fsencode(f"{name}\0missing\0")
-        return os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0")
+    def describe(some: Sequence[str]) -> bytes:
+        lines = []
+        for name in some:
+            try:
+                found = (root / name).stat()
+                lines.append(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0")
+            except OSError:  # a dangling link, for example: an unreadable image
+                lines.append(f"{name}\0missing\0")
+        return os.fsencode("".join(lines))
 
-    digest = hashlib.sha256()
+    names, digest = list(names), hashlib.sha256()
+    parts = [names[start : start + 4096] for start in range(0, len(names), 4096)]
     # On network storage, asking for a million files one by one would take minutes.
     with ThreadPoolExecutor(16) as threads:
-        for text in threads.map(describe, names, chunksize=256):
+        for text in threads.map(describe, parts):
             digest.update(text)
     return digest.hexdigest()[:16]

@@ -51,7 +51,8 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
                 yield
             finally:
                 done.set()
-                path.unlink(missing_ok=True)
+                if _same(file, path):  # not that of a process that took this one for lost
+                    path.unlink()
     finally:
         if created:  # a command that was rejected leaves nothing
             with contextlib.suppress(OSError):
@@ -73,7 +74,7 @@ def _acquire(path: pathlib.Path) -> IO[str]:
             file.seek(0)
             owner = _parse(file.read())
             # The owner may have removed the file after it was opened here: then try again.
-            current = path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat())
+            current = _same(file, path)
             elsewhere = owner.get("host") != socket.gethostname()
             # Within a machine, having got the lock is proof that its last owner is gone.
             if locked is False or (
@@ -90,6 +91,14 @@ def _acquire(path: pathlib.Path) -> IO[str]:
             file.close()
             raise
         file.close()
+
+
+def _same(file: IO[str], path: pathlib.Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def _lock(file: IO[str]) -> bool | None:

@@ -97,7 +97,8 @@ def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
     assert "2 images (1 skipped)" in text
     assert any("1.png" in line for line in lines)
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == ["grid.png", "images/class/0.png", "images/class/2.png", "metrics.json"]
+    pngs = ["images/class/0.png", "images/class/2.png"]
+    assert names == ["grid.png", "images.json", *pngs, "metrics.json"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["images"], metrics["skipped"]) == (2, 1)
     assert [row["image"] for row in metrics["each"]] == ["class/0.png", "class/2.png"]

@@ -117,7 +117,7 @@ def test_images_of_an_earlier_call_are_replaced_and_other_ones_are_not(tokenizer
     reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
     assert len(list((out / "images").iterdir())) == 2
 
-    (out / "metrics.json").unlink()
+    (out / "images.json").unlink()
     with pytest.raises(UserError, match="images: expected no such folder"):
         reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
     assert len(list((out / "images").iterdir())) == 2

@@ -41,12 +41,21 @@ def check_unchanged(folder: Path, old: CodesInfo, new: CodesInfo) -> None:
     """Raises UserError if the encoded images are no longer those of `old`."""
     for split, version in new.versions.items():
         if old.versions.get(split) != version:
-            before, now = old.examples.get(split), new.examples[split]
+            before, now = old.examples.get(split, 0), new.examples[split]
             found = f"{now} images, were {before}" if now != before else "other files, as many"
             raise UserError(
                 f"{folder}: the {split} images have changed since they were encoded ({found}); "
                 "encode them into another folder, or anew with --overwrite"
             )
+
+
+def differs(folder: Path, new: CodesInfo) -> bool:
+    """Whether a folder's codes are others than those that `new` describes, or damaged."""
+    try:
+        old = read_info(folder)
+    except UserError:
+        return True
+    return old is not None and dataclasses.replace(old, images={}) != new
 
 
 def remove(folder: Path) -> None:

@@ -42,6 +42,7 @@ class FolderSource:
         self.root, self.class_names = root, tuple(map(printable, classes))
         # Arrays, because a million strings would take long to pickle for each worker.
         self._names = np.array([os.fsencode(name) for group in classes.values() for name in group])
+        self._version: str | None = None
         self._labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
 
     def __len__(self) -> int:
@@ -60,7 +61,9 @@ class FolderSource:
         return printable(os.fsdecode(self._names[index]))
 
     def version(self) -> str:
-        return stamp(self.root, map(os.fsdecode, self._names))
+        if self._version is None:  # asking for a million files takes seconds
+            self._version = stamp(self.root, map(os.fsdecode, self._names))
+        return self._version
 
 
 def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
@@ -108,7 +111,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
 def _held_out(names: list[str], every: int) -> set[str]:
     """About one name in `every`, at least one.
 
-    A hash of the name decides, so images that are added later move none from one side to the other.
+    A hash of the name decides, so that adding images never holds out one that was trained on.
     """
     digests = {
         name: int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
@@ -142,13 +145,12 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     """Maps each class that has images to their paths, relative to `root`."""
     folder = root / split
     prefix = f"{split}/" if split else ""
-    unread = collections.Counter()
+    files = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
     found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
     _report(folder, unread)
     classes = {name: images for name, images in found.items() if images}
-    loose = sorted(
-        e.name for e in os.scandir(folder) if _suffix(e.name) in READABLE and e.is_file()
-    )
+    loose = sorted(name for name in files if _suffix(name) in READABLE)
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:

@@ -43,7 +43,7 @@ class DataConfig:
     eval_split: str = "validation"  # tfds: likewise, for evaluation
 
     # A folder without train/ and val/: hold out one image in n for evaluation. A hash of its name
-    # decides, so that more images move none to the other side. 0 evaluates on the training images.
+    # decides, so that adding images holds out none that was trained on. 0: the training images.
     holdout: NonNegativeInt = 20
 
     # Use only n examples, chosen at random, always the same; 0 means all. Embedded: the number of

@@ -74,8 +74,8 @@ def sample(
       generator, tokenizer: must match, see `load_matching_tokenizer`.
       classes: integers `[n]`, the class of each image.
       settings: how codes are sampled.
-      out: gets `images/` (a PNG per image; those of an earlier call are kept if this call has them,
-        too, and removed otherwise), `grid.png` (a row per class) and `samples.npz` in the
+      out: gets `images/` (a PNG per image; those of an earlier call that are not in this
+        one are removed), `grid.png` (a row per class) and `samples.npz` in the
         layout of ADM's evaluator: `arr_0`, uint8 `[n, H, W, 3]`, and `arr_1`, the classes.
       class_names: shown in the grid, by class number.
       seed: determines the images, together with `classes` and `settings`.
@@ -254,6 +254,13 @@ def evaluate_loss(
             f"config.data: expected at most {generator.class_count} classes, as in the generator, "
             f"got {len(batches.class_names)}"
         )
+    pairs = zip(generator.class_names, batches.class_names, strict=False)
+    for label, (trained, found) in enumerate(pairs):
+        if trained != found:
+            raise UserError(
+                f"config.data: expected class {label} to be {trained!r}, as in the generator's "
+                f"training, got {found!r}"
+            )
     if data.source == "codes":
         info = codes.find_info(data.path)
         check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))

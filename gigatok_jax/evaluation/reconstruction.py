@@ -6,6 +6,7 @@ import logging
 import math
 import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 import einops
@@ -111,8 +112,11 @@ def reconstruct(
     paths, rows = image_paths(source), []
     root = source if source.is_dir() else source.parent
     names = _output_names([str(path.relative_to(root)) for path in paths])
-    if (out / "images").exists() and not (out / "metrics.json").exists():
+    mark = out / "images.json"  # says that images/ is ours to replace
+    if (out / "images").exists() and not mark.exists():
         raise UserError(f"{out / 'images'}: expected no such folder, or that of an earlier call")
+    for stale in out.glob(".images.*.partial"):  # left by a killed process
+        shutil.rmtree(stale)
 
     with replacing(out / "images") as aside:
 
@@ -124,6 +128,8 @@ def reconstruct(
 
         batches = _read(source, paths, tokenizer.config.image_size, batch_size)
         means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
+        write_json(mark, described)
     skipped = len(paths) - means.pop("images")
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
@@ -135,6 +141,7 @@ def reconstruct(
 def _output_names(keys: Sequence[str]) -> dict[str, str]:
     """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
     names = {key: key for key in keys if key.endswith(".png")}
+    taken = set(names)
     for key in keys:
         folder, base = os.path.split(key)
         number = 0
@@ -143,8 +150,9 @@ def _output_names(keys: Sequence[str]) -> dict[str, str]:
             # A file's name has at most 255 bytes.
             short = os.fsdecode(os.fsencode(base)[: 255 - len(suffix)])
             name, number = os.path.join(folder, short + suffix), number + 1
-            if name not in names.values():
+            if name not in taken:
                 names[key] = name
+                taken.add(name)
     return names
 
 

@@ -133,8 +133,10 @@ def colors(count: int) -> list[str]:
     return [matplotlib.colors.to_hex(color) for color in wheel]
 
 
-def _number(value: float | None, spec: str) -> str:
-    """Template filter; a missing value becomes a dash."""
+def _number(value: float | str | None, spec: str) -> str:
+    """Template filter; a missing value becomes a dash, and "nan" and "inf" stay."""
+    if isinstance(value, str):
+        return value
     missing = value is None or isinstance(value, jinja2.Undefined)
     return "-" if missing else format(value, spec)
 

@@ -119,14 +119,19 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _one_line(self) -> Iterator[None]:
-        """Turns whatever Orbax raises when it cannot write into RunStopped."""
+        """Turns what Orbax raises when it cannot write into RunStopped; the rest passes."""
         try:
             yield
         except Exception as error:
             self._failed = True
-            complete = [int(path.name) for path in self._directory.glob("*") if path.name.isdigit()]
-            last = f"step {max(complete)}" if complete else "none yet"
-            raise RunStopped(
-                f"{self._directory}: a checkpoint cannot be written ({files.reason(error)}); last "
-                f"good checkpoint: {last}. Once that is mended, the same command resumes the run"
-            ) from error
+            if not isinstance(error, OSError) and not any(t in str(error) for t in files.FULL):
+                raise  # the loss of another process, for example
+            where = f"{self._directory}: a checkpoint cannot be written ({files.reason(error)})"
+            raise RunStopped(f"{where}; {last_good(self._directory)}") from error
+
+
+def last_good(directory: pathlib.Path) -> str:
+    """Which checkpoint a run that stopped goes on from, for messages."""
+    complete = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    last = f"step {max(complete)}" if complete else "none yet"
+    return f"last good checkpoint: {last}. Once that is mended, the same command resumes the run"

@@ -28,7 +28,7 @@ from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.files import read_json, reason, write_json
-from gigatok_jax.training.checkpoints import Checkpoints, Restored
+from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
 
@@ -56,8 +56,8 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
       workdir: where the run lives; created if it is missing, and locked against other runs.
 
     Raises:
-      UserError: the configuration, data, weights or `workdir` cannot be used; `workdir` is then
-        left as it was.
+      UserError: the configuration, data, weights or `workdir` cannot be used; the results in
+        `workdir` are then as they were.
       RunStopped: a metric became non-finite or the disk full (without a checkpoint), or a signal
         stopped the run (after a checkpoint).
     """
@@ -77,7 +77,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     # Open networks and data first, so that a run that cannot start leaves nothing behind.
     task = run.open_task()
     batches = pipeline.train_batches(run.data, task.image_size, run.batch_size, run.seed, *block)
-    task.set_data(batches.class_names, batches.version())
+    task.set_data(batches.class_names, batches.version() if distributed.is_main() else "")
     held_out = HeldOut(task, mesh)
 
     config, steps = run.loop, run.total_steps
@@ -257,12 +257,8 @@ def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        steps = [int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()]
-        raise RunStopped(
-            f"{error.filename or workdir}: {reason(error)}; last good checkpoint: "
-            f"{f'step {max(steps)}' if steps else 'none yet'}. Once that is mended, the same "
-            "command resumes the run"
-        ) from error
+        where = f"{error.filename or workdir}: {reason(error)}"
+        raise RunStopped(f"{where}; {last_good(workdir / 'checkpoints')}") from error
 
 
 def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:
@@ -311,8 +307,8 @@ def _check_progress(task: Task, origin: pathlib.Path, start: int, progress: Mapp
         )
     if progress.get("data_version") != task.data_version and distributed.is_main():
         logger.warning(
-            "the data have changed since the checkpoint in %s: the order of training images does, "
-            "too",
+            "the data have changed since the checkpoint in %s; the order of the training images "
+            "has changed as well",
             origin,
         )
 

@@ -3,6 +3,7 @@
 import argparse
 import collections
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
 import pathlib
 import re
@@ -120,18 +121,28 @@ def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]
 
 def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch(path)
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals(HARMLESS):
             # Mapping avoids reading optimizer states, which are twice the size of the weights. The
             # format before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
             mapped = zipfile.is_zipfile(path)
-            if mapped and (damaged := zipfile.ZipFile(path).testzip()):
-                raise ValueError(f"{damaged} is damaged")  # torch itself ignores the checksums
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for files of other kinds
         code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
         reason = f"it would run code of {code[1]}" if code else "another format, or truncated"
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Rejects a damaged file; PyTorch writes checksums, but does not compare them."""
+    if not zipfile.is_zipfile(path):
+        return
+    damaged = "its directory"
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({damaged} is damaged)")
 
 
 def import_torch(path: str | pathlib.Path) -> Any:
