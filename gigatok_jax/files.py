@@ -78,7 +78,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         try:
             yield aside
         except OSError as error:  # a full disk, for example, which does not say where
-            error.filename = error.filename or str(path)
+            if error.errno is not None:
+                error.filename = error.filename or str(path)
             raise
         if path.is_dir():  # rename cannot replace a directory that is not empty
             old = aside_path(path, os.getpid(), "old")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import io
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -281,7 +282,7 @@ def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
     }
     return {
         "rows": rows,
-        "last": {name: value for row in rows for name, value in row.items() if value is not None},
+        "last": {name: value for row in rows for name, value in row.items()},
         "total_steps": config.total_steps,
         "pictures": {
             name: {"step": int(file.stem.rpartition("_")[2]), "source": _picture(file)}
@@ -327,10 +328,13 @@ def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def _read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, if any; the held-out loss takes the training loss's name."""
+    """Finite values in a `metrics.jsonl`; the held-out loss takes the training loss's name."""
     rows = read_metrics(path) if path.exists() else []
     names = {f"{HELD_OUT}loss": f"{HELD_OUT}total"}
-    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+    return [
+        {names.get(name, name): value for name, value in row.items() if math.isfinite(value)}
+        for row in rows
+    ]
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -68,9 +68,9 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     rows = []
     for line in path.read_text(errors="replace").splitlines():
         try:
-            # NaN and infinity are stored as strings, see `json_text`; NaN was null once.
+            # NaN and infinity are stored as strings, see `json_text`.
             stored = json.loads(line).items()
-            row = {name: float("nan" if value is None else value) for name, value in stored}
+            row = {name: float(value) for name, value in stored if value is not None}
             rows.append(row | {"step": int(row["step"])})
         except (ValueError, AttributeError, TypeError, KeyError, RecursionError, OverflowError):
             break
