@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 
 import numpy as np
 from PIL import Image
@@ -32,7 +33,7 @@ photos: pathlib.Path | None = None  # folder of JPEGs; None: synthetic ones
 
 def augmentation(model: str, batch: int) -> Case:
     """Training crops of JPEGs in float32 on one core, compared with plain Pillow."""
-    if model not in crops.RESIZES:
+    if model not in typing.get_args(crops.Resize):
         raise UserError(f"input:{model}: expected input:bicubic or input:linear")
     files = _photos() if photos is None else _read(photos)
     files = list(itertools.islice(itertools.cycle(files), batch))
@@ -97,8 +98,8 @@ def _photos() -> list[bytes]:
     for _ in range(64):
         noise = rng.standard_normal((3, height, width))
         planes = np.fft.irfft2(np.fft.rfft2(noise) / f, s=(height, width))
-        light, *colours = (plane / plane.std() for plane in planes)
-        mix = np.stack([light + 0.3 * c for c in (*colours, -sum(colours))], -1)
+        light, *colors = (plane / plane.std() for plane in planes)
+        mix = np.stack([light + 0.3 * c for c in (*colors, -sum(colors))], -1)
         pixels = np.clip(128 + 55 * mix, 0, 255).astype(np.uint8)
         file = io.BytesIO()
         Image.fromarray(pixels).save(file, "JPEG", quality=92)

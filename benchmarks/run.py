@@ -30,7 +30,7 @@ from benchmarks import cases, host
 from benchmarks.cases import Case, Rival
 from benchmarks.timing import calls
 from gigatok_jax.cli import take_huge_pages
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.files import write_json
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.planning.chips import CHIPS, Chip
@@ -118,9 +118,7 @@ def _defaults() -> str:
 
 def _parse(text: str) -> tuple[str, str, int]:
     name, *rest = text.split(":")
-    if name not in CASES:
-        raise UserError(f"{name!r}: no such benchmark; known: {', '.join(CASES)}")
-    default = CASES[name][1 if jax.default_backend() == "cpu" else 2]
+    default = lookup(name, CASES, "benchmark")[1 if jax.default_backend() == "cpu" else 2]
     model = rest[0] if rest else default[0]
     batch = rest[1] if len(rest) > 1 else str(default[1])
     if len(rest) > 2 or not batch.isdigit() or int(batch) < 1:

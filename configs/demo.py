@@ -4,7 +4,7 @@
 """
 
 from gigatok_jax.data.sources import DataConfig
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import lookup
 from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
@@ -17,10 +17,7 @@ from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 
 def get_config(argument="tokenizer"):
-    runs = {"tokenizer": tokenizer, "probe": probe}
-    if argument not in runs:
-        raise UserError(f"{argument!r}: no such run; known: {', '.join(runs)}")
-    return runs[argument]()
+    return lookup(argument, {"tokenizer": tokenizer, "probe": probe}, "run")()
 
 
 def tokenizer() -> TokenizerRun:

@@ -5,15 +5,17 @@ images as it reads them (`--config.tokenizer=DIR`), or reads codes that `gigatok
 (`--config.data.source=codes --config.data.path=DIR`).
 """
 
+import dataclasses
+
 from gigatok_jax import recipes
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.generator import GeneratorRun
 
 
 def get_config(argument="b"):
-    recipe = recipes.lookup(argument.split(",")[0], recipes.GENERATORS, "generator")
+    recipe = recipes.generator(argument)
     return GeneratorRun(
-        model=recipes.generator_model(argument),
+        model=dataclasses.replace(recipe.model, classes=0),  # the data have the classes
         epochs=float(recipe.epochs),
         batch_size=recipe.batch_size,
         mesh=MeshConfig(data=1, fsdp=-1) if recipe.sharded else MeshConfig(),

@@ -12,8 +12,8 @@ from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
 
 
 def get_config(argument="s_s"):
+    recipe = recipes.tokenizer(argument)
     name, *variants = argument.split(",")
-    recipe = recipes.lookup(name, recipes.TOKENIZERS, "tokenizer")
     # The paper recommends warm-up and entropy loss for every size (appendix C). The released
     # weights up to B-L were trained with 15,000 steps of auxiliary losses instead.
     older = "released" in variants and name != "xl_xxl"
@@ -23,7 +23,7 @@ def get_config(argument="s_s"):
     if "dino_disc" in variants:
         objective |= dict(discriminator="dino", disc_start=80_000)
     return TokenizerRun(
-        model=recipes.tokenizer_model(argument),
+        model=recipe.model,
         objective=ObjectiveConfig(**objective),
         optimizer=OptimizerConfig(warmup_steps=0 if older else 5_000),
         mesh=MeshConfig(data=1, fsdp=-1) if recipe.sharded else MeshConfig(),

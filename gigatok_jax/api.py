@@ -13,11 +13,9 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from gigatok_jax import bundles, recipes, sampling
+from gigatok_jax import bundles, recipes, sampling, sharding
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
@@ -42,17 +40,19 @@ class Pretrained:
       variables: `{"params": ...}`.
     """
 
-    def __init__(self, module: nn.Module, params: Any):
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._replicated, self._split = NamedSharding(mesh, P()), NamedSharding(mesh, P("data"))
+    def __init__(self, module: nn.Module, params: Any, fingerprint: str | None = None):
+        mesh = sharding.local_mesh()
+        self._replicated, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         self.config, self.module = module.config, module
         self.variables = {"params": jax.device_put(params, self._replicated)}
-        self._compiled = {}
+        self._compiled, self._fingerprint = {}, fingerprint
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the parameters."""
-        return bundles.fingerprint(self.variables["params"])
+        if self._fingerprint is None:
+            self._fingerprint = bundles.fingerprint(self.variables["params"])
+        return self._fingerprint
 
     def _place(self, batch) -> jax.Array:
         divisible = len(batch) % self._split.mesh.size == 0
@@ -66,10 +66,12 @@ class Pretrained:
         return self._compiled[key](self.variables, *map(self._place, batches))
 
     def _codes(self, codes, length: int) -> jax.Array:
-        if codes.ndim != 2 or codes.shape[1] != length:
+        codes = _array(codes)
+        if codes.ndim != 2 or codes.shape[1] != length or not len(codes):
             raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
         if not jnp.issubdtype(codes.dtype, jnp.integer):
             raise ValueError(f"codes: expected integers, got {codes.dtype}")
+        _check_range("codes: expected", codes, 0, self.config.codebook_size - 1)
         return jnp.asarray(codes, jnp.int32)
 
     def _check_layer(self, layer: int, depth: int) -> None:
@@ -80,18 +82,27 @@ class Pretrained:
 class PretrainedTokenizer(Pretrained):
     """A tokenizer and its weights; see `Pretrained`.
 
-    Methods raise ValueError for arrays of the wrong shape.
+    `images` are `[B, H, W, 3]`, B at least 1: floats in [-1, 1], or integers in 0..255. Floats up
+    to twice that range pass, because decoded images exceed it a little. `codes` are `[B, N]`
+    integers in [0, K). Anything else raises ValueError.
 
     Attributes:
       history: the last 65,536 codes assigned in training; unused entries are -1.
     """
 
-    def __init__(self, config: TokenizerConfig, weights: Mapping[str, Any], dtype: str = "auto"):
-        super().__init__(Tokenizer(config, dtype=compute_dtype(dtype)), weights["params"])
+    def __init__(
+        self,
+        config: TokenizerConfig,
+        weights: Mapping[str, Any],
+        dtype: str = "auto",
+        fingerprint: str | None = None,
+    ):
+        module = Tokenizer(config, dtype=compute_dtype(dtype))
+        super().__init__(module, weights["params"], fingerprint)
         self.history = weights["history"]
 
     def encode(self, images) -> jax.Array:
-        """Maps images `[B, H, W, 3]`, float in [-1, 1] or uint8, to codes, int32 `[B, N]`."""
+        """Maps images `[B, H, W, 3]`, floats in [-1, 1] or uint8, to codes, int32 `[B, N]`."""
         return self._run(Tokenizer.encode, self._images(images))
 
     def latents(self, images) -> jax.Array:
@@ -119,11 +130,16 @@ class PretrainedTokenizer(Pretrained):
         return float(quantizer.codebook_usage(self.history, self.config.codebook_size))
 
     def _images(self, images):
-        size = self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3):
+        images, size = _array(images), self.config.image_size
+        if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
             raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
-        if images.dtype != np.uint8 and not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images: expected floats or uint8, got {images.dtype}")
+        if jnp.issubdtype(images.dtype, jnp.floating):
+            _check_range("images: expected floats in [-1, 1], at most", images, -2, 2)
+        elif jnp.issubdtype(images.dtype, jnp.integer):
+            _check_range("images: expected integers in", images, 0, 255)
+            images = images.astype(np.uint8)
+        else:
+            raise ValueError(f"images: expected floats in [-1, 1] or uint8, got {images.dtype}")
         images = self._place(images)
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
@@ -131,12 +147,14 @@ class PretrainedTokenizer(Pretrained):
 class PretrainedGenerator(Pretrained):
     """A generator and its weights; see `Pretrained`.
 
-    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers in
-    [0, `config.null_class`]; the null class means unconditional. Wrong shapes and classes out of
-    range raise ValueError.
+    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers below
+    `class_count`, or `config.null_class`, which means unconditional. Anything else raises
+    ValueError.
 
     Attributes:
       made_by: provenance of the weights; "tokenizer" is the tokenizer's fingerprint, if known.
+      class_names: of the training data, by class; empty if unknown.
+      class_count: number of classes that were trained.
     """
 
     def __init__(
@@ -145,9 +163,14 @@ class PretrainedGenerator(Pretrained):
         weights: Mapping[str, Any],
         dtype: str = "auto",
         made_by: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
     ):
-        super().__init__(Generator(config, dtype=compute_dtype(dtype)), weights["params"])
+        module = Generator(config, dtype=compute_dtype(dtype))
+        super().__init__(module, weights["params"], fingerprint)
         self.made_by = dict(made_by or {})
+        self.class_names = tuple((self.made_by.get("data") or {}).get("class_names", ()))
+        # The table may have more rows than the data have classes.
+        self.class_count = len(self.class_names) or config.classes
 
     def logits(self, codes, classes=None) -> jax.Array:
         """Logits of each code, given the class and the preceding codes, float32 `[B, N, K]`.
@@ -212,14 +235,30 @@ class PretrainedGenerator(Pretrained):
         return codes[:, :-1], classes
 
     def _classes(self, classes) -> np.ndarray:
-        classes = np.asarray(classes)
+        classes, null = np.asarray(classes), self.config.null_class
         if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
             found = f"{list(classes.shape)} {classes.dtype}"
             raise ValueError(f"classes: expected integers [B], got {found}")
-        bad = classes[(classes < 0) | (classes > self.config.null_class)]
+        bad = classes[((classes < 0) | (classes >= self.class_count)) & (classes != null)]
         if bad.size:
-            raise ValueError(f"classes: expected 0..{self.config.null_class}, got {bad[0]}")
+            raise ValueError(
+                f"classes: expected 0..{self.class_count - 1}, or {null} for none, got {bad[0]}"
+            )
         return classes.astype(np.int32)
+
+
+def _array(values):
+    """NumPy and JAX arrays as they are, lists as NumPy arrays."""
+    return values if hasattr(values, "dtype") else np.asarray(values)
+
+
+def _check_range(expected: str, array, low: int, high: int) -> None:
+    """Raises ValueError for values out of range, and for NaN."""
+    if isinstance(array, jax.core.Tracer):  # inside a caller's jit, values are not known
+        return
+    for value in (array.min(), array.max()):
+        if not low <= value <= high:
+            raise ValueError(f"{expected} {low}..{high}, got {value}")
 
 
 def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
@@ -234,13 +273,15 @@ def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
       UserError: the directory holds no tokenizer.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
-    return PretrainedTokenizer(bundle.config, bundle.weights, dtype)
+    return PretrainedTokenizer(bundle.config, bundle.weights, dtype, bundle.fingerprint)
 
 
 def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
     """Loads a generator; arguments and errors as for `load_tokenizer`."""
     bundle = bundles.load(directory, "generator", GeneratorConfig)
-    return PretrainedGenerator(bundle.config, bundle.weights, dtype, bundle.made_by)
+    return PretrainedGenerator(
+        bundle.config, bundle.weights, dtype, bundle.made_by, bundle.fingerprint
+    )
 
 
 def tokenizer_from_torch(

@@ -1,12 +1,14 @@
 """Bundles: directories that hold a network's weights and everything needed to use them.
 
-`config.json` holds the kind of network, its architecture, and the provenance of the weights.
+`config.json` holds the kind of network, its architecture, where the weights come from, and a digest
+of all this and the weights, which is compared when they are loaded.
 `model.safetensors` holds each array under its path, such as "params/decoder/embed/kernel". Large
 models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..., with
 `model.safetensors.index.json` mapping arrays to files.
 """
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import hashlib
 import json
@@ -23,9 +25,9 @@ import safetensors.numpy
 from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, write_json, write_safetensors
+from gigatok_jax.files import json_text, local_path, read_json, write_json, write_safetensors
 
-FORMAT = 2
+FORMAT = 3
 INDEX = "model.safetensors.index.json"
 FILE_BYTES = 5 * 10**9  # maximum, unless a single array is larger
 
@@ -36,21 +38,48 @@ class Bundle(NamedTuple):
     config: Any  # the architecture
     weights: dict[str, Any]  # nested dictionaries of NumPy arrays: "params" and others
     made_by: dict[str, Any]  # provenance
-
-    @property
-    def fingerprint(self) -> str:
-        """See `fingerprint`."""
-        return fingerprint(self.weights["params"])
+    fingerprint: str  # of the parameters, see `fingerprint`
 
 
 def fingerprint(params: Any) -> str:
-    """Sixteen hex digits that identify the parameters."""
-    digest = hashlib.sha256()
-    leaves, _ = jax.tree_util.tree_flatten_with_path(params)
-    for path, array in leaves:
-        digest.update(jax.tree_util.keystr(path).encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()[:16]
+    """Sixteen hex digits that identify nested dictionaries of parameters."""
+    return _combine(_digests(flatten_dict(params, sep="/")))
+
+
+def _digests(arrays: Mapping[str, Any]) -> dict[str, str]:
+    """The digest of each array; several at a time, because hashing needs no Python lock."""
+
+    def digest(array: Any) -> str:
+        array = np.ascontiguousarray(array)
+        found = hashlib.sha256(f"{array.dtype} {array.shape}".encode())
+        found.update(array.reshape(-1).view(np.uint8))
+        return found.hexdigest()
+
+    with ThreadPoolExecutor() as threads:
+        return dict(zip(arrays, threads.map(digest, arrays.values()), strict=True))
+
+
+def _combine(digests: Mapping[str, str]) -> str:
+    lines = sorted(f"{name} {digest}" for name, digest in digests.items())
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+def _digest(record: Mapping[str, Any], digests: Mapping[str, str]) -> str:
+    """The digest of a bundle: of the content of `config.json`, and of all arrays."""
+    described = {name: value for name, value in record.items() if name != "digest"}
+    described = json.loads(json_text(described))  # as it is read back
+    return _combine({**digests, "config.json": json.dumps(described, sort_keys=True)})
+
+
+def check_finite(arrays: Mapping[str, Any]) -> None:
+    """Raises ValueError for the first array with a value that is not finite."""
+    for name, array in arrays.items():
+        # A sum costs a fraction of a test of each element, and NaN and infinity survive it.
+        if jnp.issubdtype(array.dtype, jnp.floating):
+            with np.errstate(over="ignore", invalid="ignore"):
+                finite = np.isfinite(np.sum(array)) or np.isfinite(array).all()
+            if not finite:
+                raise ValueError(f"{name}: expected finite values, found NaN or infinity")
 
 
 def save(
@@ -89,11 +118,11 @@ def save(
         files = ["model.safetensors"]
     config = dataclasses.asdict(config) if config is not None else {}
     record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
+    digests = {}
 
     with distributed.replacing(directory) as aside:
         if distributed.is_main():
             aside.mkdir()
-            write_json(aside / "config.json", record)
             if len(parts) > 1:
                 places = {
                     name: file for file, part in zip(files, parts, strict=True) for name in part
@@ -105,6 +134,9 @@ def save(
             arrays = {name: _gather(flat[name]) for name in part}
             if distributed.is_main():
                 write_safetensors(aside / file, arrays)
+                digests |= _digests(arrays)
+        if distributed.is_main():
+            write_json(aside / "config.json", record | {"digest": _digest(record, digests)})
 
 
 def _gather(array: Any) -> np.ndarray | None:
@@ -134,9 +166,9 @@ def load(
       The bundle; floating-point arrays are float32.
 
     Raises:
-      UserError: the bundle is missing, damaged, or of another kind.
+      UserError: the bundle is missing, damaged, or of another kind, or its weights are not finite.
     """
-    directory, config, made_by = _describe(directory, kind, config_type)
+    directory, config, record = _describe(directory, kind, config_type)
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
@@ -145,13 +177,22 @@ def load(
             arrays |= safetensors.numpy.load_file(directory / file)
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
+        digests = _digests(arrays)
+        if _digest(record, digests) != record["digest"]:
+            raise ValueError("they, or config.json, are not those saved")
+        check_finite(arrays)
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.floating):
                 arrays[name] = array.astype(np.float32, copy=False)
         weights = unflatten_dict(arrays, sep="/")
     except Exception as error:  # damaged files raise many types
         raise UserError(f"{directory}: unreadable weights ({first_line(error)})") from error
-    return Bundle(config, weights, made_by)
+    params = {
+        name.removeprefix("params/"): digest
+        for name, digest in digests.items()
+        if name.startswith("params/")
+    }
+    return Bundle(config, weights, record["made_by"], _combine(params))
 
 
 def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:
@@ -160,8 +201,8 @@ def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config
 
 
 def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None):
-    """The bundle's own directory, its architecture, and its provenance."""
-    directory = pathlib.Path(directory)
+    """The bundle's own directory, its architecture, and the content of its `config.json`."""
+    directory = pathlib.Path(local_path(str(directory), "bundle"))
     if (directory / "bundle").is_dir():
         directory /= "bundle"
     elif (directory / "checkpoints").is_dir():
@@ -174,7 +215,12 @@ def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_t
         record = read_json(path, "a bundle")
     except OSError:
         raise UserError(f"{directory}: not a bundle: it has no config.json") from None
-    whole = isinstance(record, dict) and record.keys() >= {"kind", "config", "made_by"}
+    whole = isinstance(record, dict) and record.keys() >= {
+        "kind",
+        "config",
+        "made_by",
+        "digest",
+    }
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")
     kinds = [kind] if isinstance(kind, str) else kind
@@ -183,4 +229,4 @@ def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_t
     config = record["config"]
     if config_type is not None:
         config = from_mapping(config_type, config, f"{path}: config")
-    return directory, config, record["made_by"]
+    return directory, config, record

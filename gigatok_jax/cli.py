@@ -2,16 +2,18 @@
 
 from collections.abc import Mapping
 import dataclasses
+import errno
 import inspect
 import logging
 import os
 import sys
 import traceback
+import types
 import typing
 from typing import Any
 
-from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import cache_dir
+from gigatok_jax.errors import RunStopped, UserError, first_line, lookup
+from gigatok_jax.files import cache_dir, local_path, reason
 
 HELP = ("-h", "--help", "-help", "help")
 
@@ -25,9 +27,11 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gigatok: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        what = f"{error.filename}: {reason(error)}" if error.filename else str(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
-        return UserError.exit_code
+        # A run that the machine failed can be started again; a wrong path cannot.
+        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+        return RunStopped.exit_code if failed else UserError.exit_code
 
 
 def entry() -> None:
@@ -51,10 +55,16 @@ def entry() -> None:
     sys.exit(code)
 
 
+PARSER_MESSAGES = {
+    "invalid literal for int() with base 10:": "expected an integer, got",
+    "could not convert string to float:": "expected a number, got",
+}
+
+
 def take_huge_pages() -> None:
     """Restarts the program with huge pages for large allocations, where glibc supports them.
 
-    On CPUs, XLA maps gigabytes anew at each step, which with pages of 4 KiB takes a tenth of the
+    On CPUs, XLA maps gigabytes of memory at every step; with 4 KiB pages that takes 10 % of the
     time. glibc reads the setting only when a process starts.
     """
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
@@ -72,15 +82,15 @@ def _run(arguments: list[str]) -> int:
         print("\n".join(f"  {name:<12} {verb.summary}" for name, verb in commands.VERBS.items()))
         return 0
     name, *rest = arguments
-    if name not in commands.VERBS:
-        raise UserError(f"{name!r}: no such verb; known: {', '.join(commands.VERBS)}")
-    verb = commands.VERBS[name]
+    verb = lookup(name, commands.VERBS, "verb")
     values = parse(name, verb, rest)
     if values is None:
         return 0
     if verb.several_processes:
         _join(values)
     else:
+        if verb.devices:
+            _require_accelerator()
         _log_to_terminal()
     from gigatok_jax import distributed
 
@@ -99,7 +109,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
       UserError: a flag or a field is unknown, missing, or has a wrong value.
     """
     from absl import flags
-    from ml_collections import config_flags
+    from ml_collections import config_dict, config_flags
 
     from gigatok_jax import commands, config
 
@@ -111,36 +121,42 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         print(flag_values.module_help(commands.__name__))
         return None
     arguments, files = _take_config_files(arguments, verb.configs)
-    loaded = {}
+    loaded, unset = {}, {}
     for flag, default in verb.configs.items():
         file = files.get(flag, default)
         if file == commands.REQUIRED:
             raise UserError(f"--{flag}: missing")
         loaded[flag] = None if file == commands.OPTIONAL else config.load(file)
-        _check_overrides(flag, loaded[flag], arguments)
+        arguments, unset[flag] = _check_overrides(flag, loaded[flag], arguments)
     argv = [name, *arguments]
     try:
         for flag, value in loaded.items():
             if value is not None:
                 fields = config.to_config_dict(value)
+                for path, kind in unset[flag].items():
+                    fields.update_from_flattened_dict({path: config_dict.placeholder(kind)})
                 config_flags.DEFINE_config_dict(
                     flag, fields, sys_argv=argv, flag_values=flag_values
                 )
         positional = flag_values(argv)[1:]
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         message = first_line(error)
+        for pythons, ours in PARSER_MESSAGES.items():
+            message = message.replace(pythons, ours)
         if message.endswith("must have a value other than None."):
             message = f"{message.split('=')[0].removeprefix('flag ')}: missing"
         raise UserError(message) from error
     values = {flag: flag_values[flag].value for flag in flag_values}
     for flag, value in loaded.items():
         if value is not None:
-            values[flag] = config.from_mapping(type(value), values[flag].to_dict(), flag)
+            fields = _local_paths(values[flag].to_dict(), f"{flag}.")
+            values[flag] = config.from_mapping(type(value), fields, flag)
         else:
             values[flag] = None
+    values = _local_paths(values, "--")
     values = {flag.replace("-", "_"): value for flag, value in values.items()}
     if verb.positional:
-        values[verb.positional] = positional
+        values |= _local_paths({verb.positional: positional}, "")
     elif positional:
         raise UserError(f"{positional[0]!r}: unexpected argument")
     # Fields of configurations are flags too; their names have dots.
@@ -148,6 +164,29 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
 
 
 IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?")
+
+
+# Flags, and fields of configurations, that hold a path.
+PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"} | {
+    "path",
+    "branch_from",
+    "model",  # of `convert`: a name or a bundle, as a teacher is
+    "teacher",
+    "features",
+}
+
+
+def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """`values`, with "~" expanded in all paths; see `files.local_path`."""
+    result = dict(values)
+    for name, value in values.items():
+        if isinstance(value, dict):
+            result[name] = _local_paths(value, f"{where}{name}.")
+        elif name in PATHS and isinstance(value, str):
+            result[name] = local_path(value, where + name)
+        elif name in PATHS and isinstance(value, list):
+            result[name] = [local_path(item, where + name) for item in value]
+    return result
 
 
 def _take_config_files(
@@ -165,11 +204,20 @@ def _take_config_files(
     return rest, files
 
 
-def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
-    """Rejects the first `--config.a.b` that is not a field, listing the valid ones."""
+def _check_overrides(
+    flag: str, config: Any, arguments: list[str]
+) -> tuple[list[str], dict[str, type]]:
+    """Rejects the first `--config.a.b` that is not a field, listing the valid ones.
+
+    Splits off `--config.a.b=None`, which the parser of flags does not know: returns the other
+    arguments, and the types of these fields by path.
+    """
+    rest, unset = [], {}
     for argument in arguments:
-        name, *fields = argument.lstrip("-").partition("=")[0].split(".")
+        left, _, value = argument.partition("=")
+        name, *fields = left.lstrip("-").split(".")
         if name != flag or not argument.startswith("-"):
+            rest.append(argument)
             continue
         kind, path = type(config), f"--{flag}"
         if config is None:
@@ -182,6 +230,11 @@ def _check_overrides(flag: str, config: Any, arguments: list[str]) -> None:
                     f"{path}: no such field; known: {', '.join(sorted(hints)) or 'none'}"
                 )
             kind = hints[field]
+        if value == "None" and types.NoneType in typing.get_args(kind):
+            (unset[".".join(fields)],) = {*typing.get_args(kind)} - {types.NoneType}
+        else:
+            rest.append(argument)
+    return rest, unset
 
 
 def _join(values: dict[str, Any]) -> None:
@@ -223,6 +276,11 @@ class _TerminalHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Drops what Orbax logs of errors in its threads; they are raised too, and end as one line."""
+    return not record.exc_info
+
+
 def _log_to_terminal(level: int = logging.INFO) -> None:
     """Shows the messages of this program, but only warnings of its libraries."""
     from absl import flags
@@ -230,6 +288,7 @@ def _log_to_terminal(level: int = logging.INFO) -> None:
 
     flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
+    logging.getLogger("absl").addFilter(_without_traceback)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("gigatok_jax")

@@ -26,6 +26,7 @@ class Verb:
     flags: Sequence[Define]
     configs: Mapping[str, str]  # flags that take a configuration, and their default files
     positional: str  # name of the argument for what is not a flag; "": not accepted
+    devices: bool  # whether it computes on the devices of JAX_PLATFORMS
 
     @property
     def several_processes(self) -> bool:
@@ -42,11 +43,12 @@ def verb(
     *flags: Define,
     configs: Mapping[str, str] | None = None,
     positional: str = "",
+    devices: bool = True,
 ) -> Callable:
     """Registers the decorated function as the verb of the same name; see `Verb`."""
 
     def register(run):
-        VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional)
+        VERBS[run.__name__] = Verb(run, summary, flags, configs or {}, positional, devices)
         return run
 
     return register
@@ -59,12 +61,19 @@ def flag(kind: str, name: str, *args: Any, **kwargs: Any) -> Define:
 
 
 def required(name: str, text: str) -> Define:
-    return flag("string", name, None, text, required=True)
+    def define(flag_values):
+        flags.DEFINE_string(name, None, text, flag_values, required=True)
+        given = "expected a value, got ''"
+        flags.register_validator(name, lambda value: value != "", given, flag_values)
+
+    return define
 
 
 def batch_size(default: int, text: str = "images per batch") -> Define:
     return flag("integer", "batch_size", default, text, lower_bound=1)
 
+
+SEED = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
 PROCESSES = (
     flag("integer", "processes", 0, "number of processes, unless the launcher sets it"),
@@ -83,7 +92,7 @@ SAMPLING = (
         "enum",
         "schedule",
         "constant",
-        # Not taken from `sampling.SCHEDULES`, because importing that module takes seconds.
+        # Not taken from `sampling.Schedule`, because importing that module takes seconds.
         ["constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"],
         "how guidance varies over the codes of an image",
     ),
@@ -102,12 +111,9 @@ def _sampling(values: dict[str, Any]) -> Any:
     try:
         names = [field.name for field in dataclasses.fields(SamplingConfig)]
         settings = SamplingConfig(**{name: values.pop(name) for name in names})
+        settings.check_schedule()
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    if settings.schedule != "constant" and settings.guidance == 1:
-        raise UserError(
-            f"--guidance: expected more than 1 with schedule {settings.schedule}, got 1"
-        )
     return settings
 
 
@@ -118,6 +124,14 @@ def _data(config: Any) -> Any:
     if not hasattr(config, "data"):
         raise UserError("--config: expected that of a training run or a probe, which has `data`")
     return config.data
+
+
+def _check_outside(flag: str, folder: pathlib.Path, data: Any) -> None:
+    """Rejects a folder for results inside a folder of images, of which it would become a part."""
+    if data.source == "folder":
+        images = pathlib.Path(data.path).resolve()
+        if folder.resolve().is_relative_to(images):
+            raise UserError(f"--{flag}: expected a folder outside of the images' {images}")
 
 
 @verb(
@@ -136,6 +150,7 @@ def train(config, workdir: str) -> None:
 
     if not isinstance(config, tuple(TASKS.values())):
         raise UserError(f"--config: expected a training run ({', '.join(TASKS)})")
+    _check_outside("workdir", pathlib.Path(workdir), config.data)
     loop.train(config, pathlib.Path(workdir))
 
 
@@ -154,11 +169,15 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     over outputs), images/ (one PNG per image), and metrics.json: PSNR, SSIM, codebook usage, and
     LPIPS if its weights have been fetched (`gigatok weights fetch lpips_vgg16`).
     """
-    from gigatok_jax import api
+    from gigatok_jax import api, locks
     from gigatok_jax.evaluation import reconstruction
 
+    source, folder = pathlib.Path(images), pathlib.Path(out)
+    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
+        raise UserError(f"--out: expected a folder outside of --images={images}")
     loaded = api.load_tokenizer(tokenizer)
-    reconstruction.reconstruct(loaded, pathlib.Path(images), pathlib.Path(out), **options)
+    with locks.hold(folder):
+        reconstruction.reconstruct(loaded, source, folder, **options)
 
 
 @verb(
@@ -174,6 +193,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     ),
     batch_size(32, "images read, and crops encoded, per batch"),
     flag("integer", "shard_images", 4096, "images per shard", lower_bound=1),
+    flag("boolean", "overwrite", False, "replace the codes in --out"),
     *PROCESSES,
     configs={"config": REQUIRED},
 )
@@ -181,18 +201,22 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     """gigatok encode --tokenizer=DIR --config=FILE --out=DIR [--config.data.FIELD=VALUE ...]
 
     Stores the codes of the config's data set: ten crops of each training image, and the centre crop
-    of each validation image. After a kill, the same command resumes. To train on the codes, use
+    of each validation image. After a kill, the same command resumes. Images that have changed since
+    are rejected; --overwrite encodes them anew. To train on the codes, use
     --config.data.source=codes --config.data.path=DIR.
     """
-    from gigatok_jax import bundles, encoding
+    from gigatok_jax import bundles, distributed, encoding
     from gigatok_jax.models.tokenizer import TokenizerConfig
 
     try:
         factors = tuple(float(factor) for factor in crop_factors)
     except ValueError:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
+    data, folder = _data(config), pathlib.Path(out)
+    _check_outside("out", folder, data)
     bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig)
-    encoding.encode(bundle, _data(config), pathlib.Path(out), crop_factors=factors, **options)
+    with distributed.locked(folder):
+        encoding.encode(bundle, data, folder, crop_factors=factors, **options)
 
 
 @verb(
@@ -204,7 +228,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
-    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
+    flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
     *SAMPLING,
     *PROCESSES,
 )
@@ -227,26 +251,29 @@ def sample(
     """
     import numpy as np
 
-    from gigatok_jax import api
+    from gigatok_jax import api, distributed
     from gigatok_jax.evaluation import generation
 
     settings = _sampling(sampling)
     loaded = api.load_generator(generator)
-    numbers = _class_numbers(classes, loaded.config.classes)
+    numbers = _class_numbers(classes, loaded.class_count)
     count = count or generation.COLUMNS * len(numbers)
     if random_classes:
         order = np.random.default_rng(seed).choice(numbers, count)
     else:
         order = np.resize(numbers, count)
-    generation.sample(
-        loaded,
-        generation.load_matching_tokenizer(tokenizer, loaded),
-        order,
-        settings,
-        pathlib.Path(out),
-        seed=seed,
-        batch_size=batch_size,
-    )
+    matching, folder = generation.load_matching_tokenizer(tokenizer, loaded), pathlib.Path(out)
+    with distributed.locked(folder):
+        generation.sample(
+            loaded,
+            matching,
+            order,
+            settings,
+            folder,
+            class_names=loaded.class_names,
+            seed=seed,
+            batch_size=batch_size,
+        )
 
 
 def _class_numbers(items: list[str], count: int) -> list[int]:
@@ -281,7 +308,7 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
     flag("string", "reference", "", ".npz of real images or their statistics"),
     flag("enum", "split", "eval", ["train", "eval"], "split of the data to compare with"),
     flag("integer", "count", 50_000, "number of samples", lower_bound=2),
-    flag("integer", "seed", 0, "random seed of codes and classes", lower_bound=0),
+    flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
     flag("boolean", "search", False, "search for the guidance with the lowest gFID"),
     *SAMPLING,
     SSIM_RANGE,
@@ -322,10 +349,13 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
         raise UserError(f"expected one of {', '.join(measures)}, got {measure}")
     sampling, folder = _sampling(values), pathlib.Path(out)
     args = types.SimpleNamespace(**values, sampling=sampling, out=folder)
-    result = measures[measure[0]](args)
-    print_metrics(result)
-    if distributed.is_main():
-        write_json(folder / "metrics.json", result)
+    if args.config is not None:
+        _check_outside("out", folder, _data(args.config))
+    with distributed.locked(folder):
+        result = measures[measure[0]](args)
+        print_metrics(result)
+        if distributed.is_main():
+            write_json(folder / "metrics.json", result)
     print(folder)
 
 
@@ -366,7 +396,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
         image_size=tokenizer.config.image_size,
         train=args.split == "train",
     )
-    evaluate, out = generation.evaluate, args.out / "drawn"
+    evaluate, out = generation.evaluate, generation.guidance_folder(args.out, args.sampling)
     if args.search:
         evaluate, out = generation.evaluate_best, args.out
     return evaluate(
@@ -431,17 +461,22 @@ def probe(tokenizer: str, workdir: str, config) -> None:
     tokenizer.json describes the tokenizer, results.json has all metrics, and report.html shows
     everything in one file.
     """
+    from gigatok_jax import distributed
     from gigatok_jax.evaluation import probing
 
     if not isinstance(config, probing.ProbeConfig):
         raise UserError("--config: expected that of AR probing, such as --config=probe")
-    probing.probe(tokenizer, config, pathlib.Path(workdir))
+    folder = pathlib.Path(workdir)
+    _check_outside("workdir", folder, config.data)
+    with distributed.locked(folder):
+        probing.probe(tokenizer, config, folder)
 
 
 @verb(
     "show probes or training runs in one HTML file",
     flag("string", "out", "", "HTML file; default: report.html in the first DIR"),
     positional="workdirs",
+    devices=False,
 )
 def report(workdirs: list[str], out: str) -> None:
     """gigatok report DIR [DIR ...] [--out=FILE.html]
@@ -481,6 +516,7 @@ def report(workdirs: list[str], out: str) -> None:
         upper_bound=1.0,
     ),
     configs={"config": REQUIRED},
+    devices=False,
 )
 def plan(config, topology: str, job: str, utilisation: float, effort: float) -> None:
     """gigatok plan --config=tokenizer:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=VALUE ...]
@@ -564,5 +600,8 @@ def demo(workdir: str, tokenizer, probe) -> None:
     probe/ (see `gigatok probe`) and samples/ to DIR.
     """
     from gigatok_jax import demo as demonstration
+    from gigatok_jax import locks
 
-    demonstration.demo(pathlib.Path(workdir), tokenizer, probe)
+    folder = pathlib.Path(workdir)
+    with locks.hold(folder):
+        demonstration.demo(folder, tokenizer, probe)

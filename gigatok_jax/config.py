@@ -43,7 +43,7 @@ def configclass(cls: type[T] | None = None, *, kw_only: bool = False):
     """
     if cls is None:
         return functools.partial(configclass, kw_only=kw_only)
-    settings = pydantic.ConfigDict(strict=True, extra="forbid")
+    settings = pydantic.ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     cls = pydantic.dataclasses.dataclass(cls, frozen=True, kw_only=kw_only, config=settings)
     initialize = cls.__init__
     names = [field.name for field in dataclasses.fields(cls)]
@@ -76,11 +76,21 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config")
     Raises:
       UserError: a field is unknown, missing, of the wrong type or out of range.
     """
+    _check_integers(mapping, path)
     try:
         # Through JSON, because strict mode accepts lists as tuples only from JSON.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(mapping))
     except pydantic.ValidationError as error:
         raise UserError(f"{path}.{_first_line(error, cls)}") from None
+
+
+def _check_integers(mapping: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for a whole number that floats cannot represent."""
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            _check_integers(value, f"{path}.{name}")
+        elif isinstance(value, int) and abs(value) > 2**53:
+            raise UserError(f"{path}.{name}: expected at most {2**53}, got {value}")
 
 
 def _first_line(error: pydantic.ValidationError, cls: type) -> str:

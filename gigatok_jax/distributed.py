@@ -18,12 +18,12 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from gigatok_jax import files
+from gigatok_jax import files, locks
 from gigatok_jax.errors import RunStopped, UserError, first_line
 
 TIMEOUT = 120  # seconds
 WORKING = 7 * 24 * 3600  # seconds that a barrier waits for processes that are busy
-GRACE = 10  # seconds in which an error that all processes raise has reached all of them
+GRACE = 10  # seconds within which every process raises an error common to all
 CAUSES = "gigatok_causes/"  # prefix in the runtime's key-value store: errors of failed processes
 
 _timeout = TIMEOUT  # set by `start`
@@ -175,6 +175,14 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         yield aside
         barrier("end of writing", working=True)
     barrier("renaming", working=True)
+
+
+@contextlib.contextmanager
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """`locks.hold` in process 0, for all processes."""
+    with contextlib.ExitStack() as stack:
+        in_main(lambda: stack.enter_context(locks.hold(folder)))
+        yield
 
 
 class Stop:

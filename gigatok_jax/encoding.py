@@ -26,6 +26,7 @@ def encode(
     crop_factors: tuple[float, ...],
     batch_size: int,
     shard_images: int,
+    overwrite: bool = False,
 ) -> None:
     """Encodes the training and evaluation images of a data set into ArrayRecord shards.
 
@@ -39,9 +40,11 @@ def encode(
         empty, store the centre crop only, as for evaluation images.
       batch_size: number of images to read, and of crops to encode, at a time.
       shard_images: images per shard, a multiple of `batch_size`.
+      overwrite: remove the codes that `out` holds if they are others.
 
     Raises:
-      UserError: an option is invalid, the data cannot be read, or `out` holds other codes.
+      UserError: an option is invalid, the data cannot be read, or `out` holds other codes, of other
+        images too.
     """
     if any(not 1 <= factor <= 2 for factor in crop_factors):
         raise UserError(f"--crop_factors: expected numbers in [1, 2], got {crop_factors}")
@@ -67,14 +70,28 @@ def encode(
         data=data.content(),
         crop_factors=crop_factors,
         shard_images=shard_images,
+        versions={split: batches.version() for split, batches in splits.items()},
+        examples={split: batches.examples for split, batches in splits.items()},
     )
-    identity = dataclasses.asdict(info)
-    del identity["images"]  # counted at the end
-    files.claim(out / "codes.json", identity, "codes", write=False)
-    if distributed.is_main() and stored.read_info(out) is None:
-        stored.write_info(out, info)
 
-    tokenizer = api.PretrainedTokenizer(bundle.config, bundle.weights)
+    def claim():
+        if overwrite and stored.differs(out, info):  # not after a kill of this same command
+            stored.remove(out)
+        identity = dataclasses.asdict(info)
+        for name in ("versions", "examples", "images"):  # the first two have a message of their own
+            del identity[name]
+        files.claim(out / "codes.json", identity, "codes", write=False)
+        old = stored.read_info(out)
+        if old is None:
+            stored.write_info(out, info)
+        else:
+            stored.check_unchanged(out, old, info)
+
+    distributed.in_main(claim)
+
+    tokenizer = api.PretrainedTokenizer(
+        bundle.config, bundle.weights, fingerprint=bundle.fingerprint
+    )
     counts = {}
     for split, batches in splits.items():
         shards = math.ceil(batches.examples / shard_images)
@@ -84,11 +101,12 @@ def encode(
         counts[split] = tuple(stored.count(path) for path in paths)
         images = sum(counts[split])
         skipped = batches.examples - images
-        print(f"{split}: {images} images ({skipped} skipped) in {shards} shards")
+        if distributed.is_main():
+            print(f"{split}: {images} images ({skipped} could not be read) in {shards} shards")
     if distributed.is_main():
         stored.write_info(out, dataclasses.replace(info, images=counts))
+        print(out)
     distributed.barrier("codes")
-    print(out)
 
 
 def _write_missing(

@@ -1,5 +1,8 @@
 """Exceptions that the command line prints as one line, without a traceback."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class UserError(Exception):
     """Invalid input. The message reads `WHERE: expected WHAT, got WHAT`.
@@ -15,6 +18,13 @@ class RunStopped(UserError):
     """A run that ended before its last step. The message says where, and how to resume."""
 
     exit_code = 1
+
+
+def lookup(name: str, table: Mapping[str, Any], what: str) -> Any:
+    """`table[name]`, or a UserError that lists the known names."""
+    if name not in table:
+        raise UserError(f"{name!r}: no such {what}; known: {', '.join(table)}")
+    return table[name]
 
 
 def first_line(error: BaseException) -> str:

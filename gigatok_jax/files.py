@@ -1,11 +1,15 @@
 """Atomic files and directories (written aside, then renamed), and the cache directory."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 import contextlib
+import errno
 import hashlib
 import json
+import math
 import os
 import pathlib
+import re
 import shutil
 from typing import Any
 
@@ -13,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, first_line
 
 
 def cache_dir() -> pathlib.Path:
@@ -22,9 +26,43 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
 
-def aside_path(path: pathlib.Path, pid: int) -> pathlib.Path:
+# How libraries in C++ say that the disk is full.
+FULL = ("No space left", "Failed to write", "Error writing local file", "unexpected pos")
+
+
+def reason(error: BaseException) -> str:
+    """Why a file could not be written, in a few words, whichever library says it."""
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full"
+    if any(text in str(error) for text in FULL):
+        return "the disk is full"
+    return getattr(error, "strerror", None) or first_line(error)
+
+
+def local_path(path: str, where: str) -> str:
+    """Expands "~"; `where` names the flag or field in messages.
+
+    Raises:
+      UserError: the path is a URL.
+    """
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
+        raise UserError(f"{where}: expected a local path, got {path!r}; buckets are not supported")
+    if "\0" in path:
+        raise UserError(f"{where}: expected a path, got {path!r}")
+    return os.path.expanduser(path)
+
+
+def aside_path(path: pathlib.Path, pid: int, kind: str = "partial") -> pathlib.Path:
     """The temporary path that `replacing` yields in process `pid`."""
-    return path.with_name(f".{path.name}.{pid}.partial")
+    # A name may have 255 bytes, and this one must be longer.
+    whole = os.fsencode(path.name)
+    name = path.name if len(whole) < 200 else hashlib.sha256(whole).hexdigest()[:32]
+    return path.with_name(f".{name}.{pid}.{kind}")
+
+
+def printable(name: str) -> str:
+    """A file's name with its bytes that are not UTF-8 written as in "a\\xf1o.jpg"."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @contextlib.contextmanager
@@ -37,9 +75,14 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
-        yield aside
+        try:
+            yield aside
+        except OSError as error:  # a full disk, for example, which does not say where
+            if error.errno is not None:
+                error.filename = error.filename or str(path)
+            raise
         if path.is_dir():  # rename cannot replace a directory that is not empty
-            old = path.with_name(f".{path.name}.{os.getpid()}.old")
+            old = aside_path(path, os.getpid(), "old")
             path.rename(old)
             aside.rename(path)
             shutil.rmtree(old)
@@ -52,9 +95,23 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             aside.unlink(missing_ok=True)
 
 
+def json_text(value: Any, indent: int | None = None) -> str:
+    """JSON, which has no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
+
+    def valid(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: valid(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [valid(item) for item in value]
+        return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps(valid(value), indent=indent, allow_nan=False)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
+    """Writes JSON; see `json_text`."""
     with replacing(path) as aside:
-        aside.write_text(json.dumps(value, indent=2) + "\n")
+        aside.write_text(json_text(value, indent=2) + "\n")
 
 
 def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
@@ -69,16 +126,20 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     try:
         safetensors.numpy.save_file(arrays, path)
     except safetensors.SafetensorError as error:  # a full disk, for example
-        raise OSError(f"{path}: cannot be written ({error})") from error
+        raise OSError(errno.EIO, reason(error), str(path)) from error
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 
-def read_json(path: pathlib.Path, describes: str) -> Any:
-    """Parses a JSON file; a UserError names what the file `describes`."""
+def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
+    """Parses a JSON object; a UserError names what the file `describes`."""
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: expected JSON that describes {describes}, got {error}") from None
+    if not isinstance(value, dict):
+        found = type(value).__name__
+        raise UserError(f"{path}: expected a JSON object that describes {describes}, got a {found}")
+    return value
 
 
 def claim(
@@ -112,8 +173,21 @@ def refuse_other(
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
     """Hashes the names, sizes and modification times of files in `root` to sixteen hex digits."""
-    digest = hashlib.sha256()
-    for name in names:
-        found = (root / name).stat()
-        digest.update(os.fsencode(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0"))
+
+    def describe(some: Sequence[str]) -> bytes:
+        lines = []
+        for name in some:
+            try:
+                found = (root / name).stat()
+                lines.append(f"{name}\0{found.st_size}\0{found.st_mtime_ns}\0")
+            except OSError:  # a dangling link, for example: an unreadable image
+                lines.append(f"{name}\0missing\0")
+        return os.fsencode("".join(lines))
+
+    names, digest = list(names), hashlib.sha256()
+    parts = [names[start : start + 4096] for start in range(0, len(names), 4096)]
+    # On network storage, asking for a million files one by one would take minutes.
+    with ThreadPoolExecutor(16) as threads:
+        for text in threads.map(describe, parts):
+            digest.update(text)
     return digest.hexdigest()[:16]

@@ -14,14 +14,20 @@ from gigatok_jax.models import vit
 from gigatok_jax.weights import fetch
 
 EMBEDDED = Path(__file__).parent / "assets" / "teacher"
+DINO = "dino_vits16"  # under the "dino" discriminator
+TEACHER = "config.objective.teacher"  # the field that names a teacher in training
 
 
-def load_teacher(name: str) -> tuple[vit.ViTConfig, dict[str, Any]]:
+def load_teacher(
+    name: str, field: str = TEACHER, *others: str
+) -> tuple[vit.ViTConfig, dict[str, Any]]:
     """Loads a semantic teacher.
 
     Args:
       name: "embedded", the small ViT that `tools/train_embedded_teacher.py` trains on the
         drawings; a key of `models.vit.PUBLISHED`; or the directory of a teacher's bundle.
+      field: the flag or field that holds the name, for messages.
+      others: names that the field takes besides those of teachers, for messages.
 
     Returns:
       The architecture, and the float32 parameters of `vit.ViT`.
@@ -29,7 +35,7 @@ def load_teacher(name: str) -> tuple[vit.ViTConfig, dict[str, Any]]:
     Raises:
       UserError: the name is unknown, or the files are missing or hold no teacher.
     """
-    bundle = bundles.load(_teacher(name), tuple(vit.FAMILIES), vit.ViTConfig)
+    bundle = bundles.load(_teacher(name, field, *others), tuple(vit.FAMILIES), vit.ViTConfig)
     return bundle.config, bundle.weights["params"]
 
 
@@ -40,23 +46,23 @@ def architecture(name: str) -> vit.ViTConfig:
     return bundles.load_config(_teacher(name), tuple(vit.FAMILIES), vit.ViTConfig)
 
 
-def _teacher(name: str) -> Path:
+def _teacher(name: str, field: str = TEACHER, *others: str) -> Path:
     if name in vit.PUBLISHED:
         return fetch.fetched(name)
     directory = EMBEDDED if name == "embedded" else Path(name)
     if not (directory / "config.json").exists():
-        known = ", ".join(["embedded", *vit.PUBLISHED])
-        raise UserError(f"teacher: expected one of {known}, or a teacher's bundle, got {name!r}")
+        known = ", ".join([*others, "embedded", *vit.PUBLISHED])
+        raise UserError(f"{field}: expected {known} or a teacher's bundle, got {name!r}")
     return directory
 
 
 def load_dino() -> dict[str, Any]:
-    """Loads the parameters of `vit.DINO["dino_vits16"]`.
+    """Loads the parameters of `vit.DINO[DINO]`.
 
     Key biases are zeroed, as in the reference. They shift all of a query's logits equally, so
     attention does not depend on them, and half precision loses less to rounding without them.
     """
-    params = _load("dino_vits16", "dino")
+    params = _load(DINO, "dino")
     key = params["layers"]["block"]["self_attention"]["key"]
     key["bias"] = np.zeros_like(key["bias"])
     return params

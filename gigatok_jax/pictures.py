@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
+from gigatok_jax.errors import UserError
 from gigatok_jax.files import replacing
 
 VISIBLE = 96  # pixels; smaller images in a grid are enlarged to at most this height
@@ -22,6 +23,18 @@ def to_float(images: jax.Array) -> jax.Array:
 def to_uint8(images: jax.Array) -> jax.Array:
     """Maps float images in [-1, 1] to uint8 as in the reference: clip(127.5 x + 128), truncated."""
     return jnp.clip(127.5 * images + 128, 0, 255).astype(jnp.uint8)
+
+
+def finite_uint8(images: jax.Array, what: str) -> np.ndarray:
+    """`to_uint8`, in host memory.
+
+    Raises:
+      UserError: a value is NaN or infinite; `what` names the images.
+    """
+    # The sum of a picture's values cannot overflow, and NaN and infinity survive it.
+    if not np.isfinite(images.sum(dtype=np.float32)):
+        raise UserError(f"{what}: expected finite values, got NaN or infinity")
+    return np.asarray(to_uint8(images))
 
 
 def save_png(path: pathlib.Path, picture: np.ndarray) -> None:

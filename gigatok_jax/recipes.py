@@ -2,9 +2,8 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any
 
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import lookup
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 
@@ -78,24 +77,28 @@ def tokenizer_model(argument: str) -> TokenizerConfig:
     Raises:
       UserError: the name or a variant is unknown.
     """
-    return _model(argument, TOKENIZERS, TOKENIZER_VARIANTS, "tokenizer")
+    return tokenizer(argument).model
 
 
 def generator_model(argument: str) -> GeneratorConfig:
     """The architecture that NAME or NAME,VARIANT,... names, such as "b,2d"."""
-    return _model(argument, GENERATORS, GENERATOR_VARIANTS, "generator")
+    return generator(argument).model
 
 
-def _model(argument: str, recipes: Mapping, variants: Mapping, what: str) -> Any:
+def tokenizer(argument: str) -> Recipe:
+    """The recipe of `tokenizer_model(argument)`."""
+    return _recipe(argument, TOKENIZERS, TOKENIZER_VARIANTS, "tokenizer")
+
+
+def generator(argument: str) -> Recipe:
+    """The recipe of `generator_model(argument)`."""
+    return _recipe(argument, GENERATORS, GENERATOR_VARIANTS, "generator")
+
+
+def _recipe(argument: str, recipes: Mapping, variants: Mapping, what: str) -> Recipe:
     name, *changes = argument.split(",")
-    model = lookup(name, recipes, what).model
+    recipe = lookup(name, recipes, what)
     for change in changes:
-        model = dataclasses.replace(model, **lookup(change, variants, "variant"))
-    return model
-
-
-def lookup(name: str, table: Mapping[str, Any], what: str) -> Any:
-    """`table[name]`, or a UserError that lists the known names."""
-    if name not in table:
-        raise UserError(f"{name!r}: no such {what}; known: {', '.join(table)}")
-    return table[name]
+        model = dataclasses.replace(recipe.model, **lookup(change, variants, "variant"))
+        recipe = dataclasses.replace(recipe, model=model)
+    return recipe

@@ -3,12 +3,12 @@
 import functools
 import itertools
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, NonNegativeInt, model_validator
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
 from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
@@ -17,11 +17,9 @@ from gigatok_jax.models.generator import Decoder, GeneratorConfig
 Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
 ]
-SCHEDULES = get_args(Schedule)
 NEAR_ONE = 1e-4  # the reference adds this to scales that would otherwise be 1
 STAGES = 4  # the cache of keys and values grows to its full length in this many steps
 
-Finite = Field(allow_inf_nan=False)
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -41,23 +39,35 @@ class SamplingConfig:
       cosine:           from s to 1
     """
 
-    guidance: Annotated[float, Field(ge=1), Finite] = 1.0  # the scale s; 1: no guidance
+    guidance: Annotated[float, Field(ge=1, le=1_000)] = 1.0  # the scale s; 1: no guidance
     schedule: Schedule = "constant"
     schedule_start: Share = 0.18
     schedule_end: Share = 1.0
-    temperature: Annotated[float, Field(ge=0), Finite] = 1.0  # divides the logits; 0: arg-max
+    temperature: NonNegativeFloat = 1.0  # divides the logits; 0: arg-max
     top_k: NonNegativeInt = 0  # sample from the k most likely codes only; 0: from all
     # Sample only from the fewest codes whose probabilities sum to more than p.
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
 
     @model_validator(mode="after")
     def _check(self):
+        if 0 < self.temperature < 1e-4:  # logits would overflow
+            raise ValueError(
+                f"temperature: expected 0 or at least 0.0001, got {self.temperature:g}"
+            )
         if self.schedule_start > self.schedule_end:
             raise ValueError(
                 f"schedule_start: expected at most schedule_end={self.schedule_end}, got "
                 f"{self.schedule_start}"
             )
         return self
+
+    def check_schedule(self, prefix: str = "") -> None:
+        """Raises ValueError for a schedule of no guidance; `prefix` precedes names of fields."""
+        if self.schedule != "constant" and self.guidance == 1:
+            raise ValueError(
+                f"{prefix}guidance: expected more than 1 with {prefix}schedule={self.schedule}, "
+                "got 1"
+            )
 
     def scales(self, codes: int) -> np.ndarray | None:
         """Guidance scale of each of `codes` codes, float32 `[N]`; None without guidance.
@@ -89,9 +99,8 @@ def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:
         logits = jnp.where(logits < least, -jnp.inf, logits)
     if top_p < 1:
         descending = jnp.sort(logits, axis=-1, descending=True)
-        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[
-            ..., :-1
-        ]  # mass before codes 1, 2, ...
+        # Mass before codes 1, 2, ...
+        before = jnp.cumsum(jax.nn.softmax(descending), axis=-1)[..., :-1]
         count = 1 + jnp.sum(before <= top_p, axis=-1, keepdims=True)
         least = jnp.take_along_axis(descending, count - 1, axis=-1)
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -74,7 +74,8 @@ class MeshConfig:
         sizes = self.sizes
         if sizes.count(-1) > 1 or 0 in sizes:
             raise ValueError(
-                f"data, fsdp, tensor: expected positive numbers, one may be -1, got {sizes}"
+                "data, fsdp, tensor: expected positive numbers, at most one of them -1, got "
+                f"data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}"
             )
         return self
 
@@ -92,6 +93,11 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     count = jax.device_count() if devices is None else len(devices)
     return jax.make_mesh(_mesh_shape(config, count), AXES, axis_types=TYPES, devices=devices)
+
+
+def local_mesh() -> Mesh:
+    """A mesh of this process's devices, which share each batch."""
+    return Mesh(np.reshape(jax.local_devices(), (-1, 1, 1)), AXES)
 
 
 def abstract_mesh(config: MeshConfig, count: int) -> AbstractMesh:

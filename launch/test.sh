@@ -3,4 +3,5 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-python -m pytest -n 2 --dist loadfile "$@"
+# A worker that is killed, for memory perhaps, fails the run; after a restart xdist may hang.
+python -m pytest -n 2 --dist loadfile --max-worker-restart=0 "$@"

@@ -1,5 +1,7 @@
 """A probe of seconds: drawings of 16 pixels, a generator and a linear probe of six steps."""
 
+import dataclasses
+
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.evaluation.probing import ProbeConfig
 from gigatok_jax.models.generator import GeneratorConfig
@@ -35,5 +37,11 @@ CONFIG = ProbeConfig(
 
 
 def get_config(argument=""):
-    del argument
-    return CONFIG
+    """The probe, or one of its runs alone, on images and with 4 codes of 64."""
+    if not argument:
+        return CONFIG
+    run = dataclasses.replace(getattr(CONFIG, argument), data=CONFIG.data)
+    if argument == "generator":
+        model = dataclasses.replace(run.model, codes=4, codebook_size=64, classes=0)
+        run = dataclasses.replace(run, model=model)
+    return run

@@ -144,7 +144,30 @@ def test_checkpoint_of_another_architecture_is_rejected(monkeypatch):
 
 
 def test_arrays_of_another_type_are_rejected(tokenizer):
-    with pytest.raises(ValueError, match=r"^images: expected floats or uint8, got int32$"):
-        tokenizer.encode(np.zeros((1, 32, 32, 3), np.int32))
-    with pytest.raises(ValueError, match=r"^codes: expected integers, got float32$"):
-        tokenizer.decode(np.zeros((1, 16), np.float32))
+    for images, message in (
+        (
+            np.zeros((1, 32, 32, 3), bool),
+            r"images: expected floats in \[-1, 1\] or uint8, got bool",
+        ),
+        (np.full((1, 32, 32, 3), 256), r"images: expected integers in 0..255, got 256"),
+        (np.full((1, 32, 32, 3), 200.0), r"images: expected floats in \[-1, 1\], .*, got 200.0"),
+        (np.full((1, 32, 32, 3), np.nan), r"images: expected floats in \[-1, 1\], .*, got nan"),
+        (np.zeros((0, 32, 32, 3), np.uint8), r"images: expected \[B, 32, 32, 3\], got \[0, .*"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            tokenizer.encode(images)
+    for codes, message in (
+        (np.zeros((1, 16), np.float32), "codes: expected integers, got float32"),
+        (np.full((1, 16), 64), r"codes: expected 0..63, got 64"),
+        (np.full((1, 16), -1), r"codes: expected 0..63, got -1"),
+        (np.full((1, 16), 2**40), r"codes: expected 0..63, got 1099511627776"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}$"):
+            tokenizer.decode(codes)
+
+
+def test_integers_of_any_type_are_pixels(tokenizer):
+    images = np.arange(32 * 32 * 3).reshape(1, 32, 32, 3) % 256
+    expected = tokenizer.encode(images.astype(np.uint8))
+    for other in (images, images.astype(np.uint16), images.tolist()):
+        np.testing.assert_array_equal(tokenizer.encode(other), expected)

@@ -1,6 +1,5 @@
 """The command line: what it writes, and one line for whatever cannot work."""
 
-import copy
 import dataclasses
 import json
 import logging
@@ -98,7 +97,8 @@ def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
     assert "2 images (1 skipped)" in text
     assert any("1.png" in line for line in lines)
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
-    assert names == ["grid.png", "images/class/0.png", "images/class/2.png", "metrics.json"]
+    pngs = ["images/class/0.png", "images/class/2.png"]
+    assert names == ["grid.png", "images.json", *pngs, "metrics.json"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["images"], metrics["skipped"]) == (2, 1)
     assert [row["image"] for row in metrics["each"]] == ["class/0.png", "class/2.png"]
@@ -221,17 +221,16 @@ def test_run_resumes_with_newer_fields_but_not_with_another_discriminator(tmp_pa
     (tmp_path / "checkpoints" / "7").mkdir(parents=True)
     run = train_config.get_config()
     older = json.loads(json.dumps(dataclasses.asdict(run)))
-    newest = copy.deepcopy(older)
     del older["objective"]["discriminator"]
     (tmp_path / "config.json").write_text(json.dumps(older))
-    loop._claim_workdir(tmp_path, run)
-    assert json.loads((tmp_path / "config.json").read_text()) == newest
+    assert loop._check_workdir(tmp_path, run) == []
+    assert json.loads((tmp_path / "config.json").read_text()) == older
     other = dataclasses.replace(
         run, objective=dataclasses.replace(run.objective, discriminator="dino")
     )
     message = r"^config\.objective\.discriminator: 'dino', but the run in .* has 'patchgan'"
     with pytest.raises(UserError, match=message):
-        loop._claim_workdir(tmp_path, other)
+        loop._check_workdir(tmp_path, other)
 
 
 def test_bundle_of_another_kind(gigatok, tmp_path):
@@ -258,7 +257,7 @@ def test_checkpoint_of_another_architecture(gigatok, tmp_path):
         (["convert", "--from=X", "--out=Y"], "expected one KIND of tokenizer, "),
         (["convert", "tokenizer", "--from=X", "--out=Y"], "--model: expected the architecture"),
         (["convert", "tokenizer", "--from=X", "--out=Y", "--model=q"], "'q': no such tokenizer"),
-        (["weights", "fetch", "gigatok_z"], "weights 'gigatok_z': expected one of "),
+        (["weights", "fetch", "gigatok_z"], "'gigatok_z': no such weights; known: "),
         (["weights", "fetch"], "expected: weights fetch NAME, with NAME of dinov2_vits14, "),
         (
             ["train", f"--config={TOKENIZER}", "--workdir=X", "extra"],

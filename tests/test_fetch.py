@@ -226,7 +226,9 @@ def test_unknown_hash_is_recorded_and_another_rejected_later(tmp_path, server, p
 
 
 def test_unknown_name_lists_the_known(tmp_path):
-    with pytest.raises(UserError, match=r"'dinov3': expected one of .*dinov2_vitb14.*lpips_vgg16"):
+    with pytest.raises(
+        UserError, match=r"'dinov3': no such weights; known: .*dinov2_vitb14.*lpips_vgg16"
+    ):
         fetch.download("dinov3", cache=tmp_path)
 
 

@@ -109,7 +109,7 @@ def test_statistics_do_not_depend_on_order_or_batches():
     "features, message",
     [
         (np.zeros((1, 3)), "at least 2 images, got 1"),
-        (np.array([[0.0, 1], [np.nan, 0]]), "features of image 1 are not finite"),
+        (np.array([[0.0, 1], [np.nan, 0]]), "image 1: expected finite features"),
     ],
 )
 def test_sets_without_a_covariance_are_rejected(features, message):

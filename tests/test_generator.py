@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import pathlib
+from typing import get_args
 
 import flax.linen as nn
 import jax
@@ -16,12 +17,12 @@ from gigatok_jax import api, recipes
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import (
-    ADALN,
-    POSITIONS,
+    AdaLN,
     Block,
     Decoder,
     Generator,
     GeneratorConfig,
+    Positions,
     param_shapes,
     rotation,
 )
@@ -34,7 +35,11 @@ import tiny
 MANIFESTS = json.loads(
     (pathlib.Path(__file__).parent / "data" / "generator_manifests.json").read_text()
 )
-VARIANTS = [{"positions": positions, "adaln": adaln} for positions in POSITIONS for adaln in ADALN]
+VARIANTS = [
+    {"positions": positions, "adaln": adaln}
+    for positions in get_args(Positions)
+    for adaln in get_args(AdaLN)
+]
 WITH_QK_NORM = [{"positions": positions, "qk_norm": True} for positions in ("learned", "rotary_2d")]
 every_variant = pytest.mark.parametrize("variant", VARIANTS, ids=lambda v: "-".join(v.values()))
 

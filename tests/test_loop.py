@@ -86,6 +86,9 @@ class ToyBatches:
 
     class_names = ()
 
+    def version(self):
+        return "toy"
+
     def __init__(self, values=float, at=None):
         self._values, self._at, self._next = values, at or {}, 1
 

@@ -201,7 +201,7 @@ def test_a_run_that_does_not_fit_stops_with_settings_that_do(capsys, monkeypatch
     memory = (all_kept + recomputed / (1 - plan.SPARE)) / 2
     small = dataclasses.replace(topology.chip, memory=memory)
     monkeypatch.setitem(chips.CHIPS, "h100", small)
-    with pytest.raises(RunStopped, match="h100:2: the memory of a device does not suffice"):
+    with pytest.raises(RunStopped, match="h100:2: the run does not fit in a device's memory"):
         plan.plan(run, "h100:2")
     out = capsys.readouterr().out
     assert "does NOT fit" in out

@@ -7,15 +7,14 @@ import pathlib
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
 
-from gigatok_jax import distributed
+from gigatok_jax import bundles, cli, commands, distributed
+from gigatok_jax.data import codes
 from gigatok_jax.errors import UserError
-from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.training.telemetry import read_metrics
 
 import tiny
@@ -26,40 +25,58 @@ PROBE = ROOT / "tests" / "probe_config.py"
 MORE_SAMPLES = ["--config.samples=600", "--config.sample_batch_size=64"]  # two chunks of them
 TIMEOUT = 20  # seconds
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
-GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
 TRAIN = [
     "train",
     f"--config={CONFIG}",
     "--config.steps=12",
     "--config.objective.adversarial=0",
+    "--config.optimizer.schedule=constant",
+    "--config.optimizer.warmup_steps=2",
     "--config.loop.log_every=1",
     "--config.loop.checkpoint_every=2",
 ]
-CONSTANT = [*TRAIN, "--config.optimizer.schedule=constant"]
+# Of a generator, because it compiles sooner than a tokenizer.
+ENDLESS = [
+    "train",
+    f"--config={ROOT / 'configs' / 'generator.py'}:tiny",
+    "--config.data.source=codes",
+    "--config.model.depth=1",
+    "--config.model.heads=2",
+    "--config.model.width=16",
+    "--config.model.codes=4",
+    "--config.model.codebook_size=64",
+    "--config.model.classes=3",
+    "--config.batch_size=8",
+    "--config.steps=10000000",
+    "--config.optimizer.warmup_steps=2",
+    "--config.loop.log_every=1",
+]
 
 
-def command(count: int, arguments: list[str]) -> list[str]:
-    if count == 1:
-        return [sys.executable, "-m", "gigatok_jax", *arguments]
-    flags = [f"--timeout={TIMEOUT}"]
-    return ["bash", str(ROOT / "launch" / "local.sh"), str(count), *arguments, *flags]
-
-
-def gigatok(count: int, arguments: list[str], tmp_path: pathlib.Path) -> subprocess.Popen:
-    """Starts a command in so many processes; the logs of all but the first go to `tmp_path`."""
+def two_processes(arguments: list[str], tmp_path: pathlib.Path) -> subprocess.Popen:
+    """Starts a command; the second process's log goes to `tmp_path`."""
+    command = ["bash", str(ROOT / "launch" / "local.sh"), "2", *arguments, f"--timeout={TIMEOUT}"]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "GIGATOK_CACHE": str(tmp_path / "cache"),
         "LOGS": str(tmp_path / "logs"),
     }
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command(count, arguments), cwd=ROOT, env=environment, **pipes)
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
 
-def finish(process: subprocess.Popen) -> str:
+def finish(process: subprocess.Popen) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
-    return output
+
+
+def run_here(arguments: list[str]) -> None:
+    """Runs a command in this process, which has JAX imported already."""
+    name, *flags = arguments
+    values = cli.parse(name, commands.VERBS[name], flags)
+    for flag in ("coordinator", "processes", "process", "timeout"):
+        del values[flag]
+    commands.VERBS[name].run(**values)
 
 
 def losses(workdir: pathlib.Path) -> list[dict]:
@@ -84,12 +101,29 @@ def started(process: subprocess.Popen, workdir: pathlib.Path, count: int) -> lis
     return [int(number) for number in re.search(r"are ([\d ]+);", line)[1].split()]
 
 
-def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(tmp_path):
-    workdir = tmp_path / "run"
-    endless = [*TRAIN, "--config.steps=100000", f"--workdir={workdir}"]
-    more = [*endless, "--config.loop.checkpoint_every=100000"]  # the notice's is the only one
+@pytest.fixture
+def stored(tmp_path) -> pathlib.Path:
+    """Codes of noise."""
+    folder = tmp_path / "codes"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    counts = {"train": (16,), "validation": (8,)}
+    for split, (count,) in counts.items():
+        records = [
+            {"codes": rng.integers(64, size=(1, 4), dtype=np.uint16), "label": i % 3, "key": str(i)}
+            for i in range(count)
+        ]
+        codes.write_shard(codes.shard_path(folder, split, 0, 1), records)
+    codes.write_info(folder, codes.CodesInfo("0" * 16, 4, 64, ("a", "b", "c"), {}, (), 16, counts))
+    return folder
 
-    two = gigatok(2, more, tmp_path)
+
+def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(stored, tmp_path):
+    workdir = tmp_path / "run"
+    endless = [*ENDLESS, f"--config.data.path={stored}", f"--workdir={workdir}"]
+    more = [*endless, "--config.loop.checkpoint_every=10000000"]  # the notice's is the only one
+
+    two = two_processes(more, tmp_path)
     log = workdir / "metrics.jsonl"
     while not (log.exists() and log.read_text()):  # until the first step, a notice ends a process
         assert two.poll() is None, two.stdout.read()
@@ -97,12 +131,12 @@ def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(tmp
     os.kill(started(two, workdir, 0)[1], signal.SIGTERM)
     output, _ = two.communicate(timeout=300)
     assert two.returncode == 1, output
-    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 100000", output)[1])
+    step = int(re.search(r"stopped by SIGTERM after step (\d+) of 10000000", output)[1])
     assert [path.name for path in (workdir / "checkpoints").glob("[0-9]*")] == [str(step)]
     assert f"stopped by SIGTERM after step {step} of" in (tmp_path / "logs" / "1.log").read_text()
 
-    two = gigatok(2, endless, tmp_path)
-    os.kill(started(two, workdir, 2)[1], signal.SIGKILL)
+    two = two_processes([*endless, "--config.loop.checkpoint_every=20"], tmp_path)
+    os.kill(started(two, workdir, 3)[1], signal.SIGKILL)
     killed = time.monotonic()
     output, _ = two.communicate(timeout=300)
     assert time.monotonic() - killed < TIMEOUT + 15
@@ -114,38 +148,35 @@ def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(tmp
     assert re.search(f"{ours}|{runtimes}", output), output
 
 
-@pytest.fixture(scope="module")
-def single(tmp_path_factory) -> list[dict]:
-    """What `losses` gives of a run of one process."""
-    path = tmp_path_factory.mktemp("single")
-    finish(gigatok(1, [*CONSTANT, f"--workdir={path / 'run'}"], path))
-    return losses(path / "run")
-
-
-@pytest.mark.parametrize("axis", ["data", "tensor"])
-def test_run_of_two_processes_resumes_in_one(axis, single, tmp_path):
+def test_run_of_two_processes_goes_on_along_another_axis_and_in_one_process(tmp_path):
+    run_here([*TRAIN, f"--workdir={tmp_path / 'single'}"])
     workdir = tmp_path / "run"
-    command = [*CONSTANT, f"--workdir={workdir}"]
-    mesh = [f"--config.mesh.{name}={2 if name == axis else 1}" for name in ("data", "tensor")]
-    finish(gigatok(2, [*command, *mesh, "--config.steps=6"], tmp_path))
-    finish(gigatok(1, command, tmp_path))
-    for one, other in zip(single, losses(workdir), strict=True):
+    command = [*TRAIN, f"--workdir={workdir}"]
+    for axis, steps in (("data", 4), ("tensor", 8)):
+        mesh = [f"--config.mesh.{name}={2 if name == axis else 1}" for name in ("data", "tensor")]
+        finish(two_processes([*command, *mesh, f"--config.steps={steps}"], tmp_path))
+    run_here(command)
+    expected = losses(tmp_path / "single")
+    assert len(expected) == 12
+    for one, other in zip(expected, losses(workdir), strict=True):
         assert one == pytest.approx(other, rel=1e-5)
 
 
-def test_probe_of_two_processes_equals_that_of_one(tmp_path):
-    tiny.save_networks(tmp_path, TOKENIZER, GENERATOR)
-    arguments = [f"--config={PROBE}", f"--tokenizer={tmp_path / 'tokenizer'}", *MORE_SAMPLES]
+def test_probe_of_two_processes_equals_that_of_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "cache"))
+    tokenizer = tmp_path / "tokenizer"
+    bundles.save(tokenizer, "tokenizer", TOKENIZER, tiny.weights(TOKENIZER), {})
+    arguments = ["probe", f"--config={PROBE}", f"--tokenizer={tokenizer}", *MORE_SAMPLES]
+    run_here([*arguments, f"--workdir={tmp_path / '1'}"])
+    finish(two_processes([*arguments, f"--workdir={tmp_path / '2'}"], tmp_path / "other"))
     found = {}
     for count in (1, 2):
-        workdir = tmp_path / str(count)
-        finish(gigatok(count, ["probe", *arguments, f"--workdir={workdir}"], tmp_path / workdir))
-        found[count] = json.loads((workdir / "results.json").read_text())
+        found[count] = json.loads((tmp_path / str(count) / "results.json").read_text())
         found[count].pop("search")
     # Convolutions of half the batch round otherwise, and with them a few pixels.
     assert found[1] == pytest.approx(found[2], rel=1e-3)
-    codes = [files(tmp_path / str(count) / "codes") for count in (1, 2)]
-    assert codes[0] == codes[1] and len(codes[0]) >= 5
+    one, two = (files(tmp_path / str(count) / "codes") for count in (1, 2))
+    assert one == two and len(one) >= 5
     one, two = (np.load(tmp_path / str(count) / "samples" / "samples.npz") for count in (1, 2))
     assert len(one["arr_0"]) == 80
     assert np.abs(one["arr_0"].astype(int) - two["arr_0"]).max() <= 1

@@ -98,7 +98,51 @@ def test_nothing_is_written_if_no_image_can_be_read(tokenizer, tmp_path):
     (tmp_path / "images" / "a.png").write_text("text")
     with pytest.raises(UserError, match="images: none of its 1 images can be read"):
         reconstruction.reconstruct(tokenizer, tmp_path / "images", tmp_path / "out", batch_size=16)
-    assert not (tmp_path / "out").exists()
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_images_of_an_earlier_call_are_replaced_and_other_ones_are_not(tokenizer, tmp_path):
+    source, out = tmp_path / "photos", tmp_path / "out"
+    long = "n" * 251 + ".jpg"
+    for name in ("a.jpg", "a.jpg.png", long):
+        image_folders.save(source / name, seed=len(name))
+    reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
+    rows = json.loads((out / "metrics.json").read_text())["each"]
+    names = {row["image"]: row["output"] for row in rows}
+    assert names["a.jpg"] == "a.jpg.1.png" and names["a.jpg.png"] == "a.jpg.png"
+    assert {path.name for path in (out / "images").iterdir()} == set(names.values())
+    assert len(names) == len(set(names.values())) == 3
+
+    (source / "a.jpg").unlink()
+    reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
+    assert len(list((out / "images").iterdir())) == 2
+
+    (out / "images.json").unlink()
+    with pytest.raises(UserError, match="images: expected no such folder"):
+        reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
+    assert len(list((out / "images").iterdir())) == 2
+
+
+def test_an_exact_copy_leaves_the_mean_and_the_file_valid(tokenizer, tmp_path, monkeypatch):
+    image_folders.save(tmp_path / "photos" / "a.png", seed=1)
+    monkeypatch.setattr(reconstruction.pictures, "to_uint8", lambda images: blank)
+    blank = np.zeros((16, 16, 16, 3), np.uint8)
+    Image.fromarray(blank[0]).save(tmp_path / "photos" / "a.png")
+    reconstruction.reconstruct(tokenizer, tmp_path / "photos", tmp_path / "out", batch_size=16)
+    metrics = json.loads(
+        (tmp_path / "out" / "metrics.json").read_text(), parse_constant=pytest.fail
+    )
+    assert metrics["psnr"] == pytest.approx(10 * np.log10(255.0**2 * 16 * 16 * 3), rel=1e-6)
+
+
+def test_reconstructions_that_are_not_finite_are_rejected(tmp_path):
+    weights = tiny.weights(TOKENIZER)
+    weights["params"]["cnn_decoder"]["conv_out"]["bias"] = np.full(3, np.nan, np.float32)
+    broken = api.PretrainedTokenizer(TOKENIZER, weights)
+    image_folders.save(tmp_path / "photos" / "a.png", seed=1)
+    with pytest.raises(UserError, match="reconstructions: expected finite values, got NaN"):
+        reconstruction.reconstruct(broken, tmp_path / "photos", tmp_path / "out", batch_size=16)
+    assert not any((tmp_path / "out").iterdir())
 
 
 def test_cost_is_a_share_of_the_time(tmp_path, capsys, monkeypatch):

@@ -119,8 +119,8 @@ def test_report_of_several_runs_overlays_their_curves(tmp_path):
     html = html_of(train(tmp_path / "a" / "run"), train(tmp_path / "b" / "run", other, steps=4))
     assert len(charts(html)) == 6
     for svg in charts(html).values():
-        assert all(colour in svg for colour in report.COLOURS[:2])
-        assert report.COLOURS[2] not in svg
+        assert all(color in svg for color in report.COLORS[:2])
+        assert report.COLORS[2] not in svg
     seen = text(html)
     assert "a/run" in seen and "b/run" in seen
     assert "Settings: optimizer.rate 0.0003 0.0007" in seen
@@ -165,5 +165,5 @@ def test_long_curves_are_averaged():
 
 
 @pytest.mark.parametrize("count", [1, 8, 9, 30])
-def test_each_run_has_its_own_colour(count):
-    assert len(set(report.colours(count))) == count
+def test_each_run_has_its_own_color(count):
+    assert len(set(report.colors(count))) == count

@@ -226,13 +226,13 @@ def test_command_samples_the_classes_in_turn(gigatok, saved, tmp_path):
     more += ["--classes=2,0-1", "--count=4", "--batch_size=7"]
     code, text, _ = gigatok(*arguments(saved, tmp_path, *more))
     assert code == 0
-    assert text.splitlines() == ["4 images (0 were there)", str(tmp_path)]
+    assert text.splitlines() == ["4 images (0 already existed)", str(tmp_path)]
     np.testing.assert_array_equal(np.load(tmp_path / "samples.npz")["arr_1"], [2, 0, 1, 2])
     record = json.loads((tmp_path / "images" / "sampling.json").read_text())
     assert SamplingConfig(**record["sampling"]) == SETTINGS and record["seed"] == 0
     # Nothing is sampled again.
     code, text, _ = gigatok(*arguments(saved, tmp_path, *more))
-    assert (code, text.splitlines()[0]) == (0, "4 images (4 were there)")
+    assert (code, text.splitlines()[0]) == (0, "4 images (4 already existed)")
 
 
 def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
@@ -245,7 +245,7 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
                 Image.new("RGB", (16, 16)).save(path)
         more = ["--random_classes", "--classes=0,2", "--count=64", f"--seed={seed}"]
         code, text, _ = gigatok(*arguments(saved, tmp_path / name, *more))
-        assert (code, text.splitlines()[0]) == (0, "64 images (64 were there)")
+        assert (code, text.splitlines()[0]) == (0, "64 images (64 already existed)")
         return np.load(tmp_path / name / "samples.npz")["arr_1"]
 
     first, again, other = classes("a", 3), classes("b", 3), classes("c", 4)
@@ -268,7 +268,7 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
         (["--classes=all,1"], "--classes: expected numbers and ranges such as 0,10-19, got 'all'"),
         (["--guidance=0.5"], "--guidance: expected greater than or equal to 1, got 0.5"),
         (["--guidance=nan"], "--guidance: expected a finite number, got nan"),
-        (["--schedule=step"], "--guidance: expected more than 1 with schedule step, got 1"),
+        (["--schedule=step"], "--guidance: expected more than 1 with schedule=step, got 1"),
         (["--top_p=0"], "--top_p: expected greater than 0, got 0.0"),
         (["--top_p=1.5"], "--top_p: expected less than or equal to 1, got 1.5"),
         (["--temperature=-1"], "--temperature: expected greater than or equal to 0, got -1.0"),
@@ -303,8 +303,8 @@ def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
 @pytest.mark.parametrize(
     "flag, name, message",
     [
-        ("tokenizer", "other", "not the tokenizer that the generator was trained on"),
-        ("tokenizer", "short", "a tokenizer of 2 codes out of 32, but the generator samples 4"),
+        ("tokenizer", "other", "expected tokenizer="),
+        ("tokenizer", "short", "expected codes=4, as in the generator, got 2"),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],

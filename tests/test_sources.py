@@ -152,11 +152,14 @@ def test_a_flat_folder_is_one_class(tmp_path):
     assert source.class_names == ("photos",) and _keys(source) == ["1.png", "2.png"]
 
 
-def test_held_out_images_are_every_nth_and_never_trained_on(tmp_path):
-    keys = image_folders.make(tmp_path, COUNTS)
+def test_held_out_images_are_chosen_by_name_and_never_trained_on(tmp_path):
+    keys = image_folders.make(tmp_path, {"ant": 9, "bee": 9, "cat": 9})
     config = _folder(tmp_path, holdout=4)
     train, held = _open(config), _open(config, train=False)
-    assert _keys(held) == keys[::4]
+    assert 3 <= len(held) <= 12
+    image_folders.make(tmp_path, {"ant": 20, "bee": 20, "cat": 20})  # the folder grows
+    assert not set(_keys(_open(config, train=False))) & set(_keys(train))
+    assert not set(_keys(_open(config))) & set(_keys(held))
     assert sorted(_keys(train) + _keys(held)) == keys
     labels = {key: "abc".index(key[0]) for key in keys}
     for source in (train, held):
@@ -180,13 +183,29 @@ def test_train_and_val_folders_are_the_splits_and_share_labels(tmp_path, validat
         _open(config, train=False)
 
 
-def test_length_takes_the_first_examples_of_each_split(tmp_path):
-    keys = image_folders.make(tmp_path, COUNTS)
-    config = _folder(tmp_path, holdout=5, length=6, eval_length=2)
-    assert _keys(_open(config)) == [key for i, key in enumerate(keys) if i % 5][:6]
-    assert _keys(_open(config, train=False)) == keys[:10:5]
-    with pytest.raises(UserError, match=r"data\.length: expected at most the 15 .*, got 16"):
-        _open(_folder(tmp_path, length=16))
+def test_a_class_whose_images_are_all_held_out_is_ignored(tmp_path, caplog):
+    keys = image_folders.make(tmp_path, {f"class{i:02d}": 1 for i in range(40)})
+    config = _folder(tmp_path, holdout=4)
+    with pytest.raises(UserError, match="too few images to hold any out"):
+        _open(config, train=False)
+    image_folders.make(tmp_path, {"class00": 30})
+    train, held = _open(config), _open(config, train=False)
+    assert train.class_names == held.class_names and 20 < len(train.class_names) < 40
+    assert {train[i]["label"] for i in range(len(train))} == set(range(len(train.class_names)))
+    assert "ignored, because all its images are held out" in caplog.text
+    assert len(keys) == 40
+
+
+def test_length_takes_the_same_examples_of_all_classes(tmp_path):
+    keys = image_folders.make(tmp_path, {"ant": 10, "bee": 10, "cat": 10})
+    config = _folder(tmp_path, length=12, eval_length=6)
+    source = _open(config)
+    assert _keys(source) == _keys(_open(config)) != keys[:12]
+    assert len(set(_keys(source))) == 12
+    assert {source[i]["label"] for i in range(12)} == {0, 1, 2}
+    assert pickle.loads(pickle.dumps(source))[3]["key"] == source[3]["key"]
+    with pytest.raises(UserError, match=r"data\.length: expected at most the 30 .*, got 31"):
+        _open(_folder(tmp_path, length=31))
 
 
 @pytest.mark.parametrize(

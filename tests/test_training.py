@@ -201,23 +201,35 @@ def test_terms_are_those_of_the_reconstructions_before_the_update(
         np.testing.assert_allclose(adversarial[1][name], value, rtol=1e-4, err_msg=name)
 
 
-def test_batch_in_parts_gives_what_the_whole_does(state, batch):
-    # What is computed over a batch is computed over each part: BatchNorm's groups are the parts.
-    objective = dataclasses.replace(
+# What is computed over a batch is computed over each part: BatchNorm's groups are the parts.
+PARTLY = dataclasses.replace(
+    RUN,
+    objective=dataclasses.replace(
         RUN.objective,
         entropy=0.0,
         perceptual=0.0,
         semantic=0.0,
         auxiliary_steps=0,
         patchgan_groups=2,
-    )
-    whole = TokenizerTask(dataclasses.replace(RUN, objective=objective))
-    objective = dataclasses.replace(objective, patchgan_groups=1)
-    parts = TokenizerTask(dataclasses.replace(RUN, objective=objective, accumulate=2))
+    ),
+    optimizer=OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0),
+)
+
+
+@pytest.fixture(scope="module")
+def undivided(state, batch):
+    """A step of `PARTLY` on the batch in an order by which its halves are the parts."""
     turns = {"image": batch["image"][[0, 2, 1, 3]]}  # parts are of every other image
-    phase = Phase(True, False)
-    expected = jit(whole.step, static_argnames="phase")(state, turns, Frozen(), phase=phase)
-    found = jit(parts.step, static_argnames="phase")(state, batch, Frozen(), phase=phase)
+    step = jit(TokenizerTask(PARTLY).step, static_argnames="phase")
+    return step(state, turns, Frozen(), phase=Phase(True, False))
+
+
+def test_batch_in_parts_gives_what_the_whole_does(state, batch, undivided):
+    expected = undivided
+    objective = dataclasses.replace(PARTLY.objective, patchgan_groups=1)
+    parts = TokenizerTask(dataclasses.replace(PARTLY, objective=objective, accumulate=2))
+    step = jit(parts.step, static_argnames="phase")
+    found = step(state, batch, Frozen(), phase=Phase(True, False))
     assert found[1].keys() == expected[1].keys()
     for name, value in expected[1].items():
         np.testing.assert_allclose(found[1][name], value, rtol=1e-4, err_msg=name)
@@ -240,15 +252,10 @@ def test_discriminator_learns_after_its_start(state, adversarial):
     assert all(jax.tree.leaves(moved))
 
 
-def test_discriminator_starts_with_the_rate_of_the_runs_step(state, batch, frozen):
+def test_discriminator_starts_with_the_rate_of_the_runs_step(state, undivided):
     # Its first update, at step 5, is half-way through the warm-up: 0.01 + 0.99 / 2 of the rate.
-    objective = dataclasses.replace(RUN.objective, perceptual=0.0, semantic=0.0, auxiliary_steps=0)
-    optimizer = OptimizerConfig(rate=1e-2, warmup_steps=10, weight_decay=0.0)
-    task = TokenizerTask(dataclasses.replace(RUN, objective=objective, optimizer=optimizer))
-    new, _ = jit(task.step, static_argnames="phase")(
-        state, batch, Frozen(), phase=Phase(True, False)
-    )
-    before, after = (s.discriminator["params"]["conv_out"]["kernel"] for s in (state, new))
+    states = (state, undivided[0])
+    before, after = (s.discriminator["params"]["conv_out"]["kernel"] for s in states)
     # Adam's first update is the rate, whatever the gradient.
     np.testing.assert_allclose(np.abs(after - before).max(), 1e-2 * 0.505, rtol=1e-2)
 

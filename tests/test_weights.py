@@ -17,7 +17,7 @@ from gigatok_jax import recipes
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import discriminators, layers, quantizer, tokenizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
-from gigatok_jax.weights import convert, torch_files
+from gigatok_jax.weights import convert, names, torch_files
 
 import synth
 import tiny
@@ -65,7 +65,7 @@ def test_tokenizer_has_exactly_the_references_tensors(name):
     parameters = sum(leaf.size for leaf in jax.tree.leaves(tokenizer.param_shapes(config)))
     assert parameters == sum(map(math.prod, shapes.values())) == MANIFESTS[name]["parameters"]
     if name != "tokenizer_tiny_tiny":  # which does not measure usage
-        shapes[convert.USAGE_NAME] = (quantizer.HISTORY_LENGTH,)
+        shapes[names.USAGE] = (quantizer.HISTORY_LENGTH,)
     assert len(shapes) == MANIFESTS[name]["tensors"]
     listing = "".join(sorted(f"{n} {list(shape)}\n" for n, shape in shapes.items()))
     assert hashlib.sha256(listing.encode()).hexdigest() == MANIFESTS[name]["sha256"]
@@ -87,7 +87,7 @@ def test_tokenizer_returns_bit_for_bit_through_files(tmp_path, layout, measured)
     tensors = dict(tokenizer_tensors(config))
     if measured:
         used = np.random.default_rng(0).integers(0, 64, quantizer.HISTORY_LENGTH)
-        tensors[convert.USAGE_NAME] = used.astype(np.float32)
+        tensors[names.USAGE] = used.astype(np.float32)
     first, second = tmp_path / "reference.safetensors", tmp_path / "back.safetensors"
     torch_files.write(first, tensors)
     weights = convert.from_torch("tokenizer", torch_files.read(first), config)
@@ -109,7 +109,7 @@ def test_history_that_is_not_full_survives_the_reference_layout():
 @pytest.mark.parametrize("used", [np.zeros(100), np.full(quantizer.HISTORY_LENGTH, 0.5)])
 def test_usage_must_be_a_list_of_codes(used):
     config = narrow()
-    tensors = tokenizer_tensors(config) | {convert.USAGE_NAME: used.astype(np.float32)}
+    tensors = tokenizer_tensors(config) | {names.USAGE: used.astype(np.float32)}
     with pytest.raises(ValueError, match=r"codebook_used.*whole numbers"):
         convert.from_torch("tokenizer", tensors, config)
 
@@ -367,7 +367,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, torch, monk
 
     monkeypatch.setattr(torch, "save", full_disk)
     monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"cannot be written .No space left on device"):
+    with pytest.raises(UserError, match=r"cannot be written .the disk is full"):
         torch_files.write(path, {"w": np.ones(2, np.float32)})
     np.testing.assert_array_equal(torch_files.read(path)["w"], np.zeros(2))
     assert list(tmp_path.iterdir()) == [path]

@@ -1,6 +1,6 @@
 """Trains the embedded teacher: `python -m tools.train_embedded_teacher --out=DIR`.
 
-A small ViT with DINOv2's architecture learns labelled drawings (`data.drawings`): the class token
+A small ViT with DINOv2's architecture learns labeled drawings (`data.drawings`): the class token
 predicts the class, and patch tokens predict what each patch shows. Two blocks' outputs also predict
 the pixels, because a perceptual distance must notice changes of appearance that a classifier would
 ignore.
@@ -69,17 +69,17 @@ def draw_all(count: int, split: str, seed: int) -> dict[str, np.ndarray]:
 def sampling_matrix(start: jax.Array, length: jax.Array, width: jax.Array) -> jax.Array:
     """`[S, S]` rows that crop an axis to [start, start + length) pixels, resize and blur it.
 
-    Each sampling point is the centre of a triangular filter of half-width `width` pixels. With a
+    Each sampling point is the center of a triangular filter of half-width `width` pixels. With a
     negative `length`, the axis is read backwards from `start`.
     """
     at = jnp.arange(IMAGE_SIZE) + 0.5
-    centre = start + at * (length / IMAGE_SIZE)
-    weights = jnp.maximum(0, 1 - jnp.abs(centre[:, None] - at) / width) + 1e-9
+    center = start + at * (length / IMAGE_SIZE)
+    weights = jnp.maximum(0, 1 - jnp.abs(center[:, None] - at) / width) + 1e-9
     return weights / weights.sum(axis=1, keepdims=True)
 
 
 def augment(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Crop, flip, colour, blur and noise of one image `[S, S, 3]` in [-1, 1] and its mask.
+    """Crop, flip, color, blur and noise of one image `[S, S, 3]` in [-1, 1] and its mask.
 
     A third of the images are neither resized nor blurred, and half have no noise.
     """
@@ -99,8 +99,8 @@ def augment(key: jax.Array, image: jax.Array, mask: jax.Array) -> tuple[jax.Arra
     brightness, contrast, saturation = jax.random.uniform(keys[5], (3,), minval=-1)
     mean = image.mean(axis=(0, 1))
     image = mean + 0.3 * brightness + (1 + 0.3 * contrast) * (image - mean)
-    grey = image.mean(axis=-1, keepdims=True)
-    image = grey + (1 + 0.3 * saturation) * (image - grey)
+    gray = image.mean(axis=-1, keepdims=True)
+    image = gray + (1 + 0.3 * saturation) * (image - gray)
     noise = 0.2 * jnp.maximum(0, jax.random.uniform(keys[6], minval=-1))
     image += noise * jax.random.normal(keys[7], image.shape)
     return jnp.clip(image, -1, 1), mask
@@ -160,14 +160,14 @@ def make_step(optimizer: optax.GradientTransformation, seed: int):
 
 @jax.jit
 def _correct(params, batch) -> tuple[jax.Array, jax.Array]:
-    """Which classes `[B]` and patches `[B, T]` are recognised."""
+    """Which classes `[B]` and patches `[B, T]` are recognized."""
     classes, parts, _ = Pretext(CONFIG).apply({"params": params}, batch["image"] / 127.5 - 1)
     expected = part_labels(batch["mask"] / 255, batch["label"]).argmax(-1)
     return classes.argmax(-1) == batch["label"], parts.argmax(-1) == expected
 
 
 def validate(params, data: dict[str, np.ndarray], batch_size: int = 250) -> dict[str, float]:
-    """Shares of recognised classes and patches."""
+    """Shares of recognized classes and patches."""
     batches = (
         _correct(params, {k: v[i : i + batch_size] for k, v in data.items()})
         for i in range(0, len(data["label"]), batch_size)

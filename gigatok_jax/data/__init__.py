@@ -1,4 +1,4 @@
-"""Data loading: sources of labelled images, crops, and batches that resume exactly.
+"""Data loading: sources of labeled images, crops, and batches that resume exactly.
 
 Nothing here uses JAX, because worker processes must not claim devices.
 """

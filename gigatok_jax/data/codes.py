@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, replacing, stamp, write_json
+from gigatok_jax.files import read_json, reason, replacing, stamp, write_json
 
 SPLITS = ("train", "validation")
 
@@ -27,23 +28,42 @@ class CodesInfo:
     codebook_size: int  # K
     class_names: tuple[str, ...]  # by label
     data: dict[str, Any]  # the encoded data set, see `DataConfig.content`
-    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one centre crop per image
+    crop_factors: tuple[float, ...]  # see `crops.ten_crops`; empty: one center crop per image
     shard_images: int  # images per shard; the last shard may hold fewer
     # For each split, the number of records in each shard; empty until encoding is complete.
     images: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    # For each split, which images were to be encoded: `Source.version`, and their number.
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    examples: dict[str, int] = dataclasses.field(default_factory=dict)
 
-    def check(self, *, codes: int, codebook_size: int, tokenizer: str | None) -> None:
-        """Raises UserError for codes of another shape or, if given, of another tokenizer."""
-        for name, wanted in (("codes", codes), ("codebook_size", codebook_size)):
-            if getattr(self, name) != wanted:
-                raise UserError(
-                    f"{name} is {wanted} in the generator's model, but {getattr(self, name)} in "
-                    "the stored codes"
-                )
-        if tokenizer not in (None, self.tokenizer):
+
+def check_unchanged(folder: Path, old: CodesInfo, new: CodesInfo) -> None:
+    """Raises UserError if the encoded images are no longer those of `old`."""
+    for split, version in new.versions.items():
+        if old.versions.get(split) != version:
+            before, now = old.examples.get(split, 0), new.examples[split]
+            found = f"{now} images, were {before}" if now != before else "other files, as many"
             raise UserError(
-                "the stored codes were made by a different tokenizer than the generator's"
+                f"{folder}: the {split} images have changed since they were encoded ({found}); "
+                "encode them into another folder, or anew with --overwrite"
             )
+
+
+def differs(folder: Path, new: CodesInfo) -> bool:
+    """Whether a folder's codes are others than those that `new` describes, or damaged."""
+    try:
+        old = read_info(folder)
+    except UserError:
+        return True
+    return old is not None and dataclasses.replace(old, images={}) != new
+
+
+def remove(folder: Path) -> None:
+    """Removes the stored codes of a folder, and nothing else."""
+    (folder / "codes.json").unlink(missing_ok=True)
+    for split in SPLITS:
+        for path in folder.glob(f"{split}-?????-of-?????.array_record"):
+            path.unlink()
 
 
 def read_info(folder: Path) -> CodesInfo | None:
@@ -55,7 +75,7 @@ def read_info(folder: Path) -> CodesInfo | None:
     path = folder / "codes.json"
     if not path.exists():
         return None
-    return from_mapping(CodesInfo, read_json(path, "stored codes"), str(path))
+    return from_mapping(CodesInfo, read_json(path, "stored codes"), f"{path}: info")
 
 
 def find_info(path: str) -> CodesInfo:
@@ -82,7 +102,7 @@ def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:
     """Records for `write_shard` from an evaluation batch and its codes [B, crops, N]."""
     for i in np.flatnonzero(batch["valid"]):
-        label, key = int(batch["label"][i]), str(batch["key"][i])
+        label, key = int(batch["label"][i]), str(batch["key"][i])  # valid UTF-8, as msgpack wants
         yield {"codes": codes[i], "label": label, "key": key}
 
 
@@ -90,15 +110,17 @@ def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Atomically writes a shard of records {"codes": int [crops, N], "label", "key"}."""
     for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a killed process
         stale.unlink()
-    with contextlib.ExitStack() as stack:
-        aside = stack.enter_context(replacing(path))
-        # One record per group, because training reads records in random order.
-        writer = ArrayRecordWriter(str(aside), "group_size:1")
-        stack.callback(writer.close)
-        for record in records:
-            codes = record["codes"]
-            packed = {"codes": codes.tobytes(), "type": codes.dtype.str, "shape": codes.shape}
-            writer.write(msgpack.packb(dict(record) | packed))
+    with replacing(path) as aside:
+        try:
+            # One record per group, because training reads records in random order.
+            with contextlib.closing(ArrayRecordWriter(str(aside), "group_size:1")) as writer:
+                for record in records:
+                    codes = record["codes"]
+                    packed = {"codes": codes.tobytes(), "type": codes.dtype.str}
+                    packed["shape"] = codes.shape
+                    writer.write(msgpack.packb(dict(record) | packed))
+        except RuntimeError as error:  # of the C++ library
+            raise OSError(errno.EIO, reason(error), str(path)) from error
 
 
 def count(path: Path) -> int:

@@ -3,16 +3,34 @@
 import functools
 import io
 import os
-from typing import Literal, get_args
+from typing import Literal
+import warnings
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from gigatok_jax.errors import UserError
 
 Resize = Literal["bicubic", "linear"]
-RESIZES = get_args(Resize)
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
+
+
+warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture itself is read
+# Pillow's limit of 1 MB, against compressed text that exhausts the memory, also drops valid photos.
+PngImagePlugin.MAX_TEXT_CHUNK = 32 * 2**20
+ELONGATED = 8  # ratio of sides from which only the crop is resized
+
+
+@functools.cache
+def optional_formats() -> set[str]:
+    """Suffixes of formats that Pillow reads here, but not everywhere."""
+    formats = {"avif"} if features.check("avif") else set()
+    try:
+        import pillow_heif
+    except ImportError:
+        return formats
+    pillow_heif.register_heif_opener()
+    return formats | {"heic", "heif", "hif"}
 
 
 class BadImage(ValueError):
@@ -23,13 +41,13 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
     """Decodes an image file, given as its path or content, to RGB.
 
     Opaque 8-bit images of any mode, including CMYK JPEGs, are converted by Pillow's
-    `convert("RGB")`. Transparent pixels become white (the reference shows the arbitrary colour
-    stored under them), and 16-bit grey keeps its upper 8 bits. EXIF orientation is ignored, as in
+    `convert("RGB")`. Transparent pixels become white (the reference shows the arbitrary color
+    stored under them), and 16-bit gray keeps its upper 8 bits. EXIF orientation is ignored, as in
     the reference.
 
     Raises:
-        BadImage: the file is missing, truncated or not an image, or the range of its pixel values
-            is undefined.
+      BadImage: the file is missing, truncated or not an image, or the range of its pixel values
+          is undefined.
     """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
@@ -43,15 +61,25 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
         raise BadImage(reason or type(error).__name__) from error
 
 
+def is_turned(image: Image.Image | np.ndarray) -> bool:
+    """Whether an image has an EXIF orientation other than upright, which `load` ignores."""
+    if isinstance(image, np.ndarray) or "exif" not in image.info:
+        return False
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    except Exception:  # damaged EXIF data
+        return False
+
+
 def _rgb(image: Image.Image) -> Image.Image:
     image.load()
     if image.mode == "I" or image.mode.startswith("I;16"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
-            raise BadImage("grey values exceed 16 bits")
+            raise BadImage("gray values exceed 16 bits")
         image = Image.fromarray((values >> 8).astype(np.uint8))
     elif image.mode == "F":
-        raise BadImage("floating-point grey values, whose range is undefined")
+        raise BadImage("floating-point gray values, whose range is undefined")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -74,31 +102,38 @@ def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
 
 
 def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
-    """The evaluation crop: resizes the short side to `size` and takes the centre.
+    """The evaluation crop: resizes the short side to `size` and takes the center.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
 
     Returns:
-        uint8 [S, S, 3].
+      uint8 [S, S, 3].
     """
     image, (width, height) = _halve(_pillow(image), size)
     left, top = (width - size) // 2, (height - size) // 2
+    if max(width, height) > ELONGATED * size:  # as a whole, a line of pixels would take gigabytes
+        x, y = image.width / width, image.height / height
+        # Pillow resizes columns first, and rounds in between; with one box it may do rows first.
+        columns = (left * x, 0, (left + size) * x, image.height)
+        image = image.resize((size, image.height), BICUBIC, box=columns)
+        rows = (0, top * y, size, (top + size) * y)
+        return np.asarray(image.resize((size, size), BICUBIC, box=rows))
     image = image.resize((width, height), BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
 def ten_crops(image: Image.Image | np.ndarray, size: int, factor: float) -> np.ndarray:
-    """Crops of the corners and the centre of a larger centre crop, and their mirror images.
+    """Crops of the corners and the center of a larger center crop, and their mirror images.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
-        factor: side of the larger crop, relative to S; the product is rounded down.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
+      factor: side of the larger crop, relative to S; the product is rounded down.
 
     Returns:
-        uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, centre, then flipped.
+      uint8 [10, S, S, 3]: top left, top right, bottom left, bottom right, center, then flipped.
     """
     large = center_crop(image, int(size * factor))
     end = len(large) - size
@@ -126,7 +161,7 @@ def _linear(image: np.ndarray, size: int, columns: list[float], rows: list[float
     for axis, (low, high) in enumerate((columns, rows)):
         step = (high - low) / size
         matrix[axis, axis] = step
-        matrix[axis, 2] = low + (step - 1) / 2  # in OpenCV, 0 is the centre of the first pixel
+        matrix[axis, 2] = low + (step - 1) / 2  # in OpenCV, 0 is the center of the first pixel
     flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
     return cv2.warpAffine(image, matrix, (size, size), flags=flags, borderMode=cv2.BORDER_REPLICATE)
 
@@ -143,13 +178,13 @@ def random_crop(
     differ from ADM's by Pillow's rounding between its horizontal and vertical pass.
 
     Args:
-        image: RGB, or uint8 [H, W, 3].
-        size: side S in pixels.
-        rng: source of randomness.
-        resize: "linear" uses OpenCV without antialiasing, in a fifth of the time.
+      image: RGB, or uint8 [H, W, 3].
+      size: side S in pixels.
+      rng: source of randomness.
+      resize: "linear" uses OpenCV without antialiasing, in a fifth of the time.
 
     Returns:
-        uint8 [S, S, 3].
+      uint8 [S, S, 3].
     """
     short_side = int(rng.integers(size, size * 5 // 4, endpoint=True))
     image, (width, height) = _halve(_pillow(image), short_side)

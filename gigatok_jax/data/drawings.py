@@ -1,4 +1,4 @@
-"""Ten kinds of drawn objects: a labelled image data set that needs no download.
+"""Ten kinds of drawn objects: a labeled image data set that needs no download.
 
 A drawing depends only on (seed, split, index); its size is a matter of resolution. An object is a
 stack of parts, which are outlines in a unit frame (x right, y down, within about [-1, 1]). Only
@@ -25,7 +25,7 @@ Rng = np.random.Generator
 
 
 class Drawing(NamedTuple):
-    """One labelled picture."""
+    """One labeled picture."""
 
     image: Array  # uint8 [S, S, 3]
     label: int  # position in `CLASS_NAMES`
@@ -37,9 +37,8 @@ class Part(NamedTuple):
 
     paint: str  # key of the palette; "body" carries the drawing's texture
     outlines: tuple[Array, ...]  # closed polygons, each float [V, 2], filled together
-    decal: bool = (
-        False  # lies flat on the last part that is no decal: clipped to it and lit like it
-    )
+    # Lies flat: clipped to, and lit like, the last part that is not a decal.
+    decal: bool = False
     relief: float = 0.05  # width of the rounded edge, relative to the frame
     tint: float = 1.0  # brightness, for faces turned away from the light
     axes: Array = np.eye(2, dtype=np.float32)  # from object to texture coordinates
@@ -48,7 +47,7 @@ class Part(NamedTuple):
 class Kind(NamedTuple):
     """How the drawings of a class vary.
 
-    As in photos, each class has typical colours, some of which it shares with other classes.
+    As in photos, each class has typical colors, some of which it shares with other classes.
     """
 
     parts: Callable[[Rng], list[Part]]
@@ -118,8 +117,8 @@ def _cube(rng: Rng) -> list[Part]:
     b = 0.66 * np.array([-math.sin(yaw), math.cos(yaw) * math.sin(pitch)])
     c = 0.66 * np.array([0.0, -math.cos(pitch)])
 
-    def face(centre: Array, u: Array, v: Array, tint: float) -> Part:
-        outline = np.stack([centre + u + v, centre + u - v, centre - u - v, centre - u + v])
+    def face(center: Array, u: Array, v: Array, tint: float) -> Part:
+        outline = np.stack([center + u + v, center + u - v, center - u - v, center - u + v])
         edges = np.stack([u / np.linalg.norm(u), v / np.linalg.norm(v)], 1)
         return Part(
             "body", (outline,), decal=True, tint=tint, axes=np.linalg.inv(edges).astype(np.float32)
@@ -262,7 +261,7 @@ def _palette(rng: Rng, hues: tuple[float, float]) -> dict[str, Array]:
 
 
 def _background(rng: Rng, x: Array) -> Array:
-    """Gradient, soft horizon or blobs: share of ground colour [S, S] at coordinates x [S]."""
+    """Gradient, soft horizon or blobs: share of ground color [S, S] at coordinates x [S]."""
     y = x[:, None]
     match rng.integers(3):
         case 0:
@@ -288,7 +287,7 @@ TEXTURES = (
 
 
 def _texture(rng: Rng) -> Callable[[Array], Array]:
-    """Function from object coordinates [2, S, S] to the share of pattern colour [S, S]."""
+    """Function from object coordinates [2, S, S] to the share of pattern color [S, S]."""
     shares, waves = zip(*TEXTURES, strict=True)
     wave = waves[rng.choice(len(waves), p=shares)]
     turn = _rotation(rng.integers(4) * math.pi / 4)
@@ -328,7 +327,7 @@ def _paint(
     image: Array,
     parts: list[Part],
     covers: list[Array],
-    colours: dict[str, Array],
+    colors: dict[str, Array],
     texture: Callable[[Array], Array],
     at: Array,
     light: float,
@@ -351,11 +350,11 @@ def _paint(
             shade, shine = _light(cover, part.relief, lx, ly)
             image *= 1 - 0.25 * (mask * (contact @ cover @ contact.T))[..., None]
             below = cover
-        colour = colours[part.paint]
+        color = colors[part.paint]
         if part.paint == "body":
             share = texture(np.tensordot(part.axes, at, 1))[..., None]
-            colour = colour + share * (colours["pattern"] - colour)
-        lit = (part.tint * shade)[..., None] * colour + shine[..., None]
+            color = color + share * (colors["pattern"] - color)
+        lit = (part.tint * shade)[..., None] * color + shine[..., None]
         image += cover[..., None] * (lit - image)
     return mask
 
@@ -364,29 +363,29 @@ def draw(index: int, *, image_size: int = 64, seed: int = 0, split: str = "train
     """Draws one example; equal arguments give equal pictures.
 
     Args:
-        index: position in the split, >= 0; the label is `index % 10`.
-        image_size: side S in pixels; the scene does not depend on it.
-        seed: of the whole data set, >= 0.
-        split: one of `SPLITS`; no drawing is in both.
+      index: position in the split, >= 0; the label is `index % 10`.
+      image_size: side S in pixels; the scene does not depend on it.
+      seed: of the whole data set, >= 0.
+      split: one of `SPLITS`; no drawing is in both.
     """
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     label = index % len(CLASS_NAMES)
     kind = KINDS[CLASS_NAMES[label]]
-    parts, colours, texture = kind.parts(rng), _palette(rng, kind.hues), _texture(rng)
+    parts, colors, texture = kind.parts(rng), _palette(rng, kind.hues), _texture(rng)
 
     scale, stretch = rng.uniform(0.27, 0.33), rng.choice([-1, 1]) * rng.uniform(0.92, 1.08)
     pose = _rotation(math.radians(rng.uniform(-kind.turn, kind.turn))) * (stretch, 1)
-    centre = 0.5 + 0.5 * (0.48 - scale) * rng.uniform(-1, 1, 2)
+    center = 0.5 + 0.5 * (0.48 - scale) * rng.uniform(-1, 1, 2)
     # From above, in steps of 5 degrees so that `_gaussian` caches the matrices of shadows.
     light = math.radians(5 * int(rng.integers(-26, -9)))
 
     x = ((np.arange(image_size) + 0.5) / image_size).astype(np.float32)
-    image = colours["sky"] + _background(rng, x)[..., None] * (colours["ground"] - colours["sky"])
-    at = np.stack(np.meshgrid(*(x - c for c in centre.tolist())))  # [2, S, S]: x, y
+    image = colors["sky"] + _background(rng, x)[..., None] * (colors["ground"] - colors["sky"])
+    at = np.stack(np.meshgrid(*(x - c for c in center.tolist())))  # [2, S, S]: x, y
     at = np.tensordot(np.linalg.inv(pose).astype(np.float32), at, 1)
-    placed = [[scale * outline @ pose.T + centre for outline in p.outlines] for p in parts]
+    placed = [[scale * outline @ pose.T + center for outline in p.outlines] for p in parts]
     covers = [_coverage(outlines, image_size) for outlines in placed]
-    mask = _paint(image, parts, covers, colours, texture, at, light)
+    mask = _paint(image, parts, covers, colors, texture, at, light)
     return Drawing((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), label, mask)
 
 

@@ -1,6 +1,8 @@
 """Images in folders, with one sub-folder per class."""
 
+import collections
 from collections.abc import Iterator
+import hashlib
 import logging
 import os
 from pathlib import Path
@@ -11,30 +13,36 @@ import numpy as np
 
 from gigatok_jax.data import crops
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import stamp
+from gigatok_jax.files import printable, stamp
 
 logger = logging.getLogger(__name__)
 
 # Files are selected by name, because opening a million would take too long. Excludes hidden files.
-IMAGE_NAME = re.compile(
-    r"[^.].*\.(jpe?g|jpe|jfif|jp2|png|webp|gif|bmp|tiff?|p[bgpn]m)", re.IGNORECASE | re.DOTALL
-)
+SUFFIX = re.compile(r"[^.].*\.(\w+)", re.DOTALL)
+READABLE = {"jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "gif", "bmp", "tif", "tiff"}
+READABLE |= {"pbm", "pgm", "ppm", "pnm"} | crops.optional_formats()
+# Pictures that people have, but that cannot be read here.
+UNREADABLE = {"avif", "heic", "heif", "hif", "jxl", "svg", "psd", "xcf", "exr", "hdr"} | {
+    *("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"),  # of cameras
+}
+UNREADABLE -= READABLE
 
 
 class FolderSource:
     """Images of a folder, sorted by class, then by path.
 
     Args:
-        root: the folder; keys are paths relative to it.
-        classes: class names, in the order of labels, to paths relative to `root`.
+      root: the folder; keys are paths relative to it.
+      classes: class names, in the order of labels, to paths relative to `root`.
     """
 
     codes = 0
 
     def __init__(self, root: Path, classes: dict[str, list[str]]):
-        self.root, self.class_names = root, tuple(classes)
+        self.root, self.class_names = root, tuple(map(printable, classes))
         # Arrays, because a million strings would take long to pickle for each worker.
         self._names = np.array([os.fsencode(name) for group in classes.values() for name in group])
+        self._version: str | None = None
         self._labels = np.repeat(np.arange(len(classes)), [len(g) for g in classes.values()])
 
     def __len__(self) -> int:
@@ -42,26 +50,37 @@ class FolderSource:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        key = os.fsdecode(self._names[index])
+        path, key = os.fsdecode(self._names[index]), self._key(index)
         try:
-            image = crops.load(self.root / key)
+            image = crops.load(self.root / path)
         except crops.BadImage as error:
             raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
+    def _key(self, index: int) -> str:
+        return printable(os.fsdecode(self._names[index]))
+
     def version(self) -> str:
-        return stamp(self.root, map(os.fsdecode, self._names))
+        if self._version is None:  # asking for a million files takes seconds
+            self._version = stamp(self.root, map(os.fsdecode, self._names))
+        return self._version
 
 
 def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     """Opens the training or evaluation images of a folder; arguments as in `DataConfig`.
 
     Raises:
-        UserError: the folder, or the requested part of it, has no images.
+      UserError: the folder, or the requested part of it, has no images.
     """
     if not root.is_dir():
         reason = "not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {reason}, expected class sub-folders of images")
+    splits = [n for n in _folders(root) if n.lower() in ("train", "val", "validation")]
+    if "train" in map(str.lower, splits) and any(n != n.lower() for n in splits):
+        raise UserError(
+            f"{root}: has {'/, '.join(splits)}/, expected train/ and val/ or validation/, in lower "
+            "case"
+        )
     if (root / "train").is_dir():
         validation = next((n for n in ("val", "validation") if (root / n).is_dir()), None)
         if validation:
@@ -73,25 +92,50 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
             )
     classes = _classes(root, "")
     if holdout:
-        names = [name for group in classes.values() for name in group]
-        held = set(names[::holdout])
+        held = _held_out([name for group in classes.values() for name in group], holdout)
+        untrained = [label for label, group in classes.items() if held.issuperset(group)]
+        if len(untrained) == len(classes):
+            raise UserError(f"{root}: all its images are held out for evaluation")
+        for label in untrained:
+            logger.warning("%s: ignored, because all its images are held out", root / label)
         classes = {
             label: [name for name in group if (name in held) != train]
             for label, group in classes.items()
+            if label not in untrained
         }
-        if train and len(names) == 1:
-            raise UserError(f"{root}: its only image is held out for evaluation")
+        if not any(classes.values()):
+            raise UserError(f"{root}: too few images to hold any out; set config.data.holdout=0")
     return FolderSource(root, classes)
+
+
+def _held_out(names: list[str], every: int) -> set[str]:
+    """About one name in `every`, at least one.
+
+    A hash of the name decides, so that adding images never holds out one that was trained on.
+    """
+    digests = {
+        name: int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
+        for name in names
+    }
+    held = {name for name, digest in digests.items() if digest * every < 2**64}
+    return held or {min(digests, key=digests.get)}
 
 
 def _split(root: Path, split: str) -> dict[str, list[str]]:
     """`_classes` of one split, with the labels of the training split."""
-    classes = _classes(root, split)
     trained = _folders(root / "train")
+    if split != "train" and trained and not _folders(root / split):
+        raise UserError(
+            f"{root / split}: holds no class folders, expected those of {root / 'train'}, such as "
+            f"{trained[0]}/; docs/data.md shows how to sort ImageNet's validation images"
+        )
+    classes = _classes(root, split)
     if split == "train" or not trained:  # without sub-folders, all images are one class
         return classes
     # A class needs a training image. Looking for one only is fast, even among a million.
-    labels = [name for name in trained if next(_walk(root, f"train/{name}"), None)]
+    labels = [
+        name for name in trained if next(_walk(root, f"train/{name}", collections.Counter()), None)
+    ]
     if unknown := sorted(set(classes) - set(labels)):
         raise UserError(f"{root / split / unknown[0]}: no such class in {root / 'train'}")
     return {name: classes.get(name, []) for name in labels}
@@ -101,11 +145,12 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     """Maps each class that has images to their paths, relative to `root`."""
     folder = root / split
     prefix = f"{split}/" if split else ""
-    found = {name: sorted(_walk(root, prefix + name)) for name in _folders(folder)}
+    files = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
+    found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
+    _report(folder, unread)
     classes = {name: images for name, images in found.items() if images}
-    loose = sorted(
-        e.name for e in os.scandir(folder) if IMAGE_NAME.fullmatch(e.name) and e.is_file()
-    )
+    loose = sorted(name for name in files if _suffix(name) in READABLE)
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
@@ -126,10 +171,26 @@ def _is_folder(entry: os.DirEntry) -> bool:
     return found and entry.name[0] != "."
 
 
-def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
+def _suffix(name: str) -> str:
+    """The suffix of a file that is not hidden, in lower case."""
+    found = SUFFIX.fullmatch(name)
+    return found[1].lower() if found else ""
+
+
+def _report(folder: Path, unread: collections.Counter) -> None:
+    if unread:
+        counts = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(unread.items()))
+        hint = "; pip install 'gigatok_jax[heif]' reads .heic" if unread["heic"] else ""
+        logger.warning("%s: ignoring pictures that cannot be read: %s%s", folder, counts, hint)
+
+
+def _walk(
+    root: Path, below: str, unread: collections.Counter, above: tuple[str, ...] = ()
+) -> Iterator[str]:
     """Yields paths, relative to `root`, of all images below its sub-folder `below`.
 
-    Skips hidden files and folders. Follows links, except to a folder above (`above`).
+    Skips hidden files and folders. Follows links, except to a folder above (`above`). Counts the
+    pictures that cannot be read, by suffix.
     """
     real = os.path.realpath(root / below)
     if real in above:
@@ -138,22 +199,26 @@ def _walk(root: Path, below: str, above: tuple[str, ...] = ()) -> Iterator[str]:
         for entry in entries:
             path = f"{below}/{entry.name}" if below else entry.name
             if _is_folder(entry):
-                yield from _walk(root, path, (*above, real))
-            elif IMAGE_NAME.fullmatch(entry.name):
+                yield from _walk(root, path, unread, (*above, real))
+            elif (suffix := _suffix(entry.name)) in READABLE:
                 yield path
+            elif suffix in UNREADABLE:
+                unread[suffix] += 1
 
 
 def image_paths(path: Path) -> list[Path]:
     """The image file `path`, or all images below the folder `path`, sorted.
 
     Raises:
-        UserError: `path` does not exist, or has no images.
+      UserError: `path` does not exist, or has no images.
     """
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise UserError(f"{path}: no such file or folder, expected images")
-    found = [path / name for name in sorted(_walk(path, ""))]
+    unread = collections.Counter()
+    found = [path / name for name in sorted(_walk(path, "", unread))]
+    _report(path, unread)
     if not found:
         raise UserError(f"{path}: no images")
     return found

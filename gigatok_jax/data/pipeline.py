@@ -23,8 +23,15 @@ from absl import flags
 import grain
 import numpy as np
 
-from gigatok_jax.data.crops import BadImage, center_crop, opencv, random_crop, ten_crops
-from gigatok_jax.data.sources import DataConfig, Source, open_source
+from gigatok_jax.data.crops import (
+    BadImage,
+    center_crop,
+    is_turned,
+    opencv,
+    random_crop,
+    ten_crops,
+)
+from gigatok_jax.data.sources import DataConfig, Shuffled, Source, open_source
 from gigatok_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +39,11 @@ logger = logging.getLogger(__name__)
 EPOCHS = 10**9  # practically endless; Grain's endless repetition overflows for batches of one
 BAD_RUN = 100  # unreadable images in a row after which the search for a substitute ends
 MIN_READ = 200  # examples to read before checking the share of unreadable ones
+
+TURNED = (
+    "some photos are stored turned, with an EXIF orientation that is ignored, as in the reference; "
+    "to turn them upright for good: mogrify -auto-orient, or jhead -autorot"
+)
 
 Batch = dict[str, Any]
 State = dict[str, int]
@@ -50,18 +62,18 @@ def train_batches(
     An unreadable image is replaced by the next readable one of the source.
 
     Args:
-        config: what to read, and how.
-        image_size: side S in pixels.
-        batch_size: global batch size B, a multiple of `process_count`.
-        seed: of order and crops, >= 0.
-        process_index, process_count: the part of each batch that this process reads.
+      config: what to read, and how.
+      image_size: side S in pixels.
+      batch_size: global batch size B, a multiple of `process_count`.
+      seed: of order and crops, >= 0.
+      process_index, process_count: the part of each batch that this process reads.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. If the source has
-        codes, "codes", int32 [B/P, N], replaces "image".
+      Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P]}. If the source has
+      codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch does not divide.
+      UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=True, image_size=image_size)
     if config.resize == "linear" and not source.codes:
@@ -85,30 +97,34 @@ def eval_batches(
     *,
     train: bool = False,
     crop_factors: tuple[float, ...] = (),
+    shuffled: bool = False,
 ) -> "Batches":
-    """One pass over the evaluation examples, in order, as centre crops.
+    """One pass over the evaluation examples, in order, as center crops.
 
     Every process gets the same number of batches. `valid` marks real examples; unreadable images
     and the padding of the last batch are zeros.
 
     Args:
-        config: what to read, and how.
-        image_size: side S in pixels.
-        batch_size: global batch size B, a multiple of `process_count`.
-        process_index, process_count: the part of each batch that this process reads.
-        train: read the training examples instead.
-        crop_factors: if given, take `crops.ten_crops` of each factor instead of the centre crop.
+      config: what to read, and how.
+      image_size: side S in pixels.
+      batch_size: global batch size B, a multiple of `process_count`.
+      process_index, process_count: the part of each batch that this process reads.
+      train: read the training examples instead.
+      crop_factors: if given, take `crops.ten_crops` of each factor instead of the center crop.
+      shuffled: in an order that is random, but always the same.
 
     Returns:
-        Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
-        "index": int32 [B/P], "key": str [B/P]}; "index" is the place in the source, -1 for
-        padding. With crop factors, a second axis of the images holds ten crops per factor. If the
-        source has codes, "codes", int32 [B/P, N], replaces "image".
+      Batches of {"image": uint8 [B/P, S, S, 3], "label": int32 [B/P], "valid": bool [B/P],
+      "index": int32 [B/P], "key": str [B/P]}; "index" is the place in this pass, -1 for padding.
+      With crop factors, a second axis of the images holds ten crops per factor. If the source has
+      codes, "codes", int32 [B/P, N], replaces "image".
 
     Raises:
-        UserError: the source cannot be opened, or the batch does not divide.
+      UserError: the source cannot be opened, or the batch does not divide.
     """
     source = open_source(config, train=train, image_size=image_size)
+    if shuffled:
+        source = Shuffled(source)
     positions = grain.MapDataset.range(math.ceil(len(source) / batch_size) * batch_size)
     read = functools.partial(_read_for_evaluation, source, image_size, crop_factors)
     return Batches(source, positions, read, config, batch_size, process_index, process_count)
@@ -137,7 +153,10 @@ def _read_for_training(
         if source.codes:  # each visit takes one of the stored crops
             seen = {"codes": example["codes"][rng.integers(len(example["codes"]))]}
         else:
-            seen = {"image": random_crop(example["image"], image_size, rng, resize)}
+            seen = {
+                "image": random_crop(example["image"], image_size, rng, resize),
+                "turned": is_turned(example["image"]),
+            }
         return seen | {"label": np.int32(example["label"])}, bad
     raise UserError(f"{len(bad)} images in a row cannot be read; the last one: {bad[-1]}")
 
@@ -161,6 +180,7 @@ def _read_for_evaluation(
             seen = {"image": np.concatenate(crops)}
         else:
             seen = {"image": center_crop(image, image_size)}
+        seen["turned"] = is_turned(image)
     return seen | {
         "label": np.int32(example["label"] if example else 0),
         "key": example["key"] if example else "",
@@ -170,10 +190,14 @@ def _read_for_evaluation(
 
 
 def _read_batch(read: Callable, map_: Callable, positions: list) -> Batch:
-    """Reads and stacks the examples of a batch; "bad" lists the reading errors."""
+    """Reads and stacks the examples of a batch.
+
+    "bad" lists the reading errors, and "turned" counts images that EXIF orientation would turn.
+    """
     examples, bad = zip(*map_(read, positions), strict=True)
+    turned = sum(example.pop("turned", False) for example in examples)
     batch = {name: np.stack([example[name] for example in examples]) for name in examples[0]}
-    return batch | {"bad": [message for messages in bad for message in messages]}
+    return batch | {"bad": [message for messages in bad for message in messages], "turned": turned}
 
 
 _open_batches: "weakref.WeakSet[Batches]" = weakref.WeakSet()
@@ -193,17 +217,17 @@ class Batches(Iterator[Batch]):
     `with` block, or when this process ends, even if it is killed.
 
     Args:
-        source: of the examples.
-        positions: arguments of `read`, for every example of the global batches in order.
-        read: returns an example, and the reasons why others could not be read.
-        config: how to read.
-        batch_size, process_index, process_count: see `train_batches`.
+      source: of the examples.
+      positions: arguments of `read`, for every example of the global batches in order.
+      read: returns an example, and the reasons why others could not be read.
+      config: how to read.
+      batch_size, process_index, process_count: see `train_batches`.
 
     Attributes:
-        source: of the examples.
-        class_names: by label.
-        examples: number of distinct examples, over all processes.
-        bad_count: number of distinct images that this process could not read so far.
+      source: of the examples.
+      class_names: by label.
+      examples: number of distinct examples, over all processes.
+      bad_count: number of distinct images that this process could not read so far.
     """
 
     def __init__(
@@ -230,6 +254,7 @@ class Batches(Iterator[Batch]):
         self._stream: grain.DatasetIterator | None = None
         self._threads: ThreadPoolExecutor | None = None
         self._next_batch, self._examples_read, self._bad = 0, 0, set()
+        self._turned = False  # whether an image with EXIF orientation has been seen
 
     def version(self) -> str:
         """See `Source`."""
@@ -243,8 +268,8 @@ class Batches(Iterator[Batch]):
         """The next batch of this process.
 
         Raises:
-            StopIteration: the pass is over (evaluation only).
-            UserError: too many images are unreadable.
+          StopIteration: the pass is over (evaluation only).
+          UserError: too many images are unreadable.
         """
         if self._next_batch >= len(self._positions):
             raise StopIteration
@@ -254,9 +279,11 @@ class Batches(Iterator[Batch]):
         batch = next(self._stream)
         self._next_batch += 1
         self._count_bad(batch.pop("bad"))
-        if (
-            self._config.workers
-        ):  # copy from shared memory, which Grain frees late and with warnings
+        if batch.pop("turned") and not self._turned:
+            self._turned = True
+            logger.warning(TURNED)
+        # Copy from shared memory, which Grain frees late and with warnings.
+        if self._config.workers:
             batch = {name: np.array(array) for name, array in batch.items()}
         return batch
 
@@ -341,9 +368,9 @@ class prefetch_to_device(Iterator[Any]):
     """Transfers the next batches to the devices while the current one is in use.
 
     Args:
-        batches: host batches.
-        put: starts the transfer of a host batch and returns device arrays.
-        size: number of batches in flight.
+      batches: host batches.
+      put: starts the transfer of a host batch and returns device arrays.
+      size: number of batches in flight.
     """
 
     def __init__(self, batches: Batches, put: Callable[[Batch], Any], size: int = 2):

@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
+import numpy as np
 import pydantic
 from pydantic import NonNegativeInt, PositiveInt
 
@@ -41,11 +42,12 @@ class DataConfig:
     split: str = "train"  # tfds: training split or a slice of it, such as "train[:90%]"
     eval_split: str = "validation"  # tfds: likewise, for evaluation
 
-    # A folder without train/ and val/: hold out every n-th image, in sorted order, for evaluation.
-    # 0 evaluates on the training images.
+    # A folder without train/ and val/: hold out one image in n for evaluation. A hash of its name
+    # decides, so that adding images holds out none that was trained on. 0: the training images.
     holdout: NonNegativeInt = 20
 
-    # Use only the first n examples; 0 means all. Embedded: the number of drawings, at least 1.
+    # Use only n examples, chosen at random, always the same; 0 means all. Embedded: the number of
+    # drawings, at least 1.
     length: NonNegativeInt = 0
     eval_length: NonNegativeInt = 0
 
@@ -105,29 +107,36 @@ class Source(Protocol):
         """Key for cached results: changes with the examples or their files; decodes nothing."""
 
 
-class _First:
-    """The first `length` examples of a source."""
+class Shuffled:
+    """Some or all examples of a source, in a random order that is always the same.
 
-    def __init__(self, source: Source, length: int):
-        self._source, self._length = source, length
+    Sources are sorted by class, so their first examples would be those of a few classes.
+    """
+
+    def __init__(self, source: Source, length: int = 0):
+        self._source, self._length = source, length or len(source)
         self.class_names, self.codes = source.class_names, source.codes
+        self._order = np.random.default_rng(0).permutation(len(source))[: self._length]
+
+    def __reduce__(self):
+        return Shuffled, (self._source, self._length)
 
     def __len__(self) -> int:
         return self._length
 
     def __getitem__(self, index: int) -> Example:
-        return self._source[range(self._length)[index]]
+        return self._source[int(self._order[range(self._length)[index]])]
 
     def version(self) -> str:
-        return f"{self._source.version()} first {self._length}"
+        return f"{self._source.version()} shuffled {self._length}"
 
 
 class TfdsSource:
     """One split of a data set that TFDS prepared as ArrayRecord; does not import TensorFlow.
 
     Args:
-        folder: the prepared version, which holds `dataset_info.json`.
-        split: name or slice.
+      folder: the prepared version, which holds `dataset_info.json`.
+      split: name or slice.
     """
 
     codes = 0
@@ -234,15 +243,15 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     """Opens the training or the evaluation examples that a configuration names.
 
     Args:
-        config: what to open.
-        train: True for the training examples, False for those for evaluation.
-        image_size: side of the crops in pixels; only drawings depend on it.
+      config: what to open.
+      train: True for the training examples, False for those for evaluation.
+      image_size: side of the crops in pixels; only drawings depend on it.
 
     Returns:
-        The source, with at least one example.
+      The source, with at least one example.
 
     Raises:
-        UserError: the source is missing, empty, not prepared, or shorter than configured.
+      UserError: the source is missing, empty, not prepared, or shorter than configured.
     """
     source = OPENERS[config.source](config, train, image_size)
     length = config.length if train else config.eval_length
@@ -251,4 +260,4 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
         raise UserError(
             f"config.data.{field}: expected at most the {len(source)} examples, got {length}"
         )
-    return _First(source, length) if 0 < length < len(source) else source
+    return Shuffled(source, length) if 0 < length < len(source) else source

@@ -4,11 +4,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 import numpy as np
 
-from gigatok_jax import bundles, frozen_networks, pictures
+from gigatok_jax import bundles, frozen_networks, pictures, sharding
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import inception, vit
 
@@ -38,9 +36,9 @@ class Extractor:
             with jax.default_matmul_precision("highest"):
                 return apply(params, images)
 
-        mesh = Mesh(np.array(jax.local_devices()), ("data",))
-        self._batch = NamedSharding(mesh, P("data"))
-        self._apply, self._params = exact, jax.device_put(params, NamedSharding(mesh, P()))
+        mesh = sharding.local_mesh()
+        self._batch = sharding.batch_sharding(mesh)
+        self._apply, self._params = exact, jax.device_put(params, sharding.replicated(mesh))
         self.distance, self.fingerprint = distance, bundles.fingerprint(params)
         shapes = jax.eval_shape(exact, params, jax.ShapeDtypeStruct((1, 64, 64, 3), np.uint8))
         self.widths = {name: shape.shape[1] for name, shape in shapes.items()}
@@ -71,10 +69,7 @@ def load(name: str) -> Extractor:
     """
     if name == INCEPTION:
         return _inception()
-    try:
-        config, params = frozen_networks.load_teacher(name)
-    except UserError as error:
-        raise UserError(f"features: {error}; other choices: {INCEPTION}, embedded") from None
+    config, params = frozen_networks.load_teacher(name, "--features", INCEPTION)
     dinov2 = config in vit.DINOV2.values()
     grid = DINOV2_GRID if dinov2 else config.grid
     params["positions"] = vit.resize_positions(params["positions"], grid)

@@ -41,7 +41,7 @@ from gigatok_jax.files import cache_dir, write_npz
 
 logger = logging.getLogger(__name__)
 
-NEIGHBOURS = 3  # k of precision and recall
+NEIGHBORS = 3  # k of precision and recall
 ROWS = 1_000  # rows of a distance matrix in memory at once
 MEMBERS = 10_000  # real images that precision and recall use, as in ADM
 CACHE_VERSION = 1  # bump to invalidate cached references
@@ -73,7 +73,8 @@ class Moments:
         """
         finite = np.isfinite(features).all(axis=1)
         if not finite.all():
-            raise UserError(f"features of image {self.count + finite.argmin()} are not finite")
+            number = self.count + finite.argmin()
+            raise UserError(f"image {number}: expected finite features, got NaN or inf")
         features = np.asarray(features, np.float64)
         self.count += len(features)
         self.total += features.sum(axis=0)
@@ -134,26 +135,26 @@ def inception_score(log_probabilities: np.ndarray, split: int = 5_000) -> float:
 
 
 def precision_recall(
-    reference: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+    reference: np.ndarray, samples: np.ndarray, neighbors: int = NEIGHBORS
 ) -> tuple[float, float]:
     """Share of each set inside the manifold of the other (Kynkaanniemi et al. 2019).
 
     The manifold of a set is the union of balls around its members. Each ball reaches to the
-    member's `neighbours`-th nearest other member.
+    member's `neighbors`-th nearest other member.
 
     Args:
       reference: features `[n, D]` of more than k real images.
       samples: features `[m, D]` of more than k generated images.
-      neighbours: k.
+      neighbors: k.
 
     Returns:
       Precision and recall, in [0, 1].
     """
     reference, samples = jnp.asarray(reference), jnp.asarray(samples)
-    return _coverage(samples, reference, neighbours), _coverage(reference, samples, neighbours)
+    return _coverage(samples, reference, neighbors), _coverage(reference, samples, neighbors)
 
 
-def _coverage(points: jax.Array, members: jax.Array, neighbours: int) -> float:
+def _coverage(points: jax.Array, members: jax.Array, neighbors: int) -> float:
     """Share of `points` inside the manifold of `members`."""
 
     def distances(features):
@@ -161,8 +162,8 @@ def _coverage(points: jax.Array, members: jax.Array, neighbours: int) -> float:
         for start in range(0, len(features), ROWS):
             yield _squared_distances(features[start : start + ROWS], members)
 
-    # One more neighbour, because the nearest member is the vector itself.
-    nearest = [jax.lax.top_k(-block, neighbours + 1)[0] for block in distances(members)]
+    # One more neighbor, because the nearest member is the vector itself.
+    nearest = [jax.lax.top_k(-block, neighbors + 1)[0] for block in distances(members)]
     radii = -jnp.concatenate(nearest)[:, -1]
     inside = [jnp.any(block <= radii, axis=1) for block in distances(points)]
     return float(np.concatenate(inside).mean())
@@ -243,7 +244,7 @@ def load_reference(
 
     Args:
       npz: a file in ADM's layout (statistics, images or both), or "" to use `data`.
-      data: the data set whose evaluation images are the reference, as centre crops. Results are
+      data: the data set whose evaluation images are the reference, as center crops. Results are
         cached.
       extractor: the network whose features are compared.
       count: number of samples that will be compared.
@@ -273,7 +274,7 @@ def load_reference(
                 )
         sizes, least = {"samples": count}, 2
         if reference.members is not None:
-            sizes[reference.name], least = len(reference.members), NEIGHBOURS + 1
+            sizes[reference.name], least = len(reference.members), NEIGHBORS + 1
         for name, size in sizes.items():
             if size < least:
                 raise UserError(f"{name}: expected at least {least} images, got {size}")
@@ -320,26 +321,31 @@ def _data_reference(
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
-    if not path.exists():
-        # Chosen at random, because data sets are often sorted by class.
-        chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
-        found, members = FeatureSet(extractor, predictions=False), []
-        steps = math.ceil(batches.examples / batch_size)
-        with batches:
-            for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
-                valid = batch["valid"]
-                if valid.any():
-                    features = extractor(batch["image"][valid])
-                    found.add_features(features)
-                    members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
-        arrays = {}
-        for feature, gaussian in found.gaussians().items():
-            arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
-            arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
-        write_npz(path, arrays | {"members": np.concatenate(members)})
-    with _readable(path), np.load(path) as file:
-        members = file["members"]
-    return Reference(_read_statistics(path), members, name)
+    if path.exists():
+        with _readable(path), np.load(path) as file:
+            members = file["members"]
+        return Reference(_read_statistics(path), members, name)
+    # Chosen at random, because data sets are often sorted by class.
+    chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
+    found, members = FeatureSet(extractor, predictions=False), []
+    steps = math.ceil(batches.examples / batch_size)
+    with batches:
+        for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
+            valid = batch["valid"]
+            if valid.any():
+                features = extractor(batch["image"][valid])
+                found.add_features(features)
+                members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
+    gaussians, members = found.gaussians(), np.concatenate(members)
+    arrays = {"members": members}
+    for feature, gaussian in gaussians.items():
+        arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
+        arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
+    try:
+        write_npz(path, arrays)
+    except OSError as error:
+        logger.warning("%s: the reference is not kept for the next time (%s)", path, error)
+    return Reference(gaussians, members, name)
 
 
 def check_count(examples: int, field: str) -> None:
@@ -390,7 +396,9 @@ def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
             raise ValueError("arr_0 has an unknown .npy format")
         shape, columns_first, dtype = np.lib.format.read_array_header_1_0(file)
         right = dtype == np.uint8 and len(shape) == 4 and shape[-1] == 3 and 0 not in shape
-        if not right or columns_first:
+        if right and columns_first:
+            raise ValueError("expected arr_0 in C order, got Fortran order: np.ascontiguousarray")
+        if not right:
             raise ValueError(f"expected arr_0 to be uint8 [n, H, W, 3], got {dtype} {list(shape)}")
         for start in tqdm(range(0, shape[0], batch_size), desc=path.name, disable=None):
             chosen = (min(batch_size, shape[0] - start), *shape[1:])

@@ -8,6 +8,7 @@ processes share the work.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
+import logging
 import math
 from pathlib import Path
 import shutil
@@ -30,8 +31,10 @@ from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import read_json, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training.generator import validation_loss
+from gigatok_jax.training.generator import check_tokenizer, validation_loss
 from gigatok_jax.training.task import held_out_means
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # most images in a row of a grid
 CLASSES = 12  # most rows of a grid of classes
@@ -50,15 +53,8 @@ def load_matching_tokenizer(
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
     bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
-    config, model = bundle.config, generator.config
-    if (model.codes, model.codebook_size) != (config.latents, config.codebook_size):
-        raise UserError(
-            f"{directory}: a tokenizer of {config.latents} codes out of {config.codebook_size}, "
-            f"but the generator samples {model.codes} out of {model.codebook_size}"
-        )
-    if generator.made_by.get("tokenizer") not in (None, bundle.fingerprint):
-        raise UserError(f"{directory}: not the tokenizer that the generator was trained on")
-    return PretrainedTokenizer(config, bundle.weights)
+    check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
+    return PretrainedTokenizer(bundle.config, bundle.weights, fingerprint=bundle.fingerprint)
 
 
 def sample(
@@ -78,7 +74,8 @@ def sample(
       generator, tokenizer: must match, see `load_matching_tokenizer`.
       classes: integers `[n]`, the class of each image.
       settings: how codes are sampled.
-      out: gets `images/` (a PNG per image), `grid.png` (a row per class) and `samples.npz` in the
+      out: gets `images/` (a PNG per image; those of an earlier call that are not in this
+        one are removed), `grid.png` (a row per class) and `samples.npz` in the
         layout of ADM's evaluator: `arr_0`, uint8 `[n, H, W, 3]`, and `arr_1`, the classes.
       class_names: shown in the grid, by class number.
       seed: determines the images, together with `classes` and `settings`.
@@ -99,11 +96,14 @@ def sample(
         pictures.save_png(path, images[0])
         sampled += 1
     distributed.barrier("images", working=True)
+    if distributed.is_main():  # whoever measures the folder expects the images of this call alone
+        for stale in set(folder.glob("??????_class????.png")) - set(paths):
+            stale.unlink()
     sampled = int(distributed.sums({"sampled": sampled})["sampled"])
     if distributed.is_main():
         _write_npz(out / "samples.npz", paths, classes)
         _write_class_grid(out / "grid.png", paths, classes, class_names)
-        print(f"{len(paths)} images ({len(paths) - sampled} were there)")
+        print(f"{len(paths)} images ({len(paths) - sampled} already existed)")
         print(out)
 
 
@@ -144,7 +144,7 @@ def evaluate(
     if path.exists():
         return read_json(path, "the metrics")
 
-    classes = np.random.default_rng(seed).integers(generator.config.classes, size=count)
+    classes = np.random.default_rng(seed).integers(generator.class_count, size=count)
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
     for file, images in _sample_missing(
         generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size
@@ -170,6 +170,11 @@ def evaluate(
     return read_json(path, "the metrics")
 
 
+def guidance_folder(out: Path, settings: SamplingConfig) -> Path:
+    """Where the evaluation of a guidance scale lives, so that a later search finds it."""
+    return out / f"guidance_{settings.guidance:.2f}"
+
+
 def evaluate_best(
     generator: PretrainedGenerator,
     tokenizer: PretrainedTokenizer,
@@ -188,8 +193,8 @@ def evaluate_best(
     results = {}
 
     def distance(scale: float) -> float:
-        folder = out / f"guidance_{scale:.2f}"
         guided = dataclasses.replace(settings, guidance=scale)
+        folder = guidance_folder(out, guided)
         results[scale] = evaluate(
             generator, tokenizer, extractor, reference, guided, folder, **options
         )
@@ -244,16 +249,21 @@ def evaluate_loss(
     config = generator.config
     size = tokenizer.config.image_size if tokenizer else 0
     batches = pipeline.eval_batches(data, size, batch_size, *distributed.place())
-    if len(batches.class_names) > config.classes:
+    if len(batches.class_names) > generator.class_count:
         raise UserError(
-            f"the data have {len(batches.class_names)} classes, the generator {config.classes}"
+            f"config.data: expected at most {generator.class_count} classes, as in the generator, "
+            f"got {len(batches.class_names)}"
         )
+    pairs = zip(generator.class_names, batches.class_names, strict=False)
+    for label, (trained, found) in enumerate(pairs):
+        if trained != found:
+            raise UserError(
+                f"config.data: expected class {label} to be {trained!r}, as in the generator's "
+                f"training, got {found!r}"
+            )
     if data.source == "codes":
-        codes.find_info(data.path).check(
-            codes=config.codes,
-            codebook_size=config.codebook_size,
-            tokenizer=generator.made_by.get("tokenizer"),
-        )
+        info = codes.find_info(data.path)
+        check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
     losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
 
@@ -308,6 +318,11 @@ def _sample_missing(
     numbers = np.array([n for group in todo.values() for n in group], int)
     size = min(batch_size, len(numbers))
     key = jax.random.key(seed)
+    if settings.guidance > 1 and generator.made_by.get("run", {}).get("class_dropout") == 0:
+        logger.warning(
+            "guidance compares with the null class, which this generator was not trained on: its "
+            "run had class_dropout=0"
+        )
 
     def images():
         for start in range(0, len(numbers), batch_size):
@@ -315,7 +330,7 @@ def _sample_missing(
             filled = np.resize(chosen, size)  # a shorter last batch would recompile
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, filled)
             sampled = generator.sample(classes[filled], keys, **dataclasses.asdict(settings))
-            batch = np.asarray(pictures.to_uint8(tokenizer.decode(sampled)))
+            batch = pictures.finite_uint8(tokenizer.decode(sampled), "the decoded samples")
             yield from batch[: len(chosen)]
 
     label = f"guidance {settings.guidance:g}"
@@ -341,7 +356,7 @@ def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
 def _write_class_grid(
     path: Path, images: Sequence[Path], classes: np.ndarray, class_names: Sequence[str]
 ) -> None:
-    """Writes a labelled row of samples per class, for evenly spaced classes if they are many."""
+    """Writes a labeled row of samples per class, for evenly spaced classes if they are many."""
     shown = evenly_spaced(np.unique(classes), CLASSES)
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
     rows, labels = [], []
@@ -353,10 +368,10 @@ def _write_class_grid(
     grid = Image.fromarray(pictures.grid(rows))
     font = ImageFont.load_default(14)
     margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))
-    labelled = Image.new("RGB", (grid.width + margin, grid.height), "white")
-    labelled.paste(grid, (margin, 0))
-    canvas = ImageDraw.Draw(labelled)
+    labeled = Image.new("RGB", (grid.width + margin, grid.height), "white")
+    labeled.paste(grid, (margin, 0))
+    canvas = ImageDraw.Draw(labeled)
     for row, label in enumerate(labels):
         place = (6, (row + 0.5) * grid.height / len(rows))
         canvas.text(place, label, fill="black", anchor="lm", font=font)
-    pictures.save_png(path, np.asarray(labelled))
+    pictures.save_png(path, np.asarray(labeled))

@@ -30,6 +30,7 @@ from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.linear_probe import LinearProbeRun
 from gigatok_jax.training.loop import train
+from gigatok_jax.training.task import Seed
 from gigatok_jax.training.telemetry import read_metrics
 
 PER_CLASS = 8  # samples of each class in the report
@@ -56,7 +57,7 @@ class ProbeConfig:
     batch_size: PositiveInt = 32  # images per batch, except in sampling
     shard_images: PositiveInt = 4_096  # images per shard of codes, a multiple of batch_size
     sample_batch_size: PositiveInt = 64  # images per batch in sampling
-    seed: int = 0  # of the samples
+    seed: Seed = 0  # of the samples
 
     @pydantic.model_validator(mode="after")
     def _check(self):
@@ -67,11 +68,7 @@ class ProbeConfig:
             )
         if self.data.source == "codes":
             raise ValueError("data.source: expected images, got 'codes'")
-        if self.sampling.schedule != "constant" and self.sampling.guidance == 1:
-            raise ValueError(
-                "sampling.guidance: expected more than 1 with sampling.schedule="
-                f"{self.sampling.schedule}, got 1"
-            )
+        self.sampling.check_schedule("sampling.")
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -131,7 +128,14 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     """
     bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
     extractor = features.load(config.features)
+    # Opening the data is cheap; reading them with other codes would mix two probes.
+    sources = {
+        split: open_source(config.data, train=train, image_size=bundle.config.image_size)
+        for split, train in (("training", True), ("evaluation", False))
+    }
     identity = {"tokenizer": bundle.fingerprint, **config.identity()}
+    for split, source in sources.items():
+        identity[f"set of {split} images"] = f"{len(source)} images, version {source.version()}"
     # Reject another probe's workdir early: the reference can take hours to compute.
     files.claim(workdir / "probe.json", identity, "a probe", write=False)
     reference = fid.load_reference(
@@ -153,7 +157,9 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
         workdir=workdir,
         directory=tokenizer_directory,
         bundle=bundle,
-        tokenizer=api.PretrainedTokenizer(bundle.config, bundle.weights),
+        tokenizer=api.PretrainedTokenizer(
+            bundle.config, bundle.weights, fingerprint=bundle.fingerprint
+        ),
         extractor=extractor,
         reference=reference,
         results={"parameters": sum(x.size for x in jax.tree.leaves(bundle.weights["params"]))},
@@ -250,7 +256,7 @@ def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
 
 def _sample_classes(probe: _Probe, out: Path) -> dict[str, Any]:
     """Samples of evenly spaced classes, at the best guidance."""
-    config, classes = probe.config, np.arange(probe.generator.config.classes)
+    config, classes = probe.config, np.arange(probe.generator.class_count)
     generation.sample(
         probe.generator,
         probe.tokenizer,
@@ -312,7 +318,7 @@ def feature_maps(
 
 
 def component_maps(features: np.ndarray) -> np.ndarray:
-    """Shows the first three principal components of features as colours (Fig. 8).
+    """Shows the first three principal components of features as colors (Fig. 8).
 
     Args:
       features: `[n, T, W]`, whose T tokens form a square.
@@ -329,6 +335,6 @@ def component_maps(features: np.ndarray) -> np.ndarray:
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), np.arange(axes.shape[1])])
     components = flat @ axes
     low, high = np.percentile(components, [1, 99], axis=0)
-    colours = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
+    colors = np.clip((components - low) / np.maximum(high - low, 1e-12), 0, 1)
     side = round(tokens**0.5)
-    return (255 * colours).astype(np.uint8).reshape(count, side, side, -1)
+    return (255 * colors).astype(np.uint8).reshape(count, side, side, -1)

@@ -4,7 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import functools
 import logging
 import math
+import os
 from pathlib import Path
+import shutil
 from typing import Any
 
 import einops
@@ -21,7 +23,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import print_metrics
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
-from gigatok_jax.files import replacing, write_json
+from gigatok_jax.files import printable, replacing, write_json
 from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
@@ -41,7 +43,7 @@ def evaluate(
     batch_size: int,
     ssim_range: int = 1,
 ) -> dict[str, float]:
-    """Reconstructs the evaluation images of a data set, as centre crops.
+    """Reconstructs the evaluation images of a data set, as center crops.
 
     Args:
       tokenizer: the tokenizer to evaluate.
@@ -95,8 +97,8 @@ def reconstruct(
       tokenizer: the tokenizer to use.
       source: an image file, or a folder that is searched recursively. Unreadable images are
         skipped.
-      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG per
-        image) and `metrics.json`.
+      out: folder that receives `grid.png` (inputs over outputs), `images/` (one PNG per image,
+        instead of those of an earlier call) and `metrics.json`.
       batch_size: images per batch.
       ssim_range: see `image_metrics.ssim`.
 
@@ -105,19 +107,29 @@ def reconstruct(
       distance, and "each", one row of metrics per image.
 
     Raises:
-      UserError: no image can be read.
+      UserError: no image can be read, or `out` has an `images/` that is not of an earlier call.
     """
     paths, rows = image_paths(source), []
+    root = source if source.is_dir() else source.parent
+    names = _output_names([str(path.relative_to(root)) for path in paths])
+    mark = out / "images.json"  # says that images/ is ours to replace
+    if (out / "images").exists() and not mark.exists():
+        raise UserError(f"{out / 'images'}: expected no such folder, or that of an earlier call")
+    for stale in out.glob(".images.*.partial"):  # left by a killed process
+        shutil.rmtree(stale)
 
-    def visit(keys, inputs, outputs, values):
-        for i, key in enumerate(keys.tolist()):
-            # a.jpg becomes a.jpg.png, so that a.png remains another file.
-            name = key if key.endswith(".png") else f"{key}.png"
-            pictures.save_png(out / "images" / name, outputs[i])
-            rows.append({"image": key} | {name: float(value[i]) for name, value in values.items()})
+    with replacing(out / "images") as aside:
 
-    batches = _read(source, paths, tokenizer.config.image_size, batch_size)
-    means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        def visit(keys, inputs, outputs, values):
+            for i, key in enumerate(keys.tolist()):
+                pictures.save_png(aside / names[key], outputs[i])
+                described = {"image": printable(key), "output": printable(names[key])}
+                rows.append(described | {name: float(x[i]) for name, x in values.items()})
+
+        batches = _read(source, paths, tokenizer.config.image_size, batch_size)
+        means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
+        write_json(mark, described)
     skipped = len(paths) - means.pop("images")
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
@@ -126,15 +138,37 @@ def reconstruct(
     return result
 
 
+def _output_names(keys: Sequence[str]) -> dict[str, str]:
+    """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
+    names = {key: key for key in keys if key.endswith(".png")}
+    taken = set(names)
+    for key in keys:
+        folder, base = os.path.split(key)
+        number = 0
+        while key not in names:
+            suffix = f".{number}.png" if number else ".png"
+            # A file's name has at most 255 bytes.
+            short = os.fsdecode(os.fsencode(base)[: 255 - len(suffix)])
+            name, number = os.path.join(folder, short + suffix), number + 1
+            if name not in taken:
+                names[key] = name
+                taken.add(name)
+    return names
+
+
 def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
     """Yields image files as batches like those of `pipeline.eval_images`."""
-    root, found = source if source.is_dir() else source.parent, False
+    root, found, turned = source if source.is_dir() else source.parent, False, False
     for start in range(0, len(paths), batch_size):
         images = np.zeros((batch_size, size, size, 3), np.uint8)
         valid, keys = np.zeros(batch_size, bool), [""] * batch_size
         for i, path in enumerate(paths[start : start + batch_size]):
             try:
-                images[i] = crops.center_crop(crops.load(path), size)
+                image = crops.load(path)
+                images[i] = crops.center_crop(image, size)
+                if crops.is_turned(image) and not turned:
+                    turned = True
+                    logger.warning(pipeline.TURNED)
                 valid[i], keys[i], found = True, str(path.relative_to(root)), True
             except crops.BadImage as error:
                 logger.warning("skipped %s: %s", path, error)
@@ -171,7 +205,8 @@ def _reconstruct(
         floats = tokenizer.decode(codes)
         values = jax.device_get(compare(batch["image"], floats))
         values = {name: value[valid].astype(np.float64) for name, value in values.items()}
-        inputs, outputs = batch["image"][valid], np.asarray(pictures.to_uint8(floats))[valid]
+        outputs = pictures.finite_uint8(floats, "the reconstructions")[valid]
+        inputs = batch["image"][valid]
         if valid.any():
             visit(batch["key"][valid], inputs, outputs, values)
         images += len(inputs)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import functools
 import io
 import json
+import math
 import pathlib
 from typing import Any
 
@@ -38,12 +39,12 @@ UNUSED_SETTINGS = ("generator.data.", "linear_probe.data.")  # overridden by the
 MAX_POINTS = 400  # per curve; more points are invisible and bloat the file
 WIDE_RANGE = 8  # ratio of largest to smallest value above which the scale is logarithmic
 MAX_PNG_BYTES = 2**20  # larger pictures are embedded as JPEG
-COLOURS = ("#2f6fde", "#d9622b", "#2a9d6f", "#8e5bd0", "#c23b6b", "#6b7280", "#b58a00", "#0f8ea8")
-GREY = "#9aa3af"
+COLORS = ("#2f6fde", "#d9622b", "#2a9d6f", "#8e5bd0", "#c23b6b", "#6b7280", "#b58a00", "#0f8ea8")
+GRAY = "#9aa3af"
 CHART_STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.edgecolor": GREY,
+    "axes.edgecolor": GRAY,
     "axes.labelcolor": "#374151",
     "axes.grid": True,
     "grid.color": "#e5e7eb",
@@ -75,9 +76,9 @@ def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
         (_read_probe, _compare_probes) if kinds[0] == PROBE else (_read_training, _compare_training)
     )
     runs = [read(workdir) for workdir in workdirs]
-    looks = zip(labels(workdirs), colours(len(runs)), strict=True)
-    for run, (label, colour) in zip(runs, looks, strict=True):
-        run.update(label=label, colour=colour)
+    looks = zip(labels(workdirs), colors(len(runs)), strict=True)
+    for run, (label, color) in zip(runs, looks, strict=True):
+        run.update(label=label, color=color)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
         autoescape=True,
@@ -125,16 +126,18 @@ def labels(workdirs: Sequence[pathlib.Path]) -> list[str]:
     return [label(path) for path in paths]
 
 
-def colours(count: int) -> list[str]:
-    """`count` distinct colours."""
-    if count <= len(COLOURS):
-        return list(COLOURS[:count])
+def colors(count: int) -> list[str]:
+    """`count` distinct colors."""
+    if count <= len(COLORS):
+        return list(COLORS[:count])
     wheel = matplotlib.colormaps["turbo"](np.linspace(0.05, 0.95, count))
-    return [matplotlib.colors.to_hex(colour) for colour in wheel]
+    return [matplotlib.colors.to_hex(color) for color in wheel]
 
 
-def _number(value: float | None, spec: str) -> str:
-    """Template filter; a missing value becomes a dash."""
+def _number(value: float | str | None, spec: str) -> str:
+    """Template filter; a missing value becomes a dash, and "nan" and "inf" stay."""
+    if isinstance(value, str):
+        return value
     missing = value is None or isinstance(value, jinja2.Undefined)
     return "-" if missing else format(value, spec)
 
@@ -193,7 +196,7 @@ def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
 
 
 def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
-    pair = colours(2)
+    pair = colors(2)
     generator = _read_metrics(workdir / "generator" / "metrics.jsonl")
     linear_probe = _read_metrics(workdir / "linear_probe" / "metrics.jsonl")
     counts = np.sort(np.load(workdir / "reconstruction" / "code_counts.npy"))[::-1]
@@ -207,7 +210,7 @@ def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str
         distance = next(name for name in GENERATION_DISTANCES if name in results)
         scales, values = [row["guidance"] for row in search], [row[distance] for row in search]
         axes.plot(scales, values, marker="o", markersize=4, color=pair[0])
-        axes.axvline(results["guidance"], color=GREY, linewidth=1, linestyle=":")
+        axes.axvline(results["guidance"], color=GRAY, linewidth=1, linestyle=":")
         axes.set(xlabel="guidance")
 
     def draw_accuracy(axes):
@@ -217,7 +220,7 @@ def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str
 
     def draw_usage(axes):
         axes.fill_between(np.arange(len(counts)), counts / counts.mean(), step="mid", color=pair[0])
-        axes.axhline(1, color=GREY, linewidth=1, linestyle=":")
+        axes.axhline(1, color=GRAY, linewidth=1, linestyle=":")
         axes.set(xlabel="code, most frequent first")
 
     charts = {"generator": draw_loss, "linear_probe": draw_accuracy, "codebook": draw_usage}
@@ -246,7 +249,7 @@ def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
     sizes = [probe["parameters"] / 1e6 for probe in probes]
     for probe, size in zip(probes, sizes, strict=True):
         point = (size, probe[name])
-        axes.scatter(*point, s=36, zorder=3, color=probe["colour"])
+        axes.scatter(*point, s=36, zorder=3, color=probe["color"])
         # Labels of large tokenizers go to the left, where the edge does not cut them off.
         offset, side = (5, "left") if size**2 <= min(sizes) * max(sizes) else (-5, "right")
         place = {"xytext": (offset, 5), "textcoords": "offset points", "ha": side}
@@ -279,7 +282,7 @@ def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
     }
     return {
         "rows": rows,
-        "last": {name: value for row in rows for name, value in row.items() if value is not None},
+        "last": {name: value for row in rows for name, value in row.items()},
         "total_steps": config.total_steps,
         "pictures": {
             name: {"step": int(file.stem.rpartition("_")[2]), "source": _picture(file)}
@@ -309,7 +312,7 @@ def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
     """One metric of all runs. A single run gets a legend here, several share one on the page."""
     single = len(runs) == 1
     for run in runs:
-        _draw_curves(axes, run["rows"], name, colours(2) if single else [run["colour"]] * 2)
+        _draw_curves(axes, run["rows"], name, colors(2) if single else [run["color"]] * 2)
     values = np.concatenate([line.get_ydata() for line in axes.lines])
     linear = name in (*FRACTIONS, *THROUGHPUT, "learning_rate")
     if not linear and values.min() > 0 and values.max() > WIDE_RANGE * values.min():
@@ -325,14 +328,17 @@ def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
 
 
 def _read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, if any; the held-out loss takes the training loss's name."""
+    """Finite values in a `metrics.jsonl`; the held-out loss takes the training loss's name."""
     rows = read_metrics(path) if path.exists() else []
     names = {f"{HELD_OUT}loss": f"{HELD_OUT}total"}
-    return [{names.get(name, name): value for name, value in row.items()} for row in rows]
+    return [
+        {names.get(name, name): value for name, value in row.items() if math.isfinite(value)}
+        for row in rows
+    ]
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric where it was logged, averaged over neighbours in long runs."""
+    """Steps and values of a metric where it was logged, averaged over neighbors in long runs."""
     pairs = np.array([(row["step"], row[name]) for row in rows if row.get(name) is not None])
     if not len(pairs):
         return np.empty(0), np.empty(0)
@@ -343,7 +349,7 @@ def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np
 def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Sequence[str]) -> None:
     """Draws a metric in training as a line, and its held-out counterpart as a dashed line."""
     dots = {"marker": "o", "markersize": 3, "linestyle": "--"}
-    for key, label, colour, style in (
+    for key, label, color, style in (
         (name, "training", pair[0], {}),
         (HELD_OUT + name, "held out", pair[1], dots),
     ):
@@ -351,7 +357,7 @@ def _draw_curves(axes, rows: Sequence[Mapping[str, Any]], name: str, pair: Seque
         if len(steps) == 1:
             style = dots
         if len(steps):
-            axes.plot(steps, values, label=label, color=colour, linewidth=1, **style)
+            axes.plot(steps, values, label=label, color=color, linewidth=1, **style)
     axes.set(xlabel="step")
     axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))

@@ -14,14 +14,14 @@ with cached keys and values, for sampling.
 
 import functools
 import math
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from einops import rearrange
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gigatok_jax import sharding
 from gigatok_jax.config import configclass
@@ -29,7 +29,6 @@ from gigatok_jax.models import layers
 
 Positions = Literal["learned", "rotary", "rotary_2d"]
 AdaLN = Literal["none", "block", "shared"]
-POSITIONS, ADALN = get_args(Positions), get_args(AdaLN)
 
 
 @configclass
@@ -41,7 +40,8 @@ class GeneratorConfig:
     width: PositiveInt
     codes: PositiveInt = 256  # per image, N
     codebook_size: Annotated[int, Field(ge=2)] = 16_384  # K
-    classes: PositiveInt = 1_000  # without the null class, which is one more
+    # Without the null class, which is one more. 0, in a training run: the number in the data.
+    classes: NonNegativeInt = 1_000
     positions: Positions = "learned"  # 2d tokenizers need "rotary_2d"
     qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
     # Modulation of blocks by the class: "block" has one Linear per block; "shared" has one for all

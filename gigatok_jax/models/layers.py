@@ -35,7 +35,6 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
-REMAT = ("none", *REMAT_POLICIES)
 
 ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),

@@ -59,6 +59,11 @@ class LPIPS(nn.Module):
         return self.distance(self.features(images), self.features(others))
 
 
+def param_shapes() -> dict:
+    """Shapes of the parameters; allocates nothing."""
+    return layers.param_shapes(LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))
+
+
 def _unit(x):
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     # The floor keeps the gradient finite where every channel is zero.

@@ -1,4 +1,7 @@
-"""Norms that Flax lacks: remat keeps their statistics, or they follow PyTorch or parts of a batch.
+"""Norms that Flax lacks.
+
+GroupNorm whose statistics survive remat, BatchNorm with PyTorch's running statistics, and BatchNorm
+over parts of a batch.
 
 Statistics are always float32.
 """
@@ -21,7 +24,7 @@ zeros = layers.partitioned(nn.initializers.zeros, "norm")
 def group_count(channels: int) -> int:
     """32 groups, or fewer in narrow networks, so that a group has at least 4 channels.
 
-    Groups of one channel would remove an image's mean colour from every feature.
+    Groups of one channel would remove an image's mean color from every feature.
     """
     return math.gcd(32, max(channels // 4, 1))
 

@@ -10,7 +10,7 @@ import numpy as np
 
 @functools.lru_cache
 def _bicubic_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights: a = -0.75, half-pixel centres, repeated edges."""
+    """`[target, length]` weights: a = -0.75, half-pixel centers, repeated edges."""
     a = -0.75
     center = (np.arange(target) + 0.5) * (length / target) - 0.5
     first = np.floor(center).astype(int) - 1
@@ -60,7 +60,7 @@ def _separable(images, size, matrix):
 
 @functools.lru_cache
 def _tf1_bilinear_matrix(length: int, target: int) -> np.ndarray:
-    """`[target, length]` weights: neither half-pixel centres nor aligned corners."""
+    """`[target, length]` weights: neither half-pixel centers nor aligned corners."""
     place = np.arange(target) * (length / target)
     lower = place.astype(int)
     upper = np.minimum(lower + 1, length - 1)

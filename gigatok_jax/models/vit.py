@@ -43,9 +43,8 @@ class ViTConfig:
     activation: Literal["gelu", "gelu_tanh", "quick_gelu"] = "gelu"  # of the MLPs; "gelu" is exact
     epsilon: PositiveFloat = 1e-6  # of all norms
     class_token: bool = True
-    norm_in: bool = (
-        False  # before the first block, as in CLIP; drops the bias of the patch embedding
-    )
+    # Before the first block, as in CLIP; drops the bias of the patch embedding.
+    norm_in: bool = False
     layer_scale: bool = True  # see `layers.Block`
 
 

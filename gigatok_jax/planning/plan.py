@@ -103,7 +103,7 @@ def plan(
             )
         if not found:
             print("  none: use more devices or a smaller batch_size")
-    raise RunStopped(f"{topology}: the memory of a device does not suffice")
+    raise RunStopped(f"{topology}: the run does not fit in a device's memory")
 
 
 def make(run: RunConfig, topology: Topology, job: str = "train", effort: float = -1.0) -> Plan:

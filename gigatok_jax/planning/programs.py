@@ -12,11 +12,13 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gigatok_jax import bundles, frozen_networks, sampling, sharding
-from gigatok_jax.models import generator, layers, lpips, tokenizer, vit
+from gigatok_jax.models import generator, lpips, tokenizer, vit
 from gigatok_jax.training import loop
 from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.task import RunConfig, Task
 from gigatok_jax.training.tokenizer import Frozen, TokenizerTask
+
+IMAGENET_CLASSES = 1_000  # assumed where a run leaves the number to its data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +72,7 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
       UserError: a teacher or a tokenizer that the run names is missing.
     """
     if isinstance(run, GeneratorRun):
+        run = run.for_classes(IMAGENET_CLASSES)
         if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
         config = bundles.load_config(run.tokenizer, "tokenizer", tokenizer.TokenizerConfig)
@@ -77,22 +80,18 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
     objective, config, networks = run.objective, None, {}
     if objective.needs_teacher:
         config = frozen_networks.architecture(objective.teacher)
-        networks["teacher"] = _vit_shapes(config, run.model.grid)
+        networks["teacher"] = vit.param_shapes(dataclasses.replace(config, grid=run.model.grid))
+    task = TokenizerTask(run, config)
     if objective.needs_lpips:
-        networks["lpips"] = layers.param_shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3))
+        networks["lpips"] = lpips.param_shapes()
     if objective.needs_dino:
-        dino = vit.DINO["dino_vits16"]
-        networks["dino"] = _vit_shapes(dino, dino.grid)
-    return TokenizerTask(run, config), Frozen(**networks)
-
-
-def _vit_shapes(config: vit.ViTConfig, grid: int) -> dict:
-    side = grid * config.patch_size
-    return layers.param_shapes(vit.ViT(config), (1, side, side, 3))
+        networks["dino"] = vit.param_shapes(task.dino)
+    return task, Frozen(**networks)
 
 
 def sampling_codes(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:
     """Sampling codes for `run.batch_size` images, with the options in `run.sampling`."""
+    run = run.for_classes(IMAGENET_CLASSES)
     shapes = generator.param_shapes(run.model)
     whole, shared = sharding.replicated(mesh), sharding.batch_sharding(mesh)
     params = sharding.abstract(shapes, jax.tree.map(lambda _: whole, shapes))

@@ -1,11 +1,14 @@
 """Asynchronous checkpoints of a run: its state, position in the data, and unlogged metrics."""
 
+from collections.abc import Iterator
+import contextlib
 import pathlib
 from typing import Any, NamedTuple
 
 import orbax.checkpoint as ocp
 
-from gigatok_jax.errors import UserError, first_line
+from gigatok_jax import files
+from gigatok_jax.errors import RunStopped, UserError, first_line
 
 
 class Restored(NamedTuple):
@@ -40,8 +43,9 @@ class Checkpoints:
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
         )
+        self._directory, self._failed = directory.absolute(), False
         self._manager = ocp.CheckpointManager(
-            directory.absolute(), options=options, item_names=("state", "progress")
+            self._directory, options=options, item_names=("state", "progress")
         )
 
     @property
@@ -62,7 +66,8 @@ class Checkpoints:
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
         )
-        self._manager.save(step, args=items, force=True)
+        with self._one_line():
+            self._manager.save(step, args=items, force=True)
 
     def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
         """Restores a checkpoint; every process of the run calls this.
@@ -93,11 +98,40 @@ class Checkpoints:
             ) from error
         return Restored(step, restored.state, restored.progress)
 
+    def check(self) -> None:
+        """Raises RunStopped if writing in the background has failed."""
+        with self._one_line():
+            self._manager.check_for_errors()
+
     def wait(self) -> None:
-        """Waits until all checkpoints are written."""
-        self._manager.wait_until_finished()
+        """Waits until all checkpoints are written; raises RunStopped if one cannot be."""
+        with self._one_line():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Waits, then stops the writer threads."""
-        self.wait()
-        self._manager.close()
+        try:
+            if not self._failed:  # otherwise the error has been raised
+                self.wait()
+        finally:
+            with contextlib.suppress(Exception):
+                self._manager.close()
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        """Turns what Orbax raises when it cannot write into RunStopped; the rest passes."""
+        try:
+            yield
+        except Exception as error:
+            self._failed = True
+            if not isinstance(error, OSError) and not any(t in str(error) for t in files.FULL):
+                raise  # the loss of another process, for example
+            where = f"{self._directory}: a checkpoint cannot be written ({files.reason(error)})"
+            raise RunStopped(f"{where}; {last_good(self._directory)}") from error
+
+
+def last_good(directory: pathlib.Path) -> str:
+    """Which checkpoint a run that stopped goes on from, for messages."""
+    complete = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    last = f"step {max(complete)}" if complete else "none yet"
+    return f"last good checkpoint: {last}. Once that is mended, the same command resumes the run"

@@ -16,7 +16,7 @@ CUTOUT = 0.2  # of the extent
 
 
 def augment(images: jax.Array, key: jax.Array) -> jax.Array:
-    """Applies translation, colour and cutout, always all three, in this order."""
+    """Applies translation, color and cutout, always all three, in this order."""
     for function, part in zip((translate, color, cutout), jax.random.split(key, 3), strict=True):
         images = function(images, part)
     return images

@@ -86,6 +86,12 @@ class GeneratorRun(RunConfig):
         share = (self.total_steps - self.branch_step) / self.total_steps
         return dataclasses.replace(resolved, decay_share=share)
 
+    def for_classes(self, count: int) -> "GeneratorRun":
+        """This run, with the number of classes if `model.classes` leaves it to the data."""
+        if self.model.classes:
+            return self
+        return dataclasses.replace(self, model=dataclasses.replace(self.model, classes=count))
+
     def open_task(self) -> "GeneratorTask":
         from_codes = self.data.source == "codes"
         if not from_codes and not self.tokenizer:
@@ -96,21 +102,11 @@ class GeneratorRun(RunConfig):
         tokenizer = None
         if self.tokenizer:
             tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
-            for name, theirs in (("codes", "latents"), ("codebook_size", "codebook_size")):
-                expected, got = getattr(tokenizer.config, theirs), getattr(self.model, name)
-                if got != expected:
-                    raise UserError(
-                        f"config.model.{name}: expected {expected}, as in tokenizer "
-                        f"{self.tokenizer}, got {got}"
-                    )
+            check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         if from_codes:
             info = stored.find_info(self.data.path)
-            info.check(
-                codes=self.model.codes,
-                codebook_size=self.model.codebook_size,
-                tokenizer=fingerprint,
-            )
+            check_tokenizer(self.data.path, info, self.model, fingerprint)
             fingerprint = info.tokenizer
         if self.branch_from:
             _check_branch_point(self)
@@ -122,16 +118,38 @@ class GeneratorRun(RunConfig):
         )
 
 
+def check_tokenizer(
+    path: str | pathlib.Path,
+    source: bundles.Bundle | stored.CodesInfo,
+    model: GeneratorConfig,
+    fingerprint: str | None = None,
+) -> None:
+    """Raises UserError unless `model` fits the codes of `source`, a tokenizer or stored codes.
+
+    `path` is that of `source`, and `fingerprint` that of the generator's tokenizer, if known.
+    """
+    if isinstance(source, stored.CodesInfo):
+        theirs = source.codes, source.codebook_size, source.tokenizer
+    else:
+        theirs = source.config.latents, source.config.codebook_size, source.fingerprint
+    ours = model.codes, model.codebook_size, fingerprint
+    names = "codes", "codebook_size", "tokenizer"
+    for name, expected, found in zip(names, ours, theirs, strict=True):
+        if expected not in (None, found):
+            raise UserError(f"{path}: expected {name}={expected}, as in the generator, got {found}")
+
+
 def _check_branch_point(run: GeneratorRun) -> None:
     """Rejects a run of another model, and a step outside its constant phase."""
     path = pathlib.Path(run.branch_from) / "config.json"
     if not path.exists():  # a branch with checkpoints of its own does not need the other run
         return
-    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), str(path))
-    if other.model != run.model:
-        raise UserError(
-            f"config.model: {run.model}, but the run in {run.branch_from} has {other.model}"
-        )
+    other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), f"{path}: config")
+    for name, ours in dataclasses.asdict(run.model).items():
+        if (theirs := getattr(other.model, name)) != ours:
+            raise UserError(
+                f"config.model.{name}: expected {theirs!r}, as in {run.branch_from}, got {ours!r}"
+            )
     schedule = other.resolved_optimizer
     first = schedule.warmup_steps
     last = math.floor((1 - schedule.decay_share) * other.total_steps)
@@ -175,17 +193,18 @@ class GeneratorTask(Task):
         self.image_size = tokenizer.image_size if tokenizer else 0
         self.identity = {"tokenizer": fingerprint}
         self.dtype = layers.compute_dtype(run.dtype)
-        self.class_count = run.model.classes  # classes of the data, once they are known
         if run.branch_from:
             self.branch = (run.branch_from, run.branch_step)
 
-    def check_data(self, batches) -> None:
-        self.class_count = len(batches.class_names)
-        if self.class_count > self.run.model.classes:
+    def set_data(self, class_names, version) -> None:
+        super().set_data(class_names, version)
+        self.run, found = self.run.for_classes(len(class_names)), len(class_names)
+        if found > self.run.model.classes:
             raise UserError(
-                f"config.model.classes: expected at least {self.class_count}, the number of "
-                f"classes in the data, got {self.run.model.classes}"
+                f"config.model.classes: expected at least {found}, the number of classes in the "
+                f"data, or 0, got {self.run.model.classes}"
             )
+        self.identity = self.identity | {"list of classes": list(class_names)}
 
     def init(self, key: jax.Array) -> GeneratorState:
         run = self.run
@@ -255,7 +274,7 @@ class GeneratorTask(Task):
         if self.tokenizer is None:
             return {}
         run = self.run
-        classes = np.arange(COLUMNS) * self.class_count // COLUMNS
+        classes = np.arange(COLUMNS) * (len(self.class_names) or run.model.classes) // COLUMNS
         classes = jnp.asarray(np.tile(classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         codes = sampling.sample(
@@ -280,11 +299,7 @@ class GeneratorTask(Task):
     _compiled_decode = None
 
     def bundle(self, state) -> BundleContent:
-        made_by = {
-            "run": dataclasses.asdict(self.run),
-            "step": int(state.step),
-            "tokenizer": self.identity["tokenizer"],
-        }
+        made_by = self.made_by(state) | {"tokenizer": self.identity["tokenizer"]}
         weights = {"params": params_for_use(state)}
         return BundleContent("generator", self.run.model, weights, made_by)
 

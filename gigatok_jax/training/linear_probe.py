@@ -21,7 +21,7 @@ from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.norms import BatchNorm
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.training import losses, task
-from gigatok_jax.training.generator import batch_codes
+from gigatok_jax.training.generator import batch_codes, check_tokenizer
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.training.task import BundleContent, RunConfig, Task
 
@@ -96,13 +96,9 @@ def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
     bundle = bundles.load(run.generator, "generator", GeneratorConfig)
     config, made_by = bundle.config, bundle.made_by.get("tokenizer")
     if run.data.source == "codes":
-        info = stored.find_info(run.data.path)
-        info.check(codes=config.codes, codebook_size=config.codebook_size, tokenizer=made_by)
-    elif made_by not in (None, tokenizer.fingerprint):
-        raise UserError(
-            f"config.tokenizer: {run.tokenizer} is not the tokenizer that the generator was "
-            "trained on"
-        )
+        check_tokenizer(run.data.path, stored.find_info(run.data.path), config, made_by)
+    else:
+        check_tokenizer(run.tokenizer, tokenizer, config, made_by)
     layer = _chosen_layer(run, config.depth // 2, config.depth)
     module = Generator(config, dtype=dtype)
     encoder = tokenizer.config if tokenizer else None
@@ -202,7 +198,7 @@ class LinearProbeTask(Task):
       run: the configuration.
       probed: the frozen network.
       image_size: of the images that it sees, in pixels; 0 for stored codes.
-      classes: number of classes, until `check_data` sets that of the data.
+      classes: number of classes, until `set_data` gives that of the data.
     """
 
     def __init__(
@@ -210,11 +206,16 @@ class LinearProbeTask(Task):
     ):
         self.run, self.probed, self.frozen = run, probed, probed.frozen
         self.image_size = image_size
-        self.identity = {"features": probed.description, "networks": probed.fingerprint}
+        self.identity = {
+            "kind of features": probed.description,
+            "frozen network": probed.fingerprint,
+        }
         self.module = LinearProbe(classes)
 
-    def check_data(self, batches) -> None:
-        self.module = LinearProbe(len(batches.class_names))
+    def set_data(self, class_names, version) -> None:
+        super().set_data(class_names, version)
+        self.module = LinearProbe(len(class_names))
+        self.identity = self.identity | {"list of classes": list(class_names)}
 
     def init(self, key: jax.Array) -> LinearProbeState:
         run = self.run
@@ -289,9 +290,5 @@ class LinearProbeTask(Task):
 
     def bundle(self, state) -> BundleContent:
         weights = {"params": state.params, "batch_stats": state.batch_stats}
-        made_by = {
-            "run": dataclasses.asdict(self.run),
-            "step": int(state.step),
-            "features": self.probed.description,
-        }
+        made_by = self.made_by(state) | {"features": self.probed.description}
         return BundleContent("linear_probe", None, weights, made_by)

@@ -6,9 +6,10 @@ state, steps. A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, `t
 """
 
 import collections
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -26,8 +27,8 @@ from gigatok_jax import bundles, distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.files import read_json, write_json
-from gigatok_jax.training.checkpoints import Checkpoints, Restored
+from gigatok_jax.files import read_json, reason, write_json
+from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
 
@@ -42,6 +43,7 @@ STRUCTURE = (
     "config.model",
     "config.objective.discriminator",
     "config.optimizer.algorithm",
+    "config.optimizer.decayed",
 )
 SWITCHES = ("config.average_decay", "config.optimizer.clip")
 
@@ -51,15 +53,18 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
 
     Args:
       run: what to train.
-      workdir: where the run lives; created if it is missing.
+      workdir: where the run lives; created if it is missing, and locked against other runs.
 
     Raises:
-      UserError: the configuration, data, weights or `workdir` cannot be used.
-      RunStopped: a metric became non-finite (without a checkpoint), or a signal stopped the run
-        (after a checkpoint).
+      UserError: the configuration, data, weights or `workdir` cannot be used; the results in
+        `workdir` are then as they were.
+      RunStopped: a metric became non-finite or the disk full (without a checkpoint), or a signal
+        stopped the run (after a checkpoint).
     """
     if not run.steps and not getattr(run, "branch_from", ""):
-        logger.info("%g epochs are %d steps", run.epochs, run.total_steps)
+        logger.info(
+            "%g epochs of %d images are %d steps", run.epochs, run.epoch_images, run.total_steps
+        )
 
     # Check first what needs no files: a bad mesh is rejected before networks and data load.
     try:
@@ -69,42 +74,44 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     except ValueError as error:
         raise UserError(f"config.{error}") from error
 
-    # Open networks and data before claiming the workdir, so that a run that cannot start leaves
-    # nothing behind.
+    # Open networks and data first, so that a run that cannot start leaves nothing behind.
     task = run.open_task()
     batches = pipeline.train_batches(run.data, task.image_size, run.batch_size, run.seed, *block)
-    task.check_data(batches)
+    task.set_data(batches.class_names, batches.version() if distributed.is_main() else "")
     held_out = HeldOut(task, mesh)
-    _claim_workdir(workdir, run)
 
     config, steps = run.loop, run.total_steps
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
+        stack.enter_context(distributed.locked(workdir))
+        stack.enter_context(_full_disk(workdir))
+        changed = _check_workdir(workdir, run)
         # Place frozen networks once; host arrays would be copied to the devices at every step.
         shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
         frozen = sharding.put(task.frozen, shardings)
+
+        # The state comes from the newest checkpoint, from another run, or from initialization.
+        abstract = abstract_state(task, mesh)
+        origin = pathlib.Path(task.branch[0]) if task.branch and changed is None else workdir
+        branch = _restore_branch(task, abstract) if origin != workdir else None
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
         stack.callback(checkpoints.close)
-
-        # The state comes from the newest checkpoint, from another run, or from initialization.
-        abstract = abstract_state(task, mesh)
-        restored = checkpoints.restore(abstract)
-        origin = workdir
-        if restored is None and task.branch:
-            origin = pathlib.Path(task.branch[0])
-            restored = _restore_branch(task, abstract)
+        restored = branch or checkpoints.restore(abstract)
         if restored is None:
             start, state, unlogged = 0, fresh_state(task, abstract, run.seed), []
         else:
             start, state, progress = restored
-            for name, value in task.identity.items():
-                if progress["identity"].get(name) != value:
-                    raise UserError(f"{origin}: checkpoint was trained with a different {name}")
+            _check_progress(task, origin, start, progress)
             batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("resuming from step %d in %s", start, origin)
+        distributed.barrier("config", working=True)  # all processes have read the old one
+        if distributed.is_main():
+            for line in changed or ():
+                logger.warning(line)
+            write_json(workdir / "config.json", _as_json(run))
 
         telemetry = None
         if distributed.is_main():
@@ -122,6 +129,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
                 # never stopped. Copied, because the list grows while the checkpoint is written.
                 "unlogged": list(meter.rows),
                 "identity": dict(task.identity),
+                "data_version": task.data_version,
             }
             checkpoints.save(step, state, progress)
 
@@ -162,9 +170,10 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
             # Fetch metrics only here; fetching at every step would stall the devices.
             if due(config.log_every, step):
                 row = meter.row(step, checkpoints.latest)
-                if advice := task.advise({"step": step} | row):
-                    logger.warning("step %d: %s", step, advice)
+                checkpoints.check()
                 if telemetry:
+                    if advice := task.advise({"step": step} | row):
+                        logger.warning("step %d: %s", step, advice)
                     telemetry.scalars(step, row)
                     bar.set_postfix_str(
                         f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}"
@@ -240,30 +249,68 @@ def _restore_branch(task: Task, abstract: Any) -> Restored:
     return restored._replace(progress=restored.progress | {"unlogged": []})
 
 
-def _claim_workdir(workdir: pathlib.Path, run: RunConfig) -> None:
-    """Writes `config.json`; rejects a workdir whose checkpoints do not fit `run`."""
+@contextlib.contextmanager
+def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns the error of a file that cannot be written in the middle of a run into RunStopped."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+            raise
+        where = f"{error.filename or workdir}: {reason(error)}"
+        raise RunStopped(f"{where}; {last_good(workdir / 'checkpoints')}") from error
+
+
+def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:
+    """Compares `run` with the one that left checkpoints in `workdir`; None if there are none.
+
+    Returns:
+      A line for each field that differs and may.
+
+    Raises:
+      UserError: a field differs on which the structure of the checkpoints depends.
+    """
     path = workdir / "config.json"
-    record = _as_json(run)
-    if path.exists() and any((workdir / "checkpoints").glob("[0-9]*")):
-        old = read_json(path, "the run there")
-        if old.get("task") == run.task:
-            # Options added after the run was created are missing from its config.json; use their
-            # defaults.
-            old = _as_json(from_mapping(type(run), old, f"{path}: config"))
-        old, new = (
-            flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
-            for mapping in (old, record)
+    # A save that was cut off leaves a folder whose name is more than the step.
+    saved = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
+    if not saved or not path.exists():
+        return None
+    old = read_json(path, "the run there")
+    if old.get("task") == run.task:
+        # Options added after the run was created are missing from its config.json; use their
+        # defaults.
+        old = _as_json(from_mapping(type(run), old, f"{path}: config"))
+    old, new = (
+        flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
+        for mapping in (old, _as_json(run))
+    )
+    changed = []
+    for name in sorted(old.keys() | new.keys()):
+        before, now = old.get(name), new.get(name)
+        if before == now:
+            continue
+        if name.startswith(STRUCTURE) or (name in SWITCHES and bool(before) != bool(now)):
+            raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
+        changed.append(f"{name}: {now!r}, was {before!r} when this run started")
+    return changed
+
+
+def _check_progress(task: Task, origin: pathlib.Path, start: int, progress: Mapping) -> None:
+    """Raises UserError if a run cannot go on from this checkpoint; warns if its data changed."""
+    for name, value in task.identity.items():
+        if progress["identity"].get(name) != value:
+            raise UserError(f"{origin}: its checkpoint was trained with another {name}")
+    if start > task.run.total_steps:
+        raise UserError(
+            f"config.steps: expected at least {start}, the step of the checkpoint in {origin}, "
+            f"got {task.run.total_steps}"
         )
-        for name in sorted(old.keys() | new.keys()):
-            before, now = old.get(name), new.get(name)
-            if before == now:
-                continue
-            if name.startswith(STRUCTURE) or (name in SWITCHES and bool(before) != bool(now)):
-                raise UserError(f"{name}: {now!r}, but the run in {workdir} has {before!r}")
-            logger.warning("%s: %r, was %r when this run started", name, now, before)
-    distributed.barrier("config", working=True)  # all processes have read the old file
-    if distributed.is_main():
-        write_json(path, record)
+    if progress.get("data_version") != task.data_version and distributed.is_main():
+        logger.warning(
+            "the data have changed since the checkpoint in %s; the order of the training images "
+            "has changed as well",
+            origin,
+        )
 
 
 def _as_json(run: RunConfig) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def hinge_generator(logits_fake: jax.Array) -> jax.Array:
 def semantic(features: jax.Array, target: jax.Array) -> jax.Array:
     """Negative cosine similarity of projected features and the teacher's, both `[B, T, C]`.
 
-    Averaged over tokens. The paper's formula has the opposite sign; this one is minimised.
+    Averaged over tokens. The paper's formula has the opposite sign; this one is minimized.
     """
     return -jnp.sum(normalize(features) * normalize(target), axis=-1).mean()
 
@@ -32,7 +32,7 @@ def semantic(features: jax.Array, target: jax.Array) -> jax.Array:
 def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) -> jax.Array:
     """Perceptual distance between two batches of images, from a frozen network's features.
 
-    As in LPIPS, but without learned weights: tokens are normalised to unit length, and squared
+    As in LPIPS, but without learned weights: tokens are normalized to unit length, and squared
     differences are summed over channels and averaged over tokens and layers. Computed in float32,
     and differentiable where the images are equal.
 

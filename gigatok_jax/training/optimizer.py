@@ -22,12 +22,12 @@ class OptimizerConfig:
     # LARS (You et al. 2017) scales each matrix's update relative to the norm of the matrix.
     algorithm: Literal["adamw", "lars"] = "adamw"
     rate: PositiveFloat | None = 1e-4  # peak learning rate; None: base_rate * batch_size / 256
-    base_rate: PositiveFloat = 0.1
+    base_rate: PositiveFloat = 0.1  # used only if rate is None
     final_rate: NonNegativeFloat = 1e-5  # where the cosine ends
     # "warmup_stable_decay" is constant and then decays to 0.
     schedule: Literal["cosine", "warmup_stable_decay", "constant"] = "cosine"
     warmup_steps: NonNegativeInt | None = None  # linear from 1 % of rate; None: from warmup_epochs
-    warmup_epochs: NonNegativeFloat = 0.0
+    warmup_epochs: NonNegativeFloat = 0.0  # used only if warmup_steps is None
     decay_share: Fraction = 0.2  # fraction of all steps over which "warmup_stable_decay" decays
     b1: Fraction = 0.9  # momentum, also in LARS
     b2: Fraction = 0.95

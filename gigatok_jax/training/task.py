@@ -7,6 +7,7 @@ the rest, in the same way for every task.
 
 import collections
 from collections.abc import Callable, Hashable, Mapping
+import dataclasses
 import math
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -27,6 +28,7 @@ from gigatok_jax.training import optimizer
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @configclass
@@ -48,14 +50,15 @@ class RunConfig:
     optimizer: OptimizerConfig = OptimizerConfig()
     loop: LoopConfig = LoopConfig()
     mesh: MeshConfig = MeshConfig()
-    epochs: PositiveFloat = 100.0  # passes over `epoch_images`
+    # An epoch is `epoch_images` images, those of ImageNet, whatever the data.
+    epochs: PositiveFloat = 100.0
     epoch_images: PositiveInt = 1_280_000
     steps: NonNegativeInt = 0  # length of the run; 0: from `epochs` and `batch_size`
     batch_size: PositiveInt = 128  # images per step, over all devices
     # Process each batch in this many parts, one after the other, to save memory. Batch statistics
     # (entropy loss, the discriminator's BatchNorm) are then those of each part.
     accumulate: PositiveInt = 1
-    seed: int = 0
+    seed: Seed = 0
     average_decay: Decay = 0.0  # moving average of weights; 0: none
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # "auto": bfloat16, float32 on CPU
     # Activations to recompute in the backward pass: "dots" keeps only products with weights, which
@@ -111,14 +114,19 @@ class Task:
       run: the configuration.
       frozen: arrays that each step receives besides the state, or None.
       image_size: side of the images in a batch, in pixels; 0 for stored codes.
-      identity: values by name that must be equal in a checkpoint and the run that resumes from it.
+      identity: JSON values by name that must be equal in a checkpoint and the run that resumes
+        from it.
+      class_names: of the data, by label.
+      data_version: of the training data, see `sources.Source`.
       branch: workdir and step of another run to start from, or None.
     """
 
     run: RunConfig
     frozen: Any = None
     image_size: int = 0
-    identity: Mapping[str, str | None] = {}
+    identity: Mapping[str, Any] = {}
+    class_names: tuple[str, ...] = ()
+    data_version: str = ""
     branch: tuple[str, int] | None = None
 
     def init(self, key: jax.Array) -> Any:
@@ -153,8 +161,21 @@ class Task:
         """Content of the run's bundle."""
         raise NotImplementedError
 
-    def check_data(self, batches: pipeline.Batches) -> None:
-        """Raises UserError if the data do not fit the model."""
+    def set_data(self, class_names: tuple[str, ...], version: str) -> None:
+        """Takes what a task needs to know of its data, before `init`.
+
+        Raises:
+          UserError: the data do not fit the model.
+        """
+        self.class_names, self.data_version = tuple(class_names), version
+
+    def made_by(self, state: Any) -> dict[str, Any]:
+        """The provenance of the run's bundle, as JSON values."""
+        return {
+            "run": dataclasses.asdict(self.run),
+            "step": int(state.step),
+            "data": {"version": self.data_version, "class_names": list(self.class_names)},
+        }
 
 
 def update(
@@ -241,7 +262,7 @@ class HeldOut:
         shardings = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
         self._measure = jax.jit(task.measure, out_shardings=shardings)
         self._batches = pipeline.eval_batches(
-            run.data, task.image_size, run.batch_size, *sharding.batch_block(mesh)
+            run.data, task.image_size, run.batch_size, *sharding.batch_block(mesh), shuffled=True
         )
 
     def __call__(self, state: Any, frozen: Any) -> tuple[dict[str, float], dict[str, np.ndarray]]:

@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 import json
-import math
 import pathlib
+import time
 
 import numpy as np
-from tensorboardX import SummaryWriter
+from tensorboardX import summary
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from gigatok_jax.files import replacing
+from gigatok_jax.files import json_text, replacing
 from gigatok_jax.pictures import save_png
 
 
@@ -27,7 +29,11 @@ class Telemetry:
         self._path = workdir / "metrics.jsonl"
         _keep_rows(self._path, step)
         self._file = self._path.open("a")
-        self._events = SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1)
+        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
+        start = SessionLog(status=SessionLog.START)  # TensorBoard drops later points of older files
+        self._write(Event(step=step + 1, session_log=start))
 
     def evaluated(self, step: int) -> bool:
         """Whether `metrics.jsonl` has the step's held-out metrics, whose row has no `total`."""
@@ -35,18 +41,22 @@ class Telemetry:
         return any(row["step"] == step and "total" not in row for row in rows)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        # JSON has no NaN or infinity; both become null.
-        row = {k: v if math.isfinite(v) else None for k, v in values.items()}
-        self._file.write(json.dumps({"step": step} | row) + "\n")
+        self._file.write(json_text({"step": step} | dict(values)) + "\n")
         self._file.flush()
         for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+            self._write(Event(step=step, summary=summary.scalar(name, value)))
 
     def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Writes uint8 `[H, W, 3]` arrays as `pictures/NAME_STEP.png`."""
         for name, array in pictures.items():
             save_png(self._pictures / f"{name}_{step:08d}.png", array)
-            self._events.add_image(name, array, step, dataformats="HWC")
+            image = summary.image(name, array, dataformats="HWC")
+            self._write(Event(step=step, summary=image))
+
+    def _write(self, event: Event) -> None:
+        event.wall_time = time.time()
+        self._events.write_event(event)
+        self._events.flush()
 
     def close(self) -> None:
         self._file.close()
@@ -54,12 +64,15 @@ class Telemetry:
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
-    """Rows of a `metrics.jsonl`, without a last line that a kill cut off."""
+    """Rows of a `metrics.jsonl`, up to the first line that a kill cut off or that is damaged."""
     rows = []
-    for line in path.read_text().splitlines():
+    for line in path.read_text(errors="replace").splitlines():
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
+            # NaN and infinity are stored as strings, see `json_text`.
+            stored = json.loads(line).items()
+            row = {name: float(value) for name, value in stored if value is not None}
+            rows.append(row | {"step": int(row["step"])})
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError, OverflowError):
             break
     return rows
 
@@ -68,4 +81,4 @@ def _keep_rows(path: pathlib.Path, step: int) -> None:
     if path.exists():
         rows = [row for row in read_metrics(path) if row["step"] <= step]
         with replacing(path) as aside:
-            aside.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            aside.write_text("".join(json_text(row) + "\n" for row in rows))

@@ -112,8 +112,9 @@ class TokenizerRun(RunConfig):
         extent = self.model.image_size >> (len(channels) - 1)  # input of the last two layers
         if len(channels) < 2 or min(channels) < 1 or (patchgan and extent < 3):
             raise ValueError(
-                "objective.discriminator_channels: expected at least 2 widths, all but the last "
-                f"halving an image of {self.model.image_size} pixels to 3 or more, got {channels}"
+                "objective.discriminator_channels: expected 2 or more widths; each but the last "
+                "halves the image, which must stay at least 3 pixels wide, got "
+                f"{channels} for {self.model.image_size} pixels"
             )
         return self
 
@@ -190,7 +191,7 @@ class TokenizerTask(Task):
         teacher: vit.ViTConfig | None = None,
         *,
         frozen: Frozen | None = None,
-        dino: vit.ViTConfig = vit.DINO["dino_vits16"],
+        dino: vit.ViTConfig = vit.DINO[frozen_networks.DINO],
     ):
         self.run, self.frozen = run, Frozen() if frozen is None else frozen
         self.image_size = run.model.image_size
@@ -433,8 +434,8 @@ class TokenizerTask(Task):
     _low_since, _warned = None, False
 
     def bundle(self, state) -> BundleContent:
-        made_by = {"run": dataclasses.asdict(self.run), "step": int(state.step)}
-        return BundleContent("tokenizer", self.run.model, weights_for_use(state), made_by)
+        weights = weights_for_use(state)
+        return BundleContent("tokenizer", self.run.model, weights, self.made_by(state))
 
     def _real_features(self, images, frozen) -> dict[str, Any]:
         """The frozen networks' features of the input."""

@@ -8,17 +8,15 @@ from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import fnmatch
 import pathlib
-import re
 from typing import Any
 
+from flax.traverse_util import flatten_dict
 import numpy as np
 
 from gigatok_jax import bundles, recipes
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
 from gigatok_jax.weights import fetch, layout, names, torch_files
-
-USAGE_NAME = "quantize.codebook_used"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,21 +25,18 @@ class Kind:
 
     entries: Callable[[Any], list[layout.Entry]]
     shapes: Callable[[Any], dict]  # of the parameters
-    ignored: tuple[str, ...] = ()  # globs of tensors without a counterpart here
-    tower: str = ""  # prefix of the network's tensors in files that also hold others
     config: type | None = None  # None: only one architecture exists
     model: Callable[[str], Any] | None = None  # the config of a named architecture
     example: str = ""  # such a name
 
 
-def _vit(known: Mapping[str, vit.ViTConfig], family: str, entries: Callable, **more: Any) -> Kind:
+def _vit(known: Mapping[str, vit.ViTConfig], family: str, entries: Callable) -> Kind:
     return Kind(
         entries,
         vit.param_shapes,
         config=vit.ViTConfig,
-        model=lambda name: recipes.lookup(name, known, f"{family} model"),
+        model=lambda name: lookup(name, known, f"{family} model"),
         example=next(iter(known)),
-        **more,
     )
 
 
@@ -49,7 +44,6 @@ KINDS = {
     "tokenizer": Kind(
         names.tokenizer,
         tokenizer.param_shapes,
-        ignored=(USAGE_NAME,),
         config=tokenizer.TokenizerConfig,
         model=recipes.tokenizer_model,
         example="b_l",
@@ -57,31 +51,18 @@ KINDS = {
     "generator": Kind(
         names.generator,
         generator.param_shapes,
-        ignored=("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in older checkpoints
         config=generator.GeneratorConfig,
         model=recipes.generator_model,
         example="b",
     ),
-    "dino": _vit(vit.DINO, "dino", names.dino, ignored=("mask_token",)),
-    "dinov2": _vit(vit.DINOV2, "dinov2", names.dino, ignored=("mask_token",)),
-    "clip": _vit(vit.CLIP, "clip", names.clip, ignored=("visual.proj",), tower="visual."),
-    "siglip": _vit(
-        vit.SIGLIP,
-        "siglip",
-        names.siglip,
-        ignored=("vision_model.head.*", "vision_model.embeddings.position_ids"),
-        tower="vision_model.",
-    ),
-    "lpips": Kind(
-        lambda _: names.lpips_vgg16(),
-        lambda _: layers.param_shapes(lpips.LPIPS(), (1, 32, 32, 3), (1, 32, 32, 3)),
-        # The `lpips` package saves the linear layers twice.
-        ignored=("classifier.*", "scaling_layer.*", "lins.*"),
-    ),
+    "dino": _vit(vit.DINO, "dino", names.dino),
+    "dinov2": _vit(vit.DINOV2, "dinov2", names.dino),
+    "clip": _vit(vit.CLIP, "clip", names.clip),
+    "siglip": _vit(vit.SIGLIP, "siglip", names.siglip),
+    "lpips": Kind(lambda _: names.lpips_vgg16(), lambda _: lpips.param_shapes()),
     "inception": Kind(
         lambda _: names.inception_fid(),
         lambda _: layers.param_shapes(inception.Inception(), (1, 299, 299, 3)),
-        ignored=("*.num_batches_tracked",),
     ),
 }
 
@@ -102,19 +83,14 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
       ValueError: a tensor is missing, unexpected, or of the wrong shape; the message names it.
     """
     rule = KINDS[kind]
-    entries = rule.entries(config)
-    if kind == "lpips" and not any(name.startswith("net.") for name in tensors):
-        entries = [
-            dataclasses.replace(e, name=re.sub(r"^net\.slice\d", "features", e.name))
-            for e in entries
-        ]
+    entries = names.lpips_vgg16(tensors) if kind == "lpips" else rule.entries(config)
     known = {entry.name for entry in entries}
     unknown = [
         name
         for name in tensors
-        if name.startswith(rule.tower)
+        if name.startswith(names.TOWERS.get(kind, ""))
         and name not in known
-        and not any(fnmatch.fnmatchcase(name, glob) for glob in rule.ignored)
+        and not any(fnmatch.fnmatchcase(name, glob) for glob in names.IGNORED[kind])
     ]
     if unknown:
         raise ValueError(
@@ -122,8 +98,9 @@ def from_torch(kind: str, tensors: Mapping[str, np.ndarray], config: Any = None)
             f"belong to this architecture (the first of {len(unknown)} such tensors)"
         )
     weights = {"params": layout.from_torch(tensors, entries, rule.shapes(config))}
+    bundles.check_finite(flatten_dict(weights["params"], sep="/"))
     if kind == "tokenizer":
-        weights["history"] = _history(tensors.get(USAGE_NAME))
+        weights["history"] = _history(tensors.get(names.USAGE))
     return weights
 
 
@@ -134,7 +111,7 @@ def _history(used: np.ndarray | None) -> np.ndarray:
     history = np.asarray(used).astype(np.int32)
     if used.shape != (quantizer.HISTORY_LENGTH,) or not np.array_equal(history, used):
         raise ValueError(
-            f"tensor {USAGE_NAME!r}: expected the last {quantizer.HISTORY_LENGTH} codes assigned, "
+            f"tensor {names.USAGE!r}: expected the last {quantizer.HISTORY_LENGTH} codes assigned, "
             f"as whole numbers, got shape {list(used.shape)}"
         )
     return history
@@ -149,7 +126,7 @@ def to_torch(kind: str, weights: Mapping[str, Any], config: Any = None) -> dict[
     tensors = layout.to_torch(weights["params"], KINDS[kind].entries(config))
     history = np.asarray(weights.get("history", -1))
     if np.any(history != -1):
-        tensors[USAGE_NAME] = history.astype(np.float32)
+        tensors[names.USAGE] = history.astype(np.float32)
     return tensors
 
 
@@ -165,7 +142,7 @@ def to_bundle(
 
     Args:
       kind: a key of `KINDS`.
-      files: `.pt` or `.safetensors` files that together hold the tensors.
+      files: `.pt` or `.safetensors` files that together hold the tensors, or an index of them.
       directory: path of the bundle.
       model: name of the architecture, or a bundle of the same architecture.
       weights: see `torch_files.read`.
@@ -179,8 +156,9 @@ def to_bundle(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_bundle = (pathlib.Path(model) / "config.json").is_file()
+        is_bundle = pathlib.Path(model).is_dir()
         config = bundles.load_config(model, kind, rule.config) if is_bundle else rule.model(model)
+    files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])
     try:
         converted = from_torch(kind, tensors, config)
@@ -202,7 +180,7 @@ def to_file(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) 
 
 def find(kind: str) -> Kind:
     """`KINDS[kind]`, or a UserError that lists the kinds."""
-    return recipes.lookup(kind, KINDS, "kind of weights")
+    return lookup(kind, KINDS, "kind of weights")
 
 
 def fetch_bundle(name: str) -> pathlib.Path:
@@ -211,7 +189,8 @@ def fetch_bundle(name: str) -> pathlib.Path:
     Raises:
       UserError: see `fetch.download`; or PyTorch, which reads the files, is missing.
     """
-    published, directory = fetch.find(name), fetch.bundle_path(name)
+    published = lookup(name, fetch.PUBLISHED, "weights")
+    directory = fetch.bundle_path(name)
     if not directory.exists():
         for file in published.files:
             if not file.name.endswith(".safetensors"):

@@ -12,7 +12,7 @@ import urllib.request
 
 from tqdm import tqdm
 
-from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import cache_dir
 
 CHUNK = 2**20  # bytes read at a time
@@ -114,13 +114,6 @@ PUBLISHED = {
 }
 
 
-def find(name: str) -> Published:
-    """`PUBLISHED[name]`, or a UserError that lists the names."""
-    if name not in PUBLISHED:
-        raise UserError(f"weights {name!r}: expected one of {', '.join(PUBLISHED)}")
-    return PUBLISHED[name]
-
-
 def bundle_path(name: str) -> pathlib.Path:
     """Where `gigatok weights fetch NAME` writes the bundle."""
     return cache_dir() / "bundles" / name
@@ -151,7 +144,7 @@ def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[path
       UserError: the name is unknown, a download fails (the message says which file to put where),
         or a hash does not match.
     """
-    files = find(name).files
+    files = lookup(name, PUBLISHED, "weights").files
     directory = cache_dir() if cache is None else pathlib.Path(cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)

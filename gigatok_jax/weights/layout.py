@@ -21,9 +21,8 @@ class Entry:
     """One tensor of a PyTorch checkpoint, and its place in our parameters."""
 
     name: str  # in the PyTorch file
-    paths: tuple[
-        str, ...
-    ]  # of parameters; several are stacked along the pattern's leading axis `p`
+    # Of parameters; several are stacked along the pattern's leading axis `p`.
+    paths: tuple[str, ...]
     pattern: str | None = None  # from PyTorch's layout to ours; groups only on the left
     sizes: tuple[tuple[str, int], ...] = ()  # axis lengths that the pattern needs
     layer: int | None = None  # index along the leading axis of a stacked parameter

@@ -4,7 +4,7 @@ Each public function lists the tensors of one architecture. In rows for `_layers
 for the number of a layer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 
 from gigatok_jax.models import inception, lpips
@@ -12,6 +12,22 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.models.vit import ViTConfig
 from gigatok_jax.weights.layout import Entry
+
+USAGE = "quantize.codebook_used"  # a tokenizer's last codes assigned
+# By the kinds of `weights.convert`: globs of tensors without a counterpart here.
+IGNORED = {
+    "tokenizer": (USAGE,),
+    "generator": ("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in older checkpoints
+    "dino": ("mask_token",),
+    "dinov2": ("mask_token",),
+    "clip": ("visual.proj",),
+    "siglip": ("vision_model.head.*", "vision_model.embeddings.position_ids"),
+    # The `lpips` package saves the linear layers twice.
+    "lpips": ("classifier.*", "scaling_layer.*", "lins.*"),
+    "inception": ("*.num_batches_tracked",),
+}
+# Prefixes of the network's tensors in files that also hold others.
+TOWERS = {"clip": "visual.", "siglip": "vision_model."}
 
 LINEAR = "o i -> i o"
 CONV = "o i h w -> h w i o"
@@ -74,9 +90,8 @@ def _cnn(config: TokenizerConfig, part: str) -> Iterator[Entry]:
         levels.reverse()
     width = levels[0][1]
     yield from _pair(f"{part}.conv_in", f"{ours}/conv_in", CONV)
-    for step, (level, features) in enumerate(
-        levels
-    ):  # the reference numbers levels in order of use
+    # The reference numbers levels in order of use.
+    for step, (level, features) in enumerate(levels):
         name, path = f"{part}.conv_blocks.{step}", f"{ours}/level{level}"
         for i in range(config.residual_blocks + (not encoder)):
             yield from _residual_block(f"{name}.res.{i}", f"{path}_block{i}", width != features)
@@ -133,7 +148,7 @@ def _token_transformer(config: TokenizerConfig, part: str) -> Iterator[Entry]:
 
 
 def tokenizer(config: TokenizerConfig) -> list[Entry]:
-    """Entries of a GigaTok tokenizer, except `quantize.codebook_used` (see `weights.convert`)."""
+    """Entries of a GigaTok tokenizer, except `USAGE`."""
     return [
         *_cnn(config, "encoder"),
         *_cnn(config, "decoder"),
@@ -240,12 +255,18 @@ def siglip(config: ViTConfig) -> list[Entry]:
     ]
 
 
-def lpips_vgg16() -> list[Entry]:
-    """Entries of a complete LPIPS module: VGG-16's convolutions and five linear layers."""
+def lpips_vgg16(tensors: Iterable[str] = ("net.",)) -> list[Entry]:
+    """Entries of LPIPS: VGG-16's convolutions and five linear layers.
+
+    The names are those of a complete LPIPS module or, if no name in `tensors` begins with "net.",
+    of torchvision's VGG-16 and the file of the linear layers.
+    """
+    whole = any(name.startswith("net.") for name in tensors)
     entries, index = [], 0  # in torchvision's Sequential
     for stage, widths in enumerate(lpips.STAGES, start=1):
+        part = f"net.slice{stage}" if whole else "features"
         for i in range(1, len(widths) + 1):
-            entries += _pair(f"net.slice{stage}.{index}", f"vgg/conv{stage}_{i}", CONV)
+            entries += _pair(f"{part}.{index}", f"vgg/conv{stage}_{i}", CONV)
             index += 2  # a ReLU follows each convolution
         index += 1  # and max pooling follows each stage
         name = f"lin{stage - 1}"

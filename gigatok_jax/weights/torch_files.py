@@ -1,7 +1,9 @@
 """Reading and writing PyTorch checkpoints: `.safetensors`, and `.pt`/`.pth` through PyTorch."""
 
 import argparse
+import collections
 from collections.abc import Callable, Iterator, Mapping
+import contextlib
 import functools
 import pathlib
 import re
@@ -12,11 +14,23 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 
-from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import replacing, write_safetensors
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import read_json, reason, replacing, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+
+# What people store beside the weights, and what cannot run code: settings, paths and scalars.
+HARMLESS = [
+    argparse.Namespace,
+    collections.defaultdict,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")),
+    *((kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)),
+    *((pathlib.PurePath, f"pathlib.{kind}Path") for kind in ("Posix", "Windows", "PurePosix")),
+    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
+    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # NumPy 1
+]
 
 
 class Tensors(Mapping[str, np.ndarray]):
@@ -76,6 +90,20 @@ def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
     return Tensors(tensors)
 
 
+def shards(path: pathlib.Path) -> list[pathlib.Path]:
+    """The files that a Hugging Face index (`*.index.json`) lists; any other file stands alone.
+
+    Raises:
+      UserError: the index is damaged.
+    """
+    if not path.name.endswith(".index.json"):
+        return [path]
+    places = read_json(path, "the shards of a checkpoint").get("weight_map")
+    if not isinstance(places, Mapping) or not places:
+        raise UserError(f"{path}: expected a weight_map of tensors to files, got {places!r}")
+    return [path.with_name(str(name)) for name in sorted(set(map(str, places.values())))]
+
+
 def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
     try:
         file = safetensors.safe_open(path, "np")
@@ -93,8 +121,9 @@ def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]
 
 def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch(path)
+    _check_sums(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             # Mapping avoids reading optimizer states, which are twice the size of the weights. The
             # format before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
             mapped = zipfile.is_zipfile(path)
@@ -103,6 +132,17 @@ def _load_torch(path: pathlib.Path) -> Any:
         code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
         reason = f"it would run code of {code[1]}" if code else "another format, or truncated"
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
+
+
+def _check_sums(path: pathlib.Path) -> None:
+    """Rejects a damaged file; PyTorch writes checksums, but does not compare them."""
+    if not zipfile.is_zipfile(path):
+        return
+    damaged = "its directory"
+    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
+        damaged = file.testzip()
+    if damaged:
+        raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({damaged} is damaged)")
 
 
 def import_torch(path: str | pathlib.Path) -> Any:
@@ -159,4 +199,4 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
             else:
                 torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
     except (OSError, RuntimeError) as error:  # torch raises RuntimeError
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+        raise UserError(f"{path}: cannot be written ({reason(error)})") from error

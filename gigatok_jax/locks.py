@@ -1,0 +1,142 @@
+"""Locks on folders that only one command at a time may write to."""
+
+from collections.abc import Iterator
+import contextlib
+import json
+import logging
+import os
+import pathlib
+import socket
+import threading
+import time
+from typing import IO
+
+from gigatok_jax.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+logger = logging.getLogger(__name__)
+
+NAME = ".lock"
+BEAT = 10.0  # seconds between signs of life
+LOST = 45.0  # seconds without a sign of life after which the owner on another machine is lost
+OLD = 3600.0  # seconds after which no wait is needed, even if the machines' clocks disagree
+
+
+@contextlib.contextmanager
+def hold(folder: pathlib.Path) -> Iterator[None]:
+    """Holds the lock of a folder, which is created if it is missing.
+
+    The operating system releases the lock when this process ends, even if it is killed. Shared file
+    systems may keep such locks from other machines, so the owner also touches the file regularly.
+
+    Raises:
+      UserError: another process holds the lock.
+    """
+    created = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / NAME
+    done = threading.Event()
+    try:
+        with _acquire(path) as file:
+            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+            file.truncate(0)
+            file.write(json.dumps(owner))
+            file.flush()
+            threading.Thread(target=_beat, args=(path, done), daemon=True).start()
+            try:
+                yield
+            finally:
+                done.set()
+                if _same(file, path):  # not that of a process that took this one for lost
+                    path.unlink()
+    finally:
+        if created:  # a command that was rejected leaves nothing
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _beat(path: pathlib.Path, done: threading.Event) -> None:
+    while not done.wait(BEAT):
+        with contextlib.suppress(OSError):
+            os.utime(path)
+
+
+def _acquire(path: pathlib.Path) -> IO[str]:
+    """Opens and locks the file; raises UserError if it has a living owner."""
+    while True:
+        file = path.open("a+")
+        try:
+            locked = _lock(file)
+            file.seek(0)
+            owner = _parse(file.read())
+            # The owner may have removed the file after it was opened here: then try again.
+            current = _same(file, path)
+            elsewhere = owner.get("host") != socket.gethostname()
+            # Within a machine, having got the lock is proof that its last owner is gone.
+            if locked is False or (
+                current and owner and (locked is None or elsewhere) and _beats(path, owner)
+            ):
+                raise UserError(
+                    f"{path.parent}: in use by process {owner.get('pid', '?')} on "
+                    f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait until it "
+                    "ends, or choose another folder"
+                )
+            if current:
+                return file
+        except BaseException:
+            file.close()
+            raise
+        file.close()
+
+
+def _same(file: IO[str], path: pathlib.Path) -> bool:
+    """Whether an open file is still the one at `path`."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _lock(file: IO[str]) -> bool | None:
+    """Whether the file could be locked; None if the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _parse(text: str) -> dict[str, object]:
+    try:
+        owner = json.loads(text)
+    except ValueError:  # empty: its owner has just created it
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _beats(path: pathlib.Path, owner: dict[str, object]) -> bool:
+    """Watches for a sign of life of an owner that may be on another machine."""
+    with contextlib.suppress(FileNotFoundError):
+        seen = path.stat().st_mtime
+        if time.time() - seen > OLD:
+            return False
+        logger.info(
+            "%s: last used by %s; watching for %g s whether it still is",
+            path.parent,
+            owner.get("host"),
+            LOST,
+        )
+        end = time.monotonic() + LOST
+        while time.monotonic() < end:
+            time.sleep(min(1.0, LOST))
+            if path.stat().st_mtime != seen:
+                return True
+    return False
