@@ -199,6 +199,23 @@ def test_samples_of_an_earlier_call_do_not_stay(networks, tmp_path):
     assert names == ["000000_class0000.png", "000001_class0001.png"]
 
 
+def test_guidance_by_a_null_class_that_was_not_trained_is_a_warning(networks, tmp_path, caplog):
+    generator = api.load_generator(networks["generator"])
+    tokenizer = generation.load_matching_tokenizer(networks["tokenizer"], generator)
+    generator.made_by["run"] = {"class_dropout": 0.0}
+    options = {"out": tmp_path, "seed": 0, "batch_size": 2}
+    generation.sample(generator, tokenizer, np.arange(2), SamplingConfig(guidance=2.0), **options)
+    assert "which this generator was not trained on" in caplog.text
+
+
+def test_an_archive_in_fortran_order_says_what_to_do(tmp_path):
+    images = np.zeros((6, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "real.npz", np.asfortranarray(images))
+    options = {"count": 6, "batch_size": 6, "image_size": 16}
+    with pytest.raises(UserError, match=r"expected arr_0 in C order, got Fortran order: np\.asc"):
+        fid.load_reference(str(tmp_path / "real.npz"), None, features.load("embedded"), **options)
+
+
 # Pictures.
 
 

@@ -14,6 +14,7 @@ import pytest
 
 from gigatok_jax import bundles, cli, pictures
 from gigatok_jax.data import codes
+from gigatok_jax.data.drawings import EmbeddedSource
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import fid, generation, probing, report
 from gigatok_jax.training.checkpoints import Checkpoints
@@ -121,6 +122,13 @@ def test_workdir_of_another_probe_is_rejected(tokenizer, whole):
     other = dataclasses.replace(CONFIG, samples=20)
     with pytest.raises(UserError, match=r"made with another config\.samples: 16, not 20"):
         probing.probe(tokenizer, other, whole)
+
+
+def test_probe_of_other_images_is_rejected(tokenizer, whole, monkeypatch):
+    monkeypatch.setattr(EmbeddedSource, "version", lambda self: "redrawn")
+    message = "made with another set of training images: .*, not '48 images, version redrawn'"
+    with pytest.raises(UserError, match=message):
+        probing.probe(tokenizer, CONFIG, whole)
 
 
 def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
