@@ -288,7 +288,8 @@ def _log_to_terminal(level: int = logging.INFO) -> None:
 
     flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
-    logging.getLogger("absl").addFilter(_without_traceback)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_without_traceback)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     logger = logging.getLogger("gigatok_jax")

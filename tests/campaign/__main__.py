@@ -54,7 +54,7 @@ def main() -> int:
                 outcome, detail = run()
             except Exception as error:  # of the campaign itself, or a case that hangs
                 outcome, detail = "failed", f"{type(error).__name__}: {error}"
-            row = {"case": key, "outcome": outcome, "detail": detail[-500:]}
+            row = {"case": key, "outcome": outcome, "detail": detail[-3000:]}
             row["seconds"] = round(time.monotonic() - start, 2)
             with record.open("a") as file:
                 file.write(json.dumps(row) + "\n")
