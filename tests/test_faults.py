@@ -293,6 +293,23 @@ def test_a_checkpoint_that_cannot_be_written_ends_a_run_in_one_line(tmp_path, mo
         test_loop.run_toy(tmp_path)
 
 
+def test_an_evaluation_whose_picture_was_not_written_is_made_again(tmp_path, monkeypatch):
+    def evaluate(state, frozen):
+        return {"held_out/psnr": 1.0}, {"reconstruction": np.zeros((3, 3, 3), np.uint8)}
+
+    with monkeypatch.context() as patch:
+
+        def full(self, step, pictures):
+            raise OSError(errno.ENOSPC, "No space left on device", "x.png")
+
+        patch.setattr(telemetry.Telemetry, "pictures", full)
+        with pytest.raises(RunStopped, match=r"^x\.png: the disk is full; .* step 20\. "):
+            test_loop.run_toy(tmp_path, evaluate=evaluate)
+    test_loop.run_toy(tmp_path, evaluate=evaluate)
+    assert (tmp_path / "pictures" / "reconstruction_00000020.png").exists()
+    assert len([row for row in test_loop.rows(tmp_path) if "held_out/psnr" in row]) == 1
+
+
 def test_metrics_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
     log = telemetry.Telemetry(tmp_path, 0)
     log.scalars(1, {"total": float("nan"), "psnr": float("inf")})

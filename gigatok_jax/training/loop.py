@@ -136,8 +136,8 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         def evaluate(step, state):
             metrics, pictures = held_out(state, frozen)  # collective: all processes
             if telemetry:
-                telemetry.scalars(step, metrics)
                 telemetry.pictures(step, pictures)
+                telemetry.scalars(step, metrics)  # last: its row says that the evaluation is done
                 logger.info("step %d: %s", step, _describe(metrics))
             meter.restart_clock()
 
