@@ -38,6 +38,7 @@ def entry() -> None:
     """Runs `main` and ends the process."""
     if not set(sys.argv) & {*HELP}:
         take_huge_pages()
+    sys.excepthook = _excepthook
     try:
         code = main()
     except KeyboardInterrupt:
@@ -53,6 +54,12 @@ def entry() -> None:
         sys.stderr.flush()
         os._exit(code)
     sys.exit(code)
+
+
+def _excepthook(kind: type, error: BaseException, trace: Any) -> None:
+    """Prints errors of C++ threads, but for TensorStore's after a failed write, which is raised."""
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 PARSER_MESSAGES = {
