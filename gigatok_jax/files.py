@@ -108,6 +108,21 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(valid(value), indent=indent, allow_nan=False)
 
 
+def clean(folder: pathlib.Path) -> None:
+    """Undoes what killed processes left half done below a folder; call it with its lock held."""
+    for path in list(folder.rglob(".*")):
+        left = re.fullmatch(r"\.(.+)\.\d+\.(partial|old)", path.name)
+        if left is None:
+            continue
+        whole = path.with_name(left[1])
+        if left[2] == "old" and not whole.exists():  # killed between the two renames
+            path.rename(whole)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """Writes JSON; see `json_text`."""
     with replacing(path) as aside:

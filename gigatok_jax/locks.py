@@ -11,6 +11,7 @@ import threading
 import time
 from typing import IO
 
+from gigatok_jax import files
 from gigatok_jax.errors import UserError
 
 try:
@@ -46,6 +47,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
             file.truncate(0)
             file.write(json.dumps(owner))
             file.flush()
+            files.clean(folder)
             threading.Thread(target=_beat, args=(path, done), daemon=True).start()
             try:
                 yield

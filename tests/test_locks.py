@@ -52,6 +52,19 @@ def test_a_folder_without_results_is_removed_and_another_is_kept(tmp_path):
     assert [path.name for path in (tmp_path / "used").iterdir()] == ["x"]
 
 
+def test_what_a_killed_process_left_half_done_is_undone(tmp_path):
+    for name in (".a.json.7.partial", "images/.b.png.7.partial", ".bundle.7.partial/x"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    for name in (".bundle.7.old/weights", ".codes.7.old/x", "codes/y", ".hidden", "c.partial"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with locks.hold(tmp_path):
+        pass
+    found = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert found == [".hidden", "bundle/weights", "c.partial", "codes/y"]
+
+
 @pytest.mark.parametrize("alive", [True, False])
 def test_the_holder_on_another_machine_is_watched(tmp_path, monkeypatch, alive):
     monkeypatch.setattr(locks, "LOST", 0.5)

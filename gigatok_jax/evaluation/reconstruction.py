@@ -6,7 +6,6 @@ import logging
 import math
 import os
 from pathlib import Path
-import shutil
 from typing import Any
 
 import einops
@@ -115,8 +114,6 @@ def reconstruct(
     mark = out / "images.json"  # says that images/ is ours to replace
     if (out / "images").exists() and not mark.exists():
         raise UserError(f"{out / 'images'}: expected no such folder, or that of an earlier call")
-    for stale in out.glob(".images.*.partial"):  # left by a killed process
-        shutil.rmtree(stale)
 
     with replacing(out / "images") as aside:
 

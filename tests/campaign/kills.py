@@ -1,6 +1,7 @@
 """Kills at random moments, half of them in the middle of a save; results stay bit for bit."""
 
 from collections.abc import Iterator
+import contextlib
 import functools
 import pathlib
 import random
@@ -63,10 +64,10 @@ def _wait_for_save(process, folder: pathlib.Path, rng: random.Random, seconds: f
     skipped, seen = rng.randrange(4), set()
     end = time.monotonic() + 3 * seconds
     while process.poll() is None and time.monotonic() < end:
-        for pattern in PARTIAL:
-            for path in folder.rglob(pattern):
-                seen.add(path)
-                if len(seen) > skipped:
-                    return True
+        with contextlib.suppress(FileNotFoundError):  # renamed while it is listed
+            for pattern in PARTIAL:
+                seen.update(folder.rglob(pattern))
+        if len(seen) > skipped:
+            return True
         time.sleep(0.001)
     return False
