@@ -258,6 +258,7 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
     if length > len(source):
         field = "length" if train else "eval_length"
         raise UserError(
-            f"config.data.{field}: expected at most the {len(source)} examples, got {length}"
+            f"config.data.{field}: expected at most the {len(source)} examples, got {length}; "
+            "0 takes all of them"
         )
     return Shuffled(source, length) if 0 < length < len(source) else source
