@@ -136,8 +136,9 @@ class PretrainedTokenizer(Pretrained):
         if jnp.issubdtype(images.dtype, jnp.floating):
             _check_range("images: expected floats in [-1, 1], at most", images, -2, 2)
         elif jnp.issubdtype(images.dtype, jnp.integer):
-            _check_range("images: expected integers in", images, 0, 255)
-            images = images.astype(np.uint8)
+            if images.dtype != np.uint8:
+                _check_range("images: expected integers in", images, 0, 255)
+                images = images.astype(np.uint8)
         else:
             raise ValueError(f"images: expected floats in [-1, 1] or uint8, got {images.dtype}")
         images = self._place(images)
