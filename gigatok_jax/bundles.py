@@ -215,12 +215,7 @@ def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_t
         record = read_json(path, "a bundle")
     except OSError:
         raise UserError(f"{directory}: not a bundle: it has no config.json") from None
-    whole = isinstance(record, dict) and record.keys() >= {
-        "kind",
-        "config",
-        "made_by",
-        "digest",
-    }
+    whole = record.keys() >= {"kind", "config", "made_by", "digest"}
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")
     kinds = [kind] if isinstance(kind, str) else kind

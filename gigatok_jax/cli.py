@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 import dataclasses
-import errno
 import inspect
 import logging
 import os
@@ -13,7 +12,7 @@ import typing
 from typing import Any
 
 from gigatok_jax.errors import RunStopped, UserError, first_line, lookup
-from gigatok_jax.files import cache_dir, local_path, reason
+from gigatok_jax.files import MACHINE, cache_dir, local_path, reason
 
 HELP = ("-h", "--help", "-help", "help")
 
@@ -29,9 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         what = f"{error.filename}: {reason(error)}" if error.filename else str(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
-        # A run that the machine failed can be started again; a wrong path cannot.
-        failed = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO)
-        return RunStopped.exit_code if failed else UserError.exit_code
+        return RunStopped.exit_code if error.errno in MACHINE else UserError.exit_code
 
 
 def entry() -> None:
@@ -173,14 +170,9 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
 IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?")
 
 
-# Flags, and fields of configurations, that hold a path.
-PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"} | {
-    "path",
-    "branch_from",
-    "model",  # of `convert`: a name or a bundle, as a teacher is
-    "teacher",
-    "features",
-}
+# Flags, and fields of configurations, that hold a path; some may hold a name instead.
+PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"}
+PATHS |= {"path", "branch_from", "model", "teacher", "features"}
 
 
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -26,6 +26,8 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
 
+# Errors of the machine, after which the same command can go on; all others are of wrong paths.
+MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 # How libraries in C++ say that the disk is full.
 FULL = ("No space left", "Failed to write", "Error writing local file", "unexpected pos")
 

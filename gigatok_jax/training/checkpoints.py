@@ -130,8 +130,13 @@ class Checkpoints:
             raise RunStopped(f"{where}; {last_good(self._directory)}") from error
 
 
+def saved_steps(directory: pathlib.Path) -> list[int]:
+    """Steps of the complete checkpoints; one that was cut off has more than digits in its name."""
+    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+
+
 def last_good(directory: pathlib.Path) -> str:
     """Which checkpoint a run that stopped goes on from, for messages."""
-    complete = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    last = f"step {max(complete)}" if complete else "none yet"
+    steps = saved_steps(directory)
+    last = f"step {max(steps)}" if steps else "none yet"
     return f"last good checkpoint: {last}. Once that is mended, the same command resumes the run"

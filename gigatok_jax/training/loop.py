@@ -9,7 +9,6 @@ import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import logging
@@ -27,8 +26,8 @@ from gigatok_jax import bundles, distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.files import read_json, reason, write_json
-from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good
+from gigatok_jax.files import MACHINE, read_json, reason, write_json
+from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good, saved_steps
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
 
@@ -255,7 +254,7 @@ def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+        if error.errno not in MACHINE:
             raise
         where = f"{error.filename or workdir}: {reason(error)}"
         raise RunStopped(f"{where}; {last_good(workdir / 'checkpoints')}") from error
@@ -271,9 +270,7 @@ def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:
       UserError: a field differs on which the structure of the checkpoints depends.
     """
     path = workdir / "config.json"
-    # A save that was cut off leaves a folder whose name is more than the step.
-    saved = any(folder.name.isdigit() for folder in (workdir / "checkpoints").glob("*"))
-    if not saved or not path.exists():
+    if not saved_steps(workdir / "checkpoints") or not path.exists():
         return None
     old = read_json(path, "the run there")
     if old.get("task") == run.task:
