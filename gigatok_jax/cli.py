@@ -35,7 +35,7 @@ def entry() -> None:
     """Runs `main` and ends the process."""
     if not set(sys.argv) & {*HELP}:
         take_huge_pages()
-    sys.excepthook = _excepthook
+    sys.unraisablehook = _unraisable
     try:
         code = main()
     except KeyboardInterrupt:
@@ -53,10 +53,10 @@ def entry() -> None:
     sys.exit(code)
 
 
-def _excepthook(kind: type, error: BaseException, trace: Any) -> None:
-    """Prints errors of C++ threads, but for TensorStore's after a failed write, which is raised."""
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def _unraisable(problem: Any) -> None:
+    """Prints errors of C++ threads, but for TensorStore's after a failed save or restore."""
+    if str(problem.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(problem)
 
 
 PARSER_MESSAGES = {

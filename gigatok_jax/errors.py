@@ -27,6 +27,10 @@ def lookup(name: str, table: Mapping[str, Any], what: str) -> Any:
     return table[name]
 
 
+LONGEST = 300  # characters that are shown of another library's message
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an exception's message, or its type if the message is empty."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return line if len(line) < LONGEST else line[:LONGEST] + " ..."

@@ -25,7 +25,7 @@ from gigatok_jax.models import lpips, vit
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sharding import MeshConfig
-from gigatok_jax.training import loop, task
+from gigatok_jax.training import checkpoints, loop, task
 from gigatok_jax.training import tokenizer as tokenizer_training
 from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -124,6 +124,7 @@ def run(make_task, sizes, start=None):
     else:
         state = jax.tree.map(lambda x, leaf: jax.device_put(x, leaf.sharding), start, abstract)
     first = jax.tree.map(np.array, state)  # `step` reuses its memory
+    digest = checkpoints._digests(state, {})
     step = loop.jit_step(training, abstract, mesh)
     frozen = sharding.put(frozen, sharding.frozen_shardings(frozen, mesh, shard=True))
     rng, rows = np.random.default_rng(0), []
@@ -131,7 +132,7 @@ def run(make_task, sizes, start=None):
         batch = sharding.put_batch(mesh, make_batch(rng))
         state, metrics = step(state, batch, frozen, phase=training.phase(n))
         rows.append({name: float(value) for name, value in metrics.items()})
-    return rows, first, jax.device_get(state)
+    return rows, first, digest, jax.device_get(state)
 
 
 def _distance(one, other):
@@ -143,7 +144,7 @@ def main(path, task, *more):
     results, start = {}, None
     for sizes in MESHES + (MORE if more else []):
         make_task = {"tokenizer": tokenizer, "generator": generator}[task]
-        rows, first, state = run(make_task, sizes, start)
+        rows, first, digest, state = run(make_task, sizes, start)
         if sizes == MESHES[0]:
             single = state
             # The generator's states also show that a mesh does not change how a run starts; that
@@ -157,7 +158,11 @@ def main(path, task, *more):
                 strict=True,
             )
         }
-        results["x".join(map(str, sizes))] = {"rows": rows, "distances": distances}
+        results["x".join(map(str, sizes))] = {
+            "rows": rows,
+            "digest": digest,
+            "distances": distances,
+        }
         print(sizes, sorted(((d, name) for name, d in distances.items()), reverse=True)[:4])
     with open(path, "w") as file:
         json.dump(results, file)

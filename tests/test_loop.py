@@ -24,7 +24,7 @@ import pytest
 from gigatok_jax import bundles, sharding
 from gigatok_jax.config import configclass, from_mapping, to_config_dict
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.training import loop
+from gigatok_jax.training import checkpoints, loop
 from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.task import LoopConfig, RunConfig, Task
 from gigatok_jax.training.telemetry import read_metrics
@@ -199,12 +199,72 @@ def test_checkpoints_are_of_their_step_although_training_goes_on(tmp_path):
     w = np.asarray(loop.fresh_state(toy, abstract, seed=3).w)
     expected = [w := w * np.float32(0.9) + np.float32(step * 0.5) for step in range(1, 6)]
     for step in range(5, 0, -1):
-        checkpoints = Checkpoints(tmp_path / "checkpoints", keep_last=5)
-        found = checkpoints.restore(abstract)
-        checkpoints.close()
+        opened = Checkpoints(tmp_path / "checkpoints", keep_last=5)
+        found = opened.restore(abstract)
+        opened.close()
         assert found.step == found.state.step == step
         np.testing.assert_allclose(found.state.w, expected[step - 1], rtol=1e-5, atol=1e-6)
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
+
+
+def test_no_changed_byte_of_a_checkpoint_is_restored(tmp_path):
+    run_toy(tmp_path / "run", keep_last=1, steps=5)
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    abstract = loop.abstract_state(ToyTask(ToyRun()), mesh)
+
+    def restore(folder):
+        opened = Checkpoints(folder, read_only=True)
+        found = opened.restore(abstract)
+        opened.close()
+        return np.asarray(found.state.w).tobytes(), found.progress
+
+    whole, copy = tmp_path / "run" / "checkpoints", tmp_path / "copy"
+    expected, refused = restore(whole), 0
+    shutil.copytree(whole, copy)
+    for path in sorted(path for path in copy.rglob("*") if path.is_file()):
+        content = path.read_bytes()
+        for place in range(0, len(content), max(len(content) // 20, 1)):
+            path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            try:
+                assert restore(copy) == expected, (path, place)
+            except UserError as error:
+                refused += 1
+                assert str(error).startswith(f"{copy / '5'}: checkpoint is damaged")
+        path.write_bytes(content)
+    assert restore(copy) == expected and refused
+
+
+def test_damaged_checkpoint_is_one_line_of_a_process(tmp_path):
+    run_toy(tmp_path, steps=5)
+    (path,) = (tmp_path / "checkpoints" / "5" / "state" / "d").iterdir()
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    # TensorStore reports to event loops that Orbax has closed.
+    program = f"""
+import pathlib, test_loop
+from gigatok_jax import cli, errors
+
+def main():
+    try:
+        test_loop.run_toy(pathlib.Path({str(tmp_path)!r}))
+    except errors.UserError as error:
+        print(error)
+        return 2
+
+cli.main = main
+cli.entry()
+"""
+    command = [sys.executable, "-c", program]
+    found = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True)
+    assert found.returncode == 2 and "Traceback" not in found.stderr
+    line = found.stdout.splitlines()[-1]
+    assert line.startswith(f"{tmp_path}/checkpoints/5: checkpoint is damaged") and len(line) < 600
+
+
+def test_digest_of_a_checkpoint_sees_order_sign_and_keys():
+    key = jax.random.key(0)
+    state = {"a": jax.random.normal(key, (8, 6)), "b": jnp.arange(8, dtype=jnp.bfloat16), "k": key}
+    for name, other in {"a": state["a"][::-1], "b": -state["b"], "k": jax.random.key(1)}.items():
+        assert checkpoints._digests(state | {name: other}, {}) != checkpoints._digests(state, {})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

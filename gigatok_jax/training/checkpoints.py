@@ -2,9 +2,13 @@
 
 from collections.abc import Iterator
 import contextlib
+import hashlib
+import json
 import pathlib
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gigatok_jax import files
@@ -63,6 +67,8 @@ class Checkpoints:
         # A run that stops right after a regular checkpoint asks for the same step again.
         if step == self.latest:
             return
+        # Orbax detects files that are missing or cut, but not a changed byte.
+        progress = {"digests": _digests(state, progress)} | progress
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
         )
@@ -96,7 +102,14 @@ class Checkpoints:
                 f"{self._manager.directory / str(step)}: checkpoint is damaged or belongs to "
                 f"another model ({first_line(error)})"
             ) from error
-        return Restored(step, restored.state, restored.progress)
+        state, progress = restored.state, dict(restored.progress)
+        if progress.pop("digests", None) != _digests(state, progress):
+            raise UserError(
+                f"{self._manager.directory / str(step)}: checkpoint is damaged or of an older "
+                "version (the digest is not that of its content); without it, the run goes on from "
+                "the checkpoint before, or starts anew"
+            )
+        return Restored(step, state, progress)
 
     def check(self) -> None:
         """Raises RunStopped if writing in the background has failed."""
@@ -128,6 +141,36 @@ class Checkpoints:
                 raise  # the loss of another process, for example
             where = f"{self._directory}: a checkpoint cannot be written ({files.reason(error)})"
             raise RunStopped(f"{where}; {last_good(self._directory)}") from error
+
+
+def _digests(state: Any, progress: dict[str, Any]) -> dict[str, str]:
+    """Digests of what a checkpoint holds; they do not depend on how the state is sharded."""
+    text = json.dumps(progress, sort_keys=True).encode()
+    return {
+        "state": f"{int(_checksum(state)):08x}",
+        "progress": hashlib.sha256(text).hexdigest()[:16],
+    }
+
+
+@jax.jit
+def _checksum(state: Any) -> jax.Array:
+    """All bits of a state in 32: sums with odd weights, so that no single change is missed."""
+    total = jnp.uint32(0)
+    for leaf in jax.tree.leaves(state):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
+        if leaf.dtype == bool:
+            leaf = leaf.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
+        weights, stride = jnp.ones(leaf.shape, jnp.uint32), 2
+        for axis in reversed(range(leaf.ndim)):
+            # A reshape of the leaf would gather its shards.
+            weights += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(
+                stride % 2**32
+            )
+            stride *= leaf.shape[axis]
+        total = total * jnp.uint32(16777619) + jnp.sum(bits.astype(jnp.uint32) * weights)
+    return total
 
 
 def saved_steps(directory: pathlib.Path) -> list[int]:

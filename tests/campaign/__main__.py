@@ -32,7 +32,7 @@ PARTS = {
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; none: all")
-    parser.add_argument("--count", type=int, help="cases (of kills and disk: for each verb)")
+    parser.add_argument("--count", type=int, help="cases; of kills and disk: for each verb")
     parser.add_argument("--out", type=pathlib.Path, default=ROOT / "runs" / "campaign")
     args = parser.parse_args()
     if unknown := set(args.parts) - PARTS.keys():
@@ -42,7 +42,7 @@ def main() -> int:
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
     os.environ["GIGATOK_CACHE"] = str(args.out / "cache")
     record = args.out / "results.jsonl"
-    done = read(record)
+    done = {key: row for key, row in read(record).items() if row["outcome"] != "failed"}
     for part in args.parts or PARTS:
         cases, count = PARTS[part]
         for name, run in cases(args.out / part, args.count or count):
@@ -51,10 +51,10 @@ def main() -> int:
                 continue
             start = time.monotonic()
             try:
-                outcome, detail = run()
+                outcome, detail, counted = run()
             except Exception as error:  # of the campaign itself, or a case that hangs
-                outcome, detail = "failed", f"{type(error).__name__}: {error}"
-            row = {"case": key, "outcome": outcome, "detail": detail[-3000:]}
+                outcome, detail, counted = "failed", f"{type(error).__name__}: {error}", {}
+            row = {"case": key, "outcome": outcome, "detail": detail[-3000:], "counted": counted}
             row["seconds"] = round(time.monotonic() - start, 2)
             with record.open("a") as file:
                 file.write(json.dumps(row) + "\n")
@@ -72,15 +72,21 @@ def read(record: pathlib.Path) -> dict[str, dict]:
 
 def table(rows) -> int:
     """Prints the outcomes of each kind of case; returns 1 if any failed."""
-    counts, seconds = collections.defaultdict(collections.Counter), collections.Counter()
+    outcomes, counted = (collections.defaultdict(collections.Counter) for _ in range(2))
+    seconds = collections.Counter()
     for row in rows:
         kind = " ".join(row["case"].split()[:2])
-        counts[kind][row["outcome"]] += 1
+        outcomes[kind][row["outcome"]] += 1
+        counted[kind].update(row["counted"])
         seconds[kind] += row["seconds"]
-    for kind, outcomes in counts.items():
-        found = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-        print(f"{kind:<32} {sum(outcomes.values()):>5} cases {seconds[kind]:>7.0f} s   {found}")
-    return int(any(outcomes["failed"] for outcomes in counts.values()))
+    for kind, found in outcomes.items():
+        print(
+            f"{kind:<32} {found.total():>5} cases {seconds[kind]:>7.0f} s  ",
+            ", ".join(
+                f"{count} {what}" for what, count in (*found.items(), *counted[kind].items())
+            ),
+        )
+    return int(any(found["failed"] for found in outcomes.values()))
 
 
 if __name__ == "__main__":

@@ -1,56 +1,53 @@
-"""Full disks: each verb on a small tmpfs that fills at a random moment; needs root."""
+"""Full disks: each verb on a small tmpfs that is filled by its writes; needs root."""
 
 from collections.abc import Iterator
-import contextlib
 import functools
 import pathlib
 import random
-import shutil
 import subprocess
-import time
 
-from tests.campaign import kills, verbs
+from tests.campaign import verbs
 
-SIZE = 64  # MiB of the tmpfs; what is not free is filled with a file
+FILLINGS = 5  # of a case: after each one, the disk grows, and the same command goes on
+PAGE = 4096
 
 
 def cases(root: pathlib.Path, count: int) -> Iterator:
-    for verb, command in verbs.commands(root).items():
-        for number in range(count):
-            yield f"{verb} {number}", functools.partial(one, root, verb, command, number)
+    for verb in verbs.commands(root):
+        for number in range(count // FILLINGS):
+            yield f"{verb} {number}", functools.partial(one, root, verb, number)
 
 
-def one(root: pathlib.Path, verb: str, command: list[str], number: int) -> tuple[str, str]:
-    """Fills the disk while a verb runs, makes room, and lets the same command go on."""
-    expected, seconds = kills._reference(root.with_name("kills"), verb, command)
+def one(root: pathlib.Path, verb: str, number: int) -> verbs.Outcome:
+    """Runs a verb on a disk that is too small, makes room, and goes on, until it is done."""
+    command = verbs.commands(root)[verb]
+    expected, _ = verbs.reference(root.with_name("kills"), verb)
+    needed = verbs.pages(root.with_name("kills") / f"{verb}_reference")
     rng = random.Random(f"{verb} {number}")
+    sizes = sorted(rng.randrange(1, needed) for _ in range(FILLINGS))
     mount = root / "mount"
     mount.mkdir(parents=True, exist_ok=True)
-    options = ["-o", f"size={SIZE}m", "tmpfs", mount]
-    subprocess.run(["mount", "-t", "tmpfs", *options], check=True)
+    _mount(mount, sizes[0])
+    fillings = 0
     try:
         folder = mount / "run"
-        process = verbs.start(command, folder)
-        time.sleep(rng.uniform(0, 1) * seconds)
-        free = shutil.disk_usage(mount).free
-        with contextlib.suppress(OSError):  # the verb may be quicker
-            (mount / "filler").write_bytes(b"\0" * max(free - rng.randrange(20_000), 0))
-        code, output = verbs.finish(process)
-        line = verbs.error_line(output)
-        if code == 0:
-            outcome = "finished before"
-        elif code == 1 and "the disk is full" in line:
-            outcome = "one line"
+        for size in (*sizes, 100 * needed):
+            _mount(mount, size, "remount,")
+            code, output = verbs.finish(verbs.start(command, folder))
+            if code == 0:
+                break
+            if code != 1 or "the disk is full" not in verbs.error_line(output):
+                return "failed", f"exit {code}: {output}", {"fillings": fillings}
+            fillings += 1
         else:
-            return "failed", f"exit {code}: {output}"
-        (mount / "filler").unlink()
-        code, output = verbs.finish(verbs.start(command, folder))
-        if code:
-            return "failed", f"does not go on: exit {code}: {output}"
-        found = verbs.result(folder)
-        different = [name for name in expected | found if expected.get(name) != found.get(name)]
-        if different:
-            return "failed", f"different: {', '.join(different)}"
-        return f"{outcome}, then equal", line
+            return "failed", f"does not go on: {output}", {"fillings": fillings}
+        if different := verbs.differences(expected, folder):
+            return "failed", f"different: {', '.join(different)}", {"fillings": fillings}
+        return "one line each, then equal", "", {"fillings": fillings}
     finally:
         subprocess.run(["umount", "-l", mount], check=True)
+
+
+def _mount(folder: pathlib.Path, pages: int, how: str = "") -> None:
+    options = f"{how}size={pages * PAGE}"
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], check=True)

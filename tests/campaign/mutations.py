@@ -5,24 +5,29 @@ these may be "read". Whatever this program writes itself has one, so it is refus
 """
 
 from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import json
 import pathlib
 import random
-import resource
 import shutil
+import signal
 import time
 
+import jax
 import numpy as np
 from PIL import Image
 
-from gigatok_jax import bundles, encoding
+from gigatok_jax import bundles, config, encoding, sharding
 from gigatok_jax.data import codes, crops
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, fid
 from gigatok_jax.models.tokenizer import TokenizerConfig
+from gigatok_jax.training import loop
+from gigatok_jax.training.checkpoints import Checkpoints
 from gigatok_jax.training.telemetry import read_metrics
 from gigatok_jax.weights import convert, torch_files
 from tests.campaign import verbs
@@ -38,37 +43,65 @@ def cases(root: pathlib.Path, count: int) -> Iterator:
         yield f"{kind} {number}", functools.partial(one, root, kind, kinds[kind], number)
 
 
-def one(root: pathlib.Path, kind: str, rule: tuple, number: int) -> tuple[str, str]:
+def one(root: pathlib.Path, kind: str, rule: tuple, number: int) -> verbs.Outcome:
     original, target, read, checked = rule
+    rng = random.Random(number)
     copy = root / "copy"
     shutil.rmtree(copy, ignore_errors=True)
     if original.is_dir():
         shutil.copytree(original, copy)
-        path = copy / target
+        inside = sorted(path for path in copy.rglob(target) if path.is_file())
+        where, path = copy, rng.choice(inside)
     else:
         copy.mkdir(parents=True)
-        path = copy / original.name
+        where = path = copy / original.name
         shutil.copy(original, path)
-    how, content = _mutate(path.read_bytes(), random.Random(number))
-    whole = read(copy if original.is_dir() else path)
+    how, content = _mutate(path.read_bytes(), rng)
+    how = f"{path.relative_to(copy)}: {how}"
+    whole = read(where)
     path.write_bytes(content)
-    start, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.monotonic()
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    before = _peak()
     try:
-        found = read(copy if original.is_dir() else path)
+        with _limit(SECONDS):
+            found = read(where)
     except (UserError, crops.BadImage, ValueError) as error:
         outcome, detail = "refused", f"{how}: {error}"
         if "\n" in str(error):
-            return "failed", f"{how}: several lines: {error}"
+            return "failed", f"{how}: several lines: {error}", {}
     except Exception as error:
-        return "failed", f"{how}: {type(error).__name__}: {error}"
+        return "failed", f"{how}: {type(error).__name__}: {error}", {}
     else:
         outcome, detail = ("equal" if found == whole else "read"), how
         if found != whole and checked:
-            return "failed", f"{how}: another result, and no error"
-    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+            return "failed", f"{how}: another result, and no error", {}
+    grown = _peak() - before
     if time.monotonic() - start > SECONDS or grown > BYTES:
-        return "failed", f"{how}: {time.monotonic() - start:.0f} s, {grown >> 20} MiB"
-    return outcome, detail
+        return "failed", f"{how}: {time.monotonic() - start:.0f} s, {grown >> 20} MiB", {}
+    return outcome, detail, {}
+
+
+def _peak() -> int:
+    """The largest memory of this process since `clear_refs`, in bytes."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+
+
+@contextlib.contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    """Interrupts what takes longer."""
+
+    def interrupt(*_):
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _mutate(content: bytes, rng: random.Random) -> tuple[str, bytes]:
@@ -104,7 +137,7 @@ def _mutate(content: bytes, rng: random.Random) -> tuple[str, bytes]:
 
 
 def _kinds(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, str, Callable, bool]]:
-    """By kind: the original, the damaged file in it, how it is read, and whether it is checked."""
+    """By kind: the original, the pattern of what is damaged in it, how it is read, and checked."""
     made = root / "originals"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -139,6 +172,27 @@ def _kinds(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, str, Callable, b
     for name in ("images.npz", "statistics.npz"):
         kinds[name] = (made / name, "", functools.partial(_reference, extractor), True)
 
+    # A workdir, with its checkpoints.
+    run = config.load(str(verbs.TESTS / "train_config.py"))
+    run = dataclasses.replace(run, steps=2)
+    workdir = made / "workdir"
+    loop.train(run, workdir)
+    mesh = sharding.make_mesh(run.mesh)
+    abstract = loop.abstract_state(run.open_task(), mesh)
+    kinds["checkpoint"] = (
+        workdir / "checkpoints",
+        "*",
+        functools.partial(_checkpoint, abstract),
+        True,
+    )
+    # A value that differs from that of the command is named, or ends the command.
+    kinds["run/config.json"] = (
+        workdir,
+        "config.json",
+        functools.partial(loop._check_workdir, run=run),
+        False,
+    )
+
     rows = [json.dumps({"step": n, "total": 1 / (n + 1)}) for n in range(50)]
     (made / "metrics.jsonl").write_text("\n".join(rows) + "\n")
     kinds["metrics.jsonl"] = (made / "metrics.jsonl", "", _metrics, False)
@@ -172,6 +226,17 @@ def _codes(path: pathlib.Path) -> str:
 def _reference(extractor, path: pathlib.Path) -> bytes:
     found = fid.load_reference(path, None, extractor, count=20, batch_size=20, image_size=32)
     return found.gaussians["pool"].mean.tobytes() + found.gaussians["pool"].covariance.tobytes()
+
+
+def _checkpoint(abstract, path: pathlib.Path) -> tuple:
+    checkpoints = Checkpoints(path, read_only=True)
+    try:
+        found = checkpoints.restore(abstract)
+    finally:
+        checkpoints.close()
+    if found is None:
+        raise UserError("no checkpoint")
+    return found.step, found.progress, jax.tree.map(lambda x: np.asarray(x).tobytes(), found.state)
 
 
 def _metrics(path: pathlib.Path) -> str:

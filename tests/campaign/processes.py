@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import contextlib
 import functools
+import math
 import os
 import pathlib
 import random
@@ -12,7 +13,8 @@ import signal
 import subprocess
 import time
 
-from tests.campaign import kills, verbs
+from gigatok_jax.training.telemetry import read_metrics
+from tests.campaign import verbs
 
 LOST = 20  # seconds without a sign of life after which a process counts as lost
 
@@ -28,9 +30,9 @@ def cases(root: pathlib.Path, count: int) -> Iterator:
         )
 
 
-def one(root, command: list[str], how: str, size: int, number: int) -> tuple[str, str]:
+def one(root, command: list[str], how: str, size: int, number: int) -> verbs.Outcome:
     """A lost process ends the others within a minute; a slow one does not. The run goes on."""
-    expected, _ = kills._reference(root.with_name("kills"), "tokenizer", command)
+    expected, _ = verbs.reference(root.with_name("kills"), "tokenizer")
     rng = random.Random(number)
     folder, logs = root / f"{how}_{number}", root / f"logs_{number}"
     shutil.rmtree(folder, ignore_errors=True)
@@ -47,13 +49,13 @@ def one(root, command: list[str], how: str, size: int, number: int) -> tuple[str
     line = process.stdout.readline()
     while "are " not in line:
         if not line:
-            return "failed", "local.sh ended"
+            return "failed", "local.sh ended", {}
         line = process.stdout.readline()
     victims = [int(n) for n in re.search(r"are ([\d ]+);", line)[1].split()]
     victim = victims[rng.randrange(size)]
     while not any((folder / "checkpoints").glob("[0-9]*")):
         if process.poll() is not None:
-            return "failed", process.stdout.read()
+            return "failed", process.stdout.read(), {}
         time.sleep(0.1)
     if how == "killed":
         os.kill(victim, signal.SIGKILL)
@@ -68,7 +70,7 @@ def one(root, command: list[str], how: str, size: int, number: int) -> tuple[str
     except subprocess.TimeoutExpired:
         for number in victims:
             os.kill(number, signal.SIGKILL)
-        return "failed", "the others did not end"
+        return "failed", "the others did not end", {}
     finally:
         if how == "stopped":
             with contextlib.suppress(ProcessLookupError):
@@ -78,18 +80,28 @@ def one(root, command: list[str], how: str, size: int, number: int) -> tuple[str
         outcome = "finished before"
     elif how != "slow":
         if "Traceback" in output and "gigatok: error:" not in output:
-            return "failed", output
+            return "failed", output, {}
         if waited > 60:
-            return "failed", f"the others ended only after {waited:.0f} s"
+            return "failed", f"the others ended only after {waited:.0f} s", {}
         outcome = "ended in a minute, then went on"
         code, output = verbs.finish(verbs.start(command, folder))
         if code:
-            return "failed", output
+            return "failed", output, {}
     elif process.returncode:
-        return "failed", output
+        return "failed", output, {}
     else:
         outcome = "went on"
-    found = verbs.result(folder)
-    # Of several processes, sums are rounded in another order.
-    missing = expected.keys() - found.keys()
-    return ("failed", f"missing: {missing}") if missing else (outcome, "")
+    missing = expected.keys() - verbs.result(folder).keys()
+    if missing:
+        return "failed", f"missing: {', '.join(missing)}", {}
+    # Sums over several processes are rounded in another order.
+    single = root.with_name("kills") / "tokenizer_reference"
+    ours, theirs = (read_metrics(path / "metrics.jsonl") for path in (folder, single))
+    if [row["step"] for row in ours] != [row["step"] for row in theirs]:
+        return "failed", "other rows", {}
+    for one_row, other in zip(ours, theirs, strict=True):
+        for name in one_row.keys() - verbs.CLOCKS:
+            if not math.isclose(one_row[name], other[name], rel_tol=0.05, abs_tol=0.01):
+                text = f"step {other['step']}: {name} {one_row[name]}, alone {other[name]}"
+                return "failed", text, {}
+    return outcome, "", {}

@@ -5,14 +5,18 @@ import hashlib
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+from PIL import Image
 
 from gigatok_jax import bundles
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.training.telemetry import read_metrics
+from gigatok_jax.weights import convert
 
 import tiny
 
@@ -21,6 +25,7 @@ TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
 GENERATOR = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=10)
 CLOCKS = {"images_per_second", "input_wait"}
 TIMEOUT = 600  # seconds
+Outcome = tuple[str, str, dict[str, int]]  # in a word, in detail, and what was counted
 
 
 def networks(root: pathlib.Path) -> dict[str, str]:
@@ -29,6 +34,25 @@ def networks(root: pathlib.Path) -> dict[str, str]:
     if not folder.exists():
         tiny.save_networks(folder, TOKENIZER, GENERATOR)
     return {name: str(folder / name) for name in ("tokenizer", "generator")}
+
+
+def released(root: pathlib.Path) -> pathlib.Path:
+    """A tokenizer in the form of the published ones, made once."""
+    path = root.parent / "released.pt"
+    if not path.exists():
+        convert.to_file("tokenizer", networks(root)["tokenizer"], path)
+    return path
+
+
+def pictures(root: pathlib.Path) -> pathlib.Path:
+    """A folder of twelve small PNGs of noise, made once."""
+    folder = root.parent / "pictures"
+    if not folder.exists():
+        folder.mkdir(parents=True)
+        for number in range(12):
+            pixels = np.random.default_rng(number).integers(0, 256, (20, 24, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
 
 
 def commands(root: pathlib.Path) -> dict[str, list[str]]:
@@ -59,6 +83,15 @@ def commands(root: pathlib.Path) -> dict[str, list[str]]:
             *("sample", *flags.values(), "--classes=0-4", "--count=40", "--batch_size=4", "--out")
         ],
         "probe": ["probe", flags["tokenizer"], probe, "--workdir"],
+        "reconstruct": [
+            *("reconstruct", flags["tokenizer"], f"--images={pictures(root)}", "--batch_size=4"),
+            "--out",
+        ],
+        "evaluate": [
+            *("evaluate", "generation", *flags.values(), train, *data),
+            *("--features=embedded", "--count=24", "--batch_size=8", "--out"),
+        ],
+        "convert": ["convert", "tokenizer", f"--from={released(root)}", "--out"],
     }
 
 
@@ -79,6 +112,31 @@ def finish(process: subprocess.Popen) -> tuple[int, str]:
         process.communicate()
         raise
     return process.returncode, output
+
+
+def reference(root: pathlib.Path, verb: str) -> tuple[Mapping[str, str], float]:
+    """Results of an unbroken run, and the seconds that one takes with compiled programs."""
+    folder, clock = root / f"{verb}_reference", root / f"{verb}_seconds"
+    if not clock.exists():
+        for _ in range(2):  # the first one compiles
+            shutil.rmtree(folder, ignore_errors=True)
+            start_time = time.monotonic()
+            code, output = finish(start(commands(root)[verb], folder))
+            if code:
+                raise RuntimeError(output[-500:])
+        clock.write_text(str(time.monotonic() - start_time))
+    return result(folder), float(clock.read_text())
+
+
+def differences(expected: Mapping[str, str], folder: pathlib.Path) -> list[str]:
+    """Names of results that are not as expected."""
+    found = result(folder)
+    return [name for name in expected | found if expected.get(name) != found.get(name)]
+
+
+def pages(folder: pathlib.Path) -> int:
+    """Memory pages that the files of a folder take."""
+    return sum(-(-path.lstat().st_size // 4096) for path in folder.rglob("*"))
 
 
 def result(folder: pathlib.Path) -> Mapping[str, str]:
