@@ -174,7 +174,7 @@ def _kinds(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, str, Callable, b
 
     # A workdir, with its checkpoints.
     run = config.load(str(verbs.TESTS / "train_config.py"))
-    run = dataclasses.replace(run, steps=2)
+    run = dataclasses.replace(run, steps=5)
     workdir = made / "workdir"
     loop.train(run, workdir)
     mesh = sharding.make_mesh(run.mesh)
