@@ -395,8 +395,8 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"codes": 8}, r"\S+: expected codes=8, as in the generator, got 4"),
-        ({"codebook_size": 256}, r"\S+: expected codebook_size=256, as in the generator, got 512"),
+        ({"codes": 8}, r"\S+: expected codes=8, as in its model.codes, got 4"),
+        ({"codebook_size": 256}, r"\S+: expected codebook_size=256, as in its model.codebook_size, got 512"),
         (
             {"classes": 2},
             r"config\.model\.classes: expected at least 3, the number of classes in the data, or "
@@ -428,7 +428,7 @@ def test_model_of_another_size_than_the_tokenizer_is_refused(
     photos, directory, tmp_path, field, theirs
 ):
     model = dataclasses.replace(MODEL, **{field: 16})
-    message = rf"^\S+: expected {field}=16, as in the generator, got {theirs}$"
+    message = rf"^\S+: expected {field}=16, as in its model.{field}, got {theirs}$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", photos, tokenizer=str(directory), model=model)
 

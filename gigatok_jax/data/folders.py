@@ -74,7 +74,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     """
     if not root.is_dir():
         reason = "not a folder" if root.exists() else "no such folder"
-        raise UserError(f"{root}: {reason}, expected class sub-folders of images")
+        raise UserError(f"{root}: {reason}, expected a folder of images")
     splits = [n for n in _folders(root) if n.lower() in ("train", "val", "validation")]
     if "train" in map(str.lower, splits) and any(n != n.lower() for n in splits):
         raise UserError(

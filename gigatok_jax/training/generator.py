@@ -136,7 +136,8 @@ def check_tokenizer(
     names = "codes", "codebook_size", "tokenizer"
     for name, expected, found in zip(names, ours, theirs, strict=True):
         if expected not in (None, found):
-            raise UserError(f"{path}: expected {name}={expected}, as in the generator, got {found}")
+            where = "as in the generator" if name == "tokenizer" else f"as in its model.{name}"
+            raise UserError(f"{path}: expected {name}={expected}, {where}, got {found}")
 
 
 def _check_branch_point(run: GeneratorRun) -> None:

@@ -197,6 +197,8 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
                     "saved, and the same command resumes the run"
                 )
         bundles.save(workdir / "bundle", *task.bundle(state))
+        if telemetry:
+            logger.info("done; the trained weights are in %s", workdir / "bundle")
 
 
 def abstract_state(task: Task, mesh: jax.sharding.Mesh) -> Any:
