@@ -1,10 +1,10 @@
-"""FLOPs and bytes of a compiled program, read from its text (`compiled.as_text()`).
+"""FLOPs, bytes and kernels of a compiled program, read from its text (`compiled.as_text()`).
 
 The text lists computations (the entry, bodies of loops, fusions) with one instruction per line.
-The cost of a computation is the sum over its instructions: FLOPs of products and convolutions,
-bytes read from and written to main memory, and the cost of the computations that they call. The
-body of a loop counts once per iteration. XLA's own `cost_analysis` counts it only once, which is
-useless for models that are loops over layers.
+Every instruction outside a fusion that moves bytes is a kernel. Its cost is the FLOPs of products
+and convolutions, and the bytes that it reads from and writes to main memory. The body of a loop
+counts once per iteration. XLA's own `cost_analysis` counts it only once, which is useless for
+models that are loops over layers.
 
 A fusion reads its operands and writes its result, but moves nothing in between. Where it takes a
 slice of an operand (one layer of stacked weights), or writes a slice into its result, only the
@@ -13,12 +13,9 @@ slice is moved.
 
 from collections.abc import Iterator
 import dataclasses
-import functools
 import math
 import re
 from typing import NamedTuple
-
-import numpy as np
 
 from gigatok_jax.planning.flops import window_hits
 
@@ -36,10 +33,22 @@ FREE = {
     "call", "after-all", "partition-id", "replica-id", "iota", "optimization-barrier",
 }  # fmt: skip
 NO_BITS_IN_NAME = {"pred": 8, "token": 0}
+SCRATCH = ("s8", "u8")
 SLICES = ("dynamic-slice", "dynamic-update-slice")
 
 
+class Kernel(NamedTuple):
+    """What a device runs as one; FLOPs and bytes are those of all its runs."""
+
+    source: str  # where it comes from, such as "jit(step)/jvp(Generator)/layers/mlp_in/dot_general"
+    shapes: str  # of its results
+    runs: int
+    flops: float
+    moved: float  # bytes
+
+
 class Array(NamedTuple):
+    kind: str
     shape: tuple[int, ...]
     size: int  # bytes
     in_main_memory: bool  # False: in one of the chip's small, fast memories
@@ -61,8 +70,18 @@ class Instruction:
 
     @property
     def moved(self) -> int:
-        """Bytes of the result that pass through main memory."""
-        return sum(array.size for array in self.arrays if array.in_main_memory)
+        """Bytes of the result that pass through main memory; the scratch of a library does not."""
+        library = self.opcode == "custom-call"
+        return sum(
+            array.size
+            for array in self.arrays
+            if array.in_main_memory and not (library and array.kind in SCRATCH)
+        )
+
+    @property
+    def shapes(self) -> str:
+        """Types and shapes of the result."""
+        return ", ".join(f"{each.kind}[{','.join(map(str, each.shape))}]" for each in self.arrays)
 
     def attribute(self, name: str, pattern: str = r"([^,\s]+)") -> str:
         """What `pattern` captures after `name=` (by default up to a comma), or ""."""
@@ -108,31 +127,40 @@ class Program:
         Raises:
           NotImplementedError: the text does not give the number of iterations of a loop.
         """
-        flops, moved = self._computation(self._entry)
-        return float(flops), float(moved)
+        kernels = self.kernels()
+        return sum(each.flops for each in kernels), sum(each.moved for each in kernels)
 
-    @functools.cache  # noqa: B019 - a program lives as long as its plan
-    def _computation(self, name: str) -> np.ndarray:
-        """FLOPs and bytes of a computation, as an array `[2]`."""
-        return sum(map(self._instruction, self._computations[name]), start=np.zeros(2))
+    def kernels(self) -> list["Kernel"]:
+        """All kernels that one device runs; raises as `cost` does."""
+        return list(self._kernels(self._entry, 1))
 
-    def _instruction(self, instruction: Instruction) -> np.ndarray:
-        own = np.array([_flops(instruction), self._bytes(instruction)])
-        match instruction.opcode:
-            case "while":
-                names = [instruction.attribute(name) for name in ("body", "condition")]
-                return own + self._iterations(instruction) * sum(map(self._computation, names))
-            case "conditional":
-                listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
-                names = NAME.findall(listed) or [
-                    instruction.attribute(f"{value}_computation") for value in ("true", "false")
-                ]
-                return own + max(map(self._computation, names), key=lambda cost: cost[0])
-            case "fusion":
-                return own + self._computation(instruction.called) * (1, 0)
-            case "call" | "async-start":
-                return own + self._computation(instruction.called)
-        return own
+    def _kernels(self, name: str, runs: int) -> Iterator["Kernel"]:
+        for instruction in self._computations[name]:
+            match instruction.opcode:
+                case "while":
+                    turns = runs * self._iterations(instruction)
+                    for part in ("body", "condition"):
+                        yield from self._kernels(instruction.attribute(part), turns)
+                case "conditional":
+                    listed = instruction.attribute("branch_computations", r"\{([^}]*)\}")
+                    names = NAME.findall(listed) or [
+                        instruction.attribute(f"{value}_computation") for value in ("true", "false")
+                    ]
+                    branches = [list(self._kernels(branch, runs)) for branch in names]
+                    yield from max(branches, key=lambda ks: sum(k.flops + k.moved for k in ks))
+                case "call" | "async-start":
+                    yield from self._kernels(instruction.called, runs)
+                case _:
+                    moved, flops = self._bytes(instruction), self._total_flops(instruction)
+                    if moved or flops:
+                        source = instruction.attribute("op_name", r'"([^"]*)"')
+                        yield Kernel(source, instruction.shapes, runs, runs * flops, runs * moved)
+
+    def _total_flops(self, instruction: Instruction) -> float:
+        """FLOPs of an instruction, and of those in it if it is a fusion."""
+        if instruction.opcode != "fusion":
+            return _flops(instruction)
+        return sum(map(self._total_flops, self._computations[instruction.called]))
 
     def _iterations(self, loop: Instruction) -> int:
         known = re.search(r'known_trip_count":\{"n":"(\d+)"', loop.attributes)
@@ -192,17 +220,62 @@ class Program:
 def _array(kind: str, shape: str, layout: str) -> Array:
     extents = tuple(int(extent) for extent in shape.split(",") if extent)
     bits = NO_BITS_IN_NAME[kind] if kind in NO_BITS_IN_NAME else int(re.search(r"\d+", kind)[0])
-    return Array(extents, math.ceil(bits / 8) * math.prod(extents), "S(" not in layout)
+    return Array(kind, extents, math.ceil(bits / 8) * math.prod(extents), "S(" not in layout)
 
 
 def _flops(instruction: Instruction) -> float:
-    if instruction.opcode not in ("dot", "convolution"):
-        return 0
-    x, kernel = (operand.arrays[0].shape for operand in instruction.operands[:2])
-    out = instruction.arrays[0].shape
-    if instruction.opcode == "dot":
-        axes = instruction.attribute("lhs_contracting_dims", r"\{([\d,]*)\}").split(",")
-        return 2 * math.prod(out) * math.prod(x[int(axis)] for axis in axes if axis)
+    """FLOPs of a product, a convolution, or a library's call that computes them."""
+    shapes = [operand.arrays[0].shape for operand in instruction.operands if operand.arrays]
+    result = instruction.arrays[0].shape if instruction.arrays else ()
+    match instruction.opcode:
+        case "dot":
+            return _product(instruction, "lhs_contracting_dims", r"\{([\d,]*)\}", shapes[0])
+        case "convolution":
+            return _convolution(instruction, *shapes[:2], result)
+        case "custom-call":
+            target = instruction.attribute("custom_call_target", r'"([^"]*)"')
+            if target.startswith("__cublas$"):
+                pattern = r'\[([\d",]*)\]'
+                return _product(instruction, '"lhs_contracting_dimensions":', pattern, shapes[0])
+            if target in ROLES:
+                arrays = dict(zip(ROLES[target], (*shapes[:2], result), strict=True))
+                return _convolution(instruction, arrays["x"], arrays["kernel"], arrays["out"])
+            if target.startswith("__cudnn$fmha"):
+                return _attention(instruction, shapes[0])
+            # Pallas' kernels say what they cost.
+            stated = re.search(r'"?flops"?[:=] ?"?(\d+)', instruction.attributes)
+            return float(stated[1]) if stated else 0
+    return 0
+
+
+# Operands and result of cuDNN's convolutions, of which gradients are described as what they are of.
+ROLES = {
+    "__cudnn$convForward": ("x", "kernel", "out"),
+    "__cudnn$convBiasActivationForward": ("x", "kernel", "out"),
+    "__cudnn$convBackwardInput": ("out", "kernel", "x"),
+    "__cudnn$convBackwardFilter": ("x", "out", "kernel"),
+}
+
+
+def _product(instruction: Instruction, name: str, pattern: str, left: tuple[int, ...]) -> float:
+    found = re.search(re.escape(name) + "=?" + pattern, instruction.attributes)
+    axes = re.findall(r"\d+", found[1])
+    contracted = math.prod(left[int(axis)] for axis in axes)
+    return 2 * math.prod(instruction.arrays[0].shape) * contracted
+
+
+def _attention(instruction: Instruction, query: tuple[int, ...]) -> float:
+    """cuDNN's attention: two products forward, five backward; of a causal one, half is skipped."""
+    found = re.search(
+        r'"intermediate_tensor_shape".*?"dimensions": ?\[([^]]*)\]', instruction.attributes
+    )
+    scores = math.prod(int(extent) for extent in re.findall(r"\d+", found[1]))
+    products = 5 if "Backward" in instruction.attributes else 2
+    causal = 0.5 if '"mask_type": "CAUSAL"' in instruction.attributes else 1
+    return 2 * products * causal * scores * query[-1]
+
+
+def _convolution(instruction: Instruction, x: tuple, kernel: tuple, out: tuple) -> float:
     # Such as b01f_01io->b01f: batch, features, a kernel's input and output, numbered spatial axes.
     inputs, kernels, outputs = re.split("_|->", instruction.attribute("dim_labels"))
     window = instruction.attribute("window", r"\{([^}]*)\}")
