@@ -498,6 +498,13 @@ def report(workdirs: list[str], out: str) -> None:
 @verb(
     "compile a run for hardware you need not have: memory, FLOPs, time",
     required("topology", "devices, such as v5e:4x4 or h100:8"),
+    flag(
+        "integer",
+        "ledger",
+        0,
+        "print where bytes, FLOPs and kernels go, in this many rows; 0: do not",
+        lower_bound=0,
+    ),
     flag("enum", "job", "train", ["train", "sample"], "program to compile"),
     flag(
         "float",
@@ -518,21 +525,22 @@ def report(workdirs: list[str], out: str) -> None:
     configs={"config": REQUIRED},
     devices=False,
 )
-def plan(config, topology: str, job: str, utilisation: float, effort: float) -> None:
+def plan(config, topology: str, job: str, utilisation: float, effort: float, ledger: int) -> None:
     """gigatok plan --config=tokenizer:xl_xxl --topology=v5p:4x4x2 [--config.FIELD=VALUE ...]
 
-    Compiles the training step (or a generator's sampling, with --job=sample) for TPUs that need not
-    exist: v4 or v5p as CHIP:AxBxC, v5e or v6e as CHIP:AxB. This needs the `tpu` extra. Without it,
-    and for GPUs (a100, h100, h200, b200 as CHIP:COUNT), estimates from shapes. Prints memory per
-    device, FLOPs, bytes, a lower bound on the step's time, and days of training. If memory is too
-    small, lists settings that fit, and exits with 1.
+    Compiles the training step (or a generator's sampling, with --job=sample) for devices that need
+    not exist: TPUs (v4 or v5p as CHIP:AxBxC, v5e or v6e as CHIP:AxB) with the `tpu` extra, GPUs
+    (a100, h100, h200 or b200 as CHIP:COUNT or CHIP:HOSTSxCOUNT) with `cuda`. Without the extra,
+    estimates from shapes. Prints memory per device, FLOPs, bytes, kernels, a lower bound on the
+    step's time, and days of training. If memory is too small, lists settings that fit, and exits
+    with 1. --ledger=30 shows the 30 places that move most bytes.
     """
     from gigatok_jax.planning import plan as planning
     from gigatok_jax.training import GeneratorRun, TokenizerRun
 
     if not isinstance(config, TokenizerRun | GeneratorRun):
         raise UserError("--config: expected the training run of a tokenizer or a generator")
-    planning.plan(config, topology, job, utilisation, effort)
+    planning.plan(config, topology, job, utilisation, effort, ledger)
 
 
 @verb(

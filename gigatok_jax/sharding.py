@@ -115,30 +115,47 @@ def _mesh_shape(config: MeshConfig, count: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-# Set by `use` while a program is traced: maps the logical axes of an array to its sharding.
-_sharding_of: contextvars.ContextVar[Callable[[tuple[str | None, ...]], Any] | None] = (
-    contextvars.ContextVar("sharding_of", default=None)
+# The mesh of the program that is being traced; set by `use`.
+_mesh: contextvars.ContextVar[Mesh | AbstractMesh | None] = contextvars.ContextVar(
+    "mesh", default=None
 )
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh) -> Iterator[None]:
-    """Makes `constrain` and `gather` take effect, on `mesh`, in programs traced in this context."""
-
-    def sharding_of(axes):
-        return nn.logical_to_mesh_sharding(PartitionSpec(*axes), mesh, RULES)
-
-    token = _sharding_of.set(sharding_of)
+def use(mesh: Mesh | AbstractMesh) -> Iterator[None]:
+    """Traces programs for `mesh` in this context: `constrain`, `gather`, `target` follow it."""
+    token = _mesh.set(mesh)
     try:
         yield
     finally:
-        _sharding_of.reset(token)
+        _mesh.reset(token)
+
+
+def target() -> jax.Device | None:
+    """A device of the kind that the program being traced is for; None: a mesh without devices.
+
+    Whatever chooses an implementation must ask this, not `jax.default_backend()`: a plan is traced
+    on another machine than the one that runs it.
+    """
+    mesh = _mesh.get()
+    if mesh is None:
+        return jax.devices()[0]
+    return mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
+
+
+def on_gpu() -> bool:
+    """Whether the program being traced is for GPUs."""
+    device = target()
+    return device is not None and device.platform == "gpu"
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Constrains the sharding of an array with the given logical axes."""
-    sharding_of = _sharding_of.get()
-    return x if sharding_of is None else jax.lax.with_sharding_constraint(x, sharding_of(axes))
+    mesh = _mesh.get()
+    if mesh is None:
+        return x
+    spec = PartitionSpec(*axes)
+    return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_sharding(spec, mesh, RULES))
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:

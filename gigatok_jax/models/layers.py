@@ -178,9 +178,9 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) ->
 
 def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
     """Whether cuDNN has a kernel: half precision, Ampere or newer, head_dim of up to 128."""
-    if jax.default_backend() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
+    if not sharding.on_gpu() or dtype not in (jnp.bfloat16, jnp.float16):
         return False
-    capability = getattr(jax.devices()[0], "compute_capability", "0")  # AMD: "gfx942"
+    capability = getattr(sharding.target(), "compute_capability", "0")  # AMD: "gfx942"
     recent = capability.replace(".", "").isdigit() and float(capability) >= 8
     return recent and head_dim % 8 == 0 and head_dim <= 128
 

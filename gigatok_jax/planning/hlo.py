@@ -34,7 +34,7 @@ FREE = {
 }  # fmt: skip
 NO_BITS_IN_NAME = {"pred": 8, "token": 0}
 SCRATCH = ("s8", "u8")
-SLICES = ("dynamic-slice", "dynamic-update-slice")
+READ_SLICES = ("slice", "dynamic-slice")
 
 
 class Kernel(NamedTuple):
@@ -181,7 +181,7 @@ class Program:
             return 0
         if opcode.endswith("-done"):  # an asynchronous copy, of which one side counts
             return max(array.size for array in instruction.arrays)
-        if opcode == "dynamic-slice":
+        if opcode in READ_SLICES:
             return 2 * instruction.moved
         if opcode == "dynamic-update-slice":
             return 2 * operands[1].moved
@@ -191,8 +191,9 @@ class Program:
         for place, operand in enumerate(operands):
             uses = list(self._uses(self._parameters[instruction.called, place]))
             read = operand.moved
-            if uses and all(at == 0 and user.opcode in SLICES for user, at in uses):
-                sliced = sum(user.size for user, _ in uses if user.opcode == "dynamic-slice")
+            slices = (*READ_SLICES, "dynamic-update-slice")
+            if uses and all(at == 0 and user.opcode in slices for user, at in uses):
+                sliced = sum(user.size for user, _ in uses if user.opcode in READ_SLICES)
                 read = min(read, sliced)
             total += read
         written = sum(self._updates(instruction.called))

@@ -1,6 +1,6 @@
 """`gigatok plan`: memory per device, a lower bound on the step's time, and settings that fit."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from gigatok_jax import sharding
 from gigatok_jax.errors import RunStopped, UserError, first_line
 from gigatok_jax.models import layers
-from gigatok_jax.planning import chips, estimate, flops, hlo, programs
+from gigatok_jax.planning import chips, estimate, flops, hlo, ledger, programs
 from gigatok_jax.planning.chips import Topology
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.task import RunConfig
@@ -42,6 +42,7 @@ class Plan:
     compiled_flops: float | None = None  # None: not compiled
     compile_seconds: float | None = None
     rejection: str = ""  # the compiler's message if the program does not fit
+    kernels: Sequence[hlo.Kernel] = ()  # of the compiled program, on one device
 
     @property
     def bytes(self) -> int:
@@ -60,7 +61,12 @@ class Plan:
 
 
 def plan(
-    run: RunConfig, topology: str, job: str = "train", utilisation: float = 0.4, effort: float = -1
+    run: RunConfig,
+    topology: str,
+    job: str = "train",
+    utilisation: float = 0.4,
+    effort: float = -1,
+    rows: int = 0,
 ) -> None:
     """Prints a run's requirements on a topology and, if it does not fit, settings that do.
 
@@ -71,6 +77,7 @@ def plan(
       utilisation: share of the peak FLOPs that a step is assumed to reach.
       effort: of the compiler, from -1 (the quickest) to 1; runs themselves compile with 0. JAX 0.11
         and newer always use 0.
+      rows: print where bytes, FLOPs and kernels go, in this many rows; 0: do not.
 
     Raises:
       UserError: the run does not suit the devices, or a network that it names is missing.
@@ -90,6 +97,12 @@ def plan(
     except ValueError as error:
         raise UserError(f"config.{error}") from error
     print(describe(made, utilisation, run.total_steps if job == "train" else 1))
+    if rows and made.kernels:
+        print(ledger.table(made.kernels, devices.chip, rows))
+    elif rows and not made.rejection:
+        raise UserError(
+            "--ledger: expected the compiler of these devices, from the extra cuda or tpu"
+        )
     if made.fits:
         return
     if job == "train":
@@ -114,9 +127,10 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     mesh = topology.mesh(run.mesh)
     sharding.check_batch(run.batch_size, run.accumulate, mesh)
     program = programs.build(run, mesh, job)
-    traced = program.trace()
     plain = dataclasses.replace(run, remat="none")
-    model = traced if run == plain else programs.build(plain, mesh, job).trace()
+    with chips.tracing_for(topology):
+        traced = program.trace()
+        model = traced if run == plain else programs.build(plain, mesh, job).trace()
     state = program.memory
     made = Plan(
         topology,
@@ -127,10 +141,14 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     )
     if topology.devices is None:
         return dataclasses.replace(made, memory=estimated_memory(run, topology, job))
-    lowered = traced.lower()
+    with chips.tracing_for(topology):
+        lowered = traced.lower()
+    options = {"exec_time_optimization_effort": effort} if HAS_EFFORT else {}
+    if topology.chip.gpu:
+        options = chips.GPU_OPTIONS
     start = time.monotonic()
     try:
-        compiled = lowered.compile({"exec_time_optimization_effort": effort} if HAS_EFFORT else {})
+        compiled = lowered.compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -142,12 +160,13 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     results = needs.output_size_in_bytes - needs.alias_size_in_bytes
     temporaries = {TEMPORARIES[job]: needs.temp_size_in_bytes + results}
     code = {"compiled program": needs.generated_code_size_in_bytes}
-    compiled_flops, bytes_moved = hlo.Program(compiled.as_text()).cost()
+    kernels = hlo.Program(compiled.as_text()).kernels()
     return dataclasses.replace(
         made,
         memory=state | temporaries | code,
-        bytes_moved=bytes_moved,
-        compiled_flops=compiled_flops,
+        bytes_moved=sum(kernel.moved for kernel in kernels),
+        compiled_flops=sum(kernel.flops for kernel in kernels),
+        kernels=kernels,
         compile_seconds=seconds,
     )
 
@@ -224,7 +243,8 @@ def describe(made: Plan, utilisation: float, steps: int) -> str:
         compiled = made.compiled_flops * count
         more = compiled / made.traced_flops - 1
         lines.append(f"  {'compiled':<26} {compiled / 1e12:9.1f} T ({more:+.1%})")
-        lines.append(f"bytes moved by a device: {_size(made.bytes_moved)}")
+        runs = sum(kernel.runs for kernel in made.kernels)
+        lines.append(f"bytes moved by a device: {_size(made.bytes_moved)}, in {runs} kernels")
     bound, seconds = made.step_seconds(1.0), made.step_seconds(utilisation)
     lines.append(
         f"a step takes at least {bound * 1e3:.1f} ms, "

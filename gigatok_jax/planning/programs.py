@@ -101,7 +101,9 @@ def sampling_codes(run: GeneratorRun, mesh: Mesh | AbstractMesh) -> Program:
 
     @jax.jit
     def sample(params, classes, keys):
-        return sampling.sample(run.model, params, classes, keys, run.sampling, jnp.dtype(run.dtype))
+        dtype = jnp.dtype(run.dtype)
+        with sharding.use(mesh):
+            return sampling.sample(run.model, params, classes, keys, run.sampling, dtype)
 
     trace = functools.partial(sample.trace, params, classes, keys)
     return Program(trace, {"parameters": params, "batch": classes})

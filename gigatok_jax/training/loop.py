@@ -215,7 +215,8 @@ def fresh_state(task: Task, abstract: Any, seed: int) -> Any:
 
     shardings = jax.tree.map(lambda array: array.sharding, abstract)
     # This runs once, and on CPU optimizing its hundreds of random generators would take a minute.
-    options = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    (device,) = {leaf.sharding.mesh.devices.flat[0] for leaf in jax.tree.leaves(abstract)}
+    options = {"xla_backend_optimization_level": 0} if device.platform == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=options)(jax.random.key(seed))
 
 

@@ -260,7 +260,12 @@ class HeldOut:
     def __init__(self, task: Task, mesh: jax.sharding.Mesh):
         self._task, self._mesh, run = task, mesh, task.run
         shardings = (sharding.batch_sharding(mesh), sharding.replicated(mesh))
-        self._measure = jax.jit(task.measure, out_shardings=shardings)
+
+        def measure(state, batch, frozen):
+            with sharding.use(mesh):
+                return task.measure(state, batch, frozen)
+
+        self._measure = jax.jit(measure, out_shardings=shardings)
         self._batches = pipeline.eval_batches(
             run.data, task.image_size, run.batch_size, *sharding.batch_block(mesh), shuffled=True
         )
