@@ -61,8 +61,8 @@ class AdaptiveGroupNorm(nn.Module):
             layers.dense, x.shape[-1], ("conv_in", "conv_out"), dtype=self.dtype
         )
         gain, bias = linear(name="gain")(deviation), linear(name="bias")(style.mean(1))
-        x = GroupNorm(affine=False, dtype=self.dtype, name="norm")(x)
-        return x * gain[:, None, None] + bias[:, None, None]
+        gain, bias = (y[:, None, None].astype(jnp.float32) for y in (gain, bias))
+        return GroupNorm(affine=False, dtype=self.dtype, name="norm")(x, gain, bias)
 
 
 class Encoder(nn.Module):

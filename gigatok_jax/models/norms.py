@@ -6,6 +6,7 @@ over parts of a batch.
 Statistics are always float32.
 """
 
+import functools
 import math
 
 from einops import rearrange
@@ -41,24 +42,84 @@ class GroupNorm(nn.Module):
     dtype: layers.Dtype = jnp.float32  # of the output
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, gain: jax.Array | None = None, offset: jax.Array | None = None
+    ) -> jax.Array:
+        """Normalizes; without learned ones, `gain` and `offset` may be given, `[B, 1, 1, C]`."""
         channels = x.shape[-1]
-        x = x.astype(jnp.float32)
-
-        def mean(x):
-            """Mean of each channel's group, `[B, 1, 1, C]`. Averaging pixels first is faster."""
-            means = rearrange(x.mean((1, 2)), "b (g c) -> b g c", g=group_count(channels))
-            means = jnp.broadcast_to(means.mean(-1, keepdims=True), means.shape)
-            return means.reshape(-1, 1, 1, channels)
-
-        center, square = layers.keep((mean(x), mean(x * x)))
-        scale = lax.rsqrt(jnp.maximum(square - center * center, 0) + 1e-6)
         if self.affine:
-            scale *= self.param("scale", ones, (channels,))
-        x = (x - center) * scale
-        if self.affine:
-            x += self.param("bias", zeros, (channels,))
-        return (nn.silu(x) if self.silu else x).astype(self.dtype)
+            gain = self.param("scale", ones, (channels,))
+            offset = self.param("bias", zeros, (channels,))
+        statistics = layers.keep(_group_statistics(lax.stop_gradient(x)))
+        y = _normalize(
+            x,
+            *statistics,
+            jnp.ones(channels) if gain is None else gain,
+            jnp.zeros(channels) if offset is None else offset,
+            self.silu,
+        )
+        return y.astype(self.dtype)
+
+
+def _group_mean(means: jax.Array) -> jax.Array:
+    """Means over the channels of each group, `[B, C]` to `[B, 1, 1, C]`."""
+    channels = means.shape[-1]
+    groups = rearrange(means, "b (g c) -> b g c", g=group_count(channels))
+    groups = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
+    return groups.reshape(-1, 1, 1, channels)
+
+
+def _group_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Mean and inverse deviation of each channel's group, float32 `[B, 1, 1, C]`."""
+    x = x.astype(jnp.float32)
+    # Averaging pixels first is faster.
+    center, square = _group_mean(x.mean((1, 2))), _group_mean((x * x).mean((1, 2)))
+    return center, lax.rsqrt(jnp.maximum(square - center * center, 0) + 1e-6)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _normalize(x, center, inverse, gain, offset, silu):
+    """`(x - center) * inverse * gain + offset`, and SiLU; float32.
+
+    Its gradient includes that through the statistics, and reads `x` and the output's gradient only
+    twice: once for two sums of each channel, and once for the result.
+    """
+    y = (x.astype(jnp.float32) - center) * (inverse * gain) + offset
+    return nn.silu(y) if silu else y
+
+
+def _normalize_forward(x, center, inverse, gain, offset, silu):
+    residuals = (x, center, inverse, gain, offset)
+    return _normalize(*residuals, silu), residuals
+
+
+def _normalize_backward(silu, residuals, gradient):
+    x, center, inverse, gain, offset = residuals
+    y = (x.astype(jnp.float32) - center) * (inverse * gain) + offset
+    slope = nn.sigmoid(y)
+    gradient = gradient.astype(jnp.float32)
+    if silu:
+        gradient = gradient * (slope * (1 + y * (1 - slope)))
+    pixels = x.shape[1] * x.shape[2]
+    total = gradient.sum((1, 2), keepdims=True)
+    weighted = (gradient * (x.astype(jnp.float32) - center)).sum((1, 2), keepdims=True) * inverse
+    # Of the sums over a group that the statistics are, each element has an equal share.
+    mean = _group_mean((total * gain)[:, 0, 0] / pixels)
+    slant = _group_mean((weighted * gain)[:, 0, 0] / pixels) * inverse
+    centered = x.astype(jnp.float32) - center
+    x_gradient = inverse * (gain * gradient - mean - slant * centered)
+
+    def like(array, value):
+        return value.sum((0, 1, 2)) if array.ndim == 1 else value
+
+    none = jnp.zeros_like(center)
+    return (
+        *(x_gradient.astype(x.dtype), none, none),
+        *(like(gain, weighted), like(offset, total)),
+    )
+
+
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 class BatchNorm(nn.Module):
