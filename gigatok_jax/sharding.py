@@ -143,10 +143,10 @@ def target() -> jax.Device | None:
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
 
 
-def on_gpu() -> bool:
-    """Whether the program being traced is for GPUs."""
+def platform() -> str:
+    """What the program being traced is for: "cpu", "gpu", "tpu", or "" if that is unknown."""
     device = target()
-    return device is not None and device.platform == "gpu"
+    return "" if device is None else device.platform
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -178,7 +178,7 @@ def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) ->
 
 def _flash_applies(dtype: Dtype, head_dim: int) -> bool:
     """Whether cuDNN has a kernel: half precision, Ampere or newer, head_dim of up to 128."""
-    if not sharding.on_gpu() or dtype not in (jnp.bfloat16, jnp.float16):
+    if sharding.platform() != "gpu" or dtype not in (jnp.bfloat16, jnp.float16):
         return False
     capability = getattr(sharding.target(), "compute_capability", "0")  # AMD: "gfx942"
     recent = capability.replace(".", "").isdigit() and float(capability) >= 8
