@@ -16,6 +16,7 @@ import flax.linen as nn
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 import numpy as np
 
@@ -31,8 +32,17 @@ INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
 KEPT = "statistics"
+
+
+def _dots(primitive: Any, *args: Any, **kwargs: Any) -> bool:
+    """Keeps products with weights, and the results of cuDNN's attention, which is as dear."""
+    if primitive.name.startswith("dot_product_attention_fwd"):
+        return True
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **kwargs)
+
+
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": _dots,
     "full": jax.checkpoint_policies.save_only_these_names(KEPT),
 }
 
@@ -324,6 +334,10 @@ class Block(nn.Module):
         return add(x, y, "scale_mlp")
 
 
+# Without it, a sum over the batch at one end makes XLA transpose the activations of all layers.
+ROW_MAJOR = Layout((0, 1, 2))
+
+
 class Transformer(nn.Module):
     """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned."""
 
@@ -339,10 +353,15 @@ class Transformer(nn.Module):
 
         Layers are counted from 1 (0: the input). All of them also receive `shared`.
         """
-        block = remat(self.block.func, self.remat, scanned=True)
+        # Unrolled, layers take longer to compile, but a scan copies all that the backward pass needs
+        # into stacks and out of them: a sixth of the bytes that a generator's step moves.
+        unrolled = sharding.platform() == "gpu"
+        block = remat(self.block.func, self.remat, scanned=not unrolled)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
+            if unrolled:
+                x = with_layout_constraint(x, ROW_MAJOR)
             x = block(**self.block.keywords, name="block")(x, *shared)
             # Selecting in the carry stores one array per tap instead of every layer's output.
             tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))
@@ -354,6 +373,7 @@ class Transformer(nn.Module):
             split_rngs={"params": True, "dropout": True},
             in_axes=(0,) + (nn.broadcast,) * len(shared),
             length=self.depth,
+            unroll=self.depth if unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         carry = (x, (x,) * len(taps))
