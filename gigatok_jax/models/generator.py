@@ -103,6 +103,7 @@ class Block(nn.Module):
 
     config: GeneratorConfig
     train: bool = False  # turns dropout on
+    joined: bool = False  # whether products of the same input have one kernel, see `join`
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
@@ -118,13 +119,17 @@ class Block(nn.Module):
             bias=False,
             kernel_init=layers.default_init,
             qk_norm=config.qk_norm,
+            joined=self.joined,
             dtype=dtype,
         )
         self.norm_mlp = _norm(dtype, "norm_mlp")
-        self.mlp_gate = linear(config.hidden, ("embed", "mlp"), "mlp_gate")
-        self.mlp_in = linear(config.hidden, ("embed", "mlp"), "mlp_in")
+        if self.joined:
+            self.mlp_joined = linear((2, config.hidden), ("embed", None, "mlp"), "mlp_joined")
+        else:
+            self.mlp_gate = linear(config.hidden, ("embed", "mlp"), "mlp_gate")
+            self.mlp_in = linear(config.hidden, ("embed", "mlp"), "mlp_in")
         self.mlp_out = linear(config.width, ("mlp", "embed"), "mlp_out")
-        self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+        self.dropout = layers.Dropout(config.dropout, deterministic=not self.train)
         if config.adaln == "block":
             self.modulation = _modulation(config, 6, dtype, "modulation")
         if config.adaln == "shared":
@@ -152,7 +157,11 @@ class Block(nn.Module):
         y, cache = attend(self.norm_attention(x) * (1 + scale) + shift)
         x = layers.constrain(x + gate * self.dropout(y))
         y = self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp
-        y = self.mlp_out(nn.silu(self.mlp_gate(y)) * self.mlp_in(y))
+        if self.joined:
+            gate, y = jnp.moveaxis(self.mlp_joined(y), -2, 0)
+        else:
+            gate, y = self.mlp_gate(y), self.mlp_in(y)
+        y = self.mlp_out(layers.keep_product(nn.silu(gate) * y))
         return layers.constrain(x + gate_mlp * self.dropout(y)), cache
 
     def _modulations(self, condition):
@@ -201,7 +210,7 @@ class Generator(nn.Module):
             dtype=dtype,
             name="head",
         )
-        self.dropout = nn.Dropout(config.dropout, deterministic=not self.train)
+        self.dropout = layers.Dropout(config.dropout, deterministic=not self.train)
 
     def __call__(self, codes: jax.Array, classes: jax.Array) -> jax.Array:
         """Logits of n + 1 codes, `[B, n + 1, K]` of the compute type.
@@ -273,6 +282,10 @@ class Decoder:
             lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
         )
         stacked = params["layers"]["block"]
+        # Products of few rows are bound by reading their kernels. On CPUs they run side by side.
+        self._joined = sharding.platform() != "cpu"
+        if self._joined:
+            stacked = join(stacked)
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]
@@ -299,13 +312,24 @@ class Decoder:
         table = self._rotation
         if table is not None:
             table = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), position, 1)
-        decode = functools.partial(Block(self._config, dtype=self._dtype).apply, method="decode")
+        block = Block(self._config, joined=self._joined, dtype=self._dtype)
+        decode = functools.partial(block.apply, method="decode")
         updated = []
         for params, kept in zip(self._blocks, cache, strict=True):
             x, kept = decode({"params": params}, x, kept, position, table, self._condition)
             updated.append(kept)
         logits = self._apply(x, self._first, method="logits")
         return logits[:, 0].astype(jnp.float32), updated
+
+
+def join(block: Any) -> Any:
+    """The parameters of a `Block` (or of a stack of them) as a `joined` one has them."""
+    block = dict(block)
+    attention = dict(block["attention"])
+    qkv = [attention.pop(name)["kernel"] for name in ("query", "key", "value")]  # [..., W, h, d]
+    attention["qkv"] = {"kernel": jnp.stack(qkv, -3)}
+    kernels = [block.pop(name)["kernel"] for name in ("mlp_gate", "mlp_in")]  # [..., W, hidden]
+    return block | {"attention": attention, "mlp_joined": {"kernel": jnp.stack(kernels, -2)}}
 
 
 def param_shapes(config: GeneratorConfig) -> dict:

@@ -31,11 +31,13 @@ DTYPES = ("auto", "float32", "bfloat16")
 INIT_STD = 0.02
 default_init = nn.initializers.normal(INIT_STD)
 
-KEPT = "statistics"
+KEPT, INPUTS = "statistics", "inputs of products"
 
 
 def _dots(primitive: Any, *args: Any, **kwargs: Any) -> bool:
     """Keeps products with weights, and the results of cuDNN's attention, which is as dear."""
+    if primitive.name == "name" and kwargs["name"] == INPUTS:
+        return True
     if primitive.name.startswith("dot_product_attention_fwd"):
         return True
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *args, **kwargs)
@@ -101,6 +103,14 @@ def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> typ
     if policy == "none":
         return module
     return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
+
+
+def keep_product(x: jax.Array) -> jax.Array:
+    """Marks an input of a product, so that "dots" keeps it on GPUs.
+
+    There it is written to memory in any case. Elsewhere, it would take a place in a scan's stack.
+    """
+    return checkpoint_name(x, INPUTS) if sharding.platform() == "gpu" else x
 
 
 def keep(arrays: Any) -> Any:
@@ -200,6 +210,40 @@ def constrain(x: jax.Array) -> jax.Array:
     return sharding.constrain(x, "batch", "length", "activation_embed")
 
 
+class Dropout(nn.Module):
+    """Sets a share of the elements to zero, and scales the others; needs the rng "dropout".
+
+    Masks come from a hash of each element's place: unlike JAX's random numbers, it is cheap enough
+    to be computed wherever the mask is needed, and is never stored. See `test_layers` for its
+    uniformity.
+    """
+
+    rate: float
+    deterministic: bool = False  # whether to do nothing
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        if self.deterministic or not self.rate:
+            return x
+        kept = _uniform_bits(self.make_rng("dropout"), x.shape) >= jnp.uint32(self.rate * 2**32)
+        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+
+
+def _uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Random uint32 of each element: its place and the key, through a hash of two rounds."""
+    first, second = jax.random.key_data(key).reshape(-1)[-2:]
+    bits, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        bits += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    for word in (first, second):
+        bits = bits * jnp.uint32(0x9E3779B1) + word
+        bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)
+        bits = (bits ^ (bits >> 15)) * jnp.uint32(0x735A2D97)
+        bits ^= bits >> 15
+    return bits
+
+
 class Cache(NamedTuple):
     """Keys and values of one attention layer, in the order in which `decode` multiplies them."""
 
@@ -235,6 +279,7 @@ class Attention(nn.Module):
     bias: bool = True  # of all four projections
     kernel_init: Callable | None = None  # of q, k and v; None: PyTorch's, see `setup`
     qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
+    joined: bool = False  # whether one kernel, "qkv", has those of query, key and value
     dtype: Dtype = jnp.float32
 
     def setup(self):
@@ -243,9 +288,13 @@ class Attention(nn.Module):
         linear = functools.partial(dense, use_bias=self.bias, dtype=self.dtype)
         shape, axes = (self.heads, self.width // self.heads), ("heads", "head_dim")
         project = functools.partial(linear, shape, ("embed", *axes), kernel_init=init)
-        self.query, self.key, self.value = (
-            project(name=name) for name in ("query", "key", "value")
-        )
+        if self.joined:
+            joined = ("embed", None, *axes)
+            self.qkv = linear((3, *shape), joined, kernel_init=init, name="qkv")
+        else:
+            self.query, self.key, self.value = (
+                project(name=name) for name in ("query", "key", "value")
+            )
         self.out = linear(
             self.width, (*axes, "embed"), axis=(-2, -1), bias_axes=("norm",), name="out"
         )
@@ -254,7 +303,10 @@ class Attention(nn.Module):
             self.key_norm = layer_norm(dtype=self.dtype, name="key_norm")
 
     def _project(self, query, key, value, rotation):
-        q, k, v = self.query(query), self.key(key), self.value(value)
+        if self.joined:
+            q, k, v = jnp.moveaxis(self.qkv(query), -3, 0)
+        else:
+            q, k, v = self.query(query), self.key(key), self.value(value)
         if self.qk_norm:
             q, k = self.query_norm(q), self.key_norm(k)
         if rotation is not None:

@@ -51,11 +51,28 @@ def feature_distance(first: Sequence[jax.Array], second: Sequence[jax.Array]) ->
     return jnp.stack([layer(x, y) for x, y in zip(first, second, strict=True)]).mean(axis=0)
 
 
+@jax.custom_vjp
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Cross entropy of targets `[...]` under logits `[..., K]` of any type, float32 `[...]`.
 
-    The conversion to float32 fuses into the reduction, so the logits are not copied.
+    The conversion to float32 fuses into the reduction, so the logits are not copied. The gradient
+    has the type of the logits, and is written in one pass.
     """
+    return _cross_entropy(logits, targets)[0]
+
+
+def _cross_entropy(logits, targets):
     normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return normalizer - picked.astype(jnp.float32)
+    return normalizer - picked.astype(jnp.float32), (logits, targets, normalizer)
+
+
+def _cross_entropy_gradient(residuals, gradient):
+    logits, targets, normalizer = residuals
+    p = jnp.exp(logits.astype(jnp.float32) - normalizer[..., None])
+    hit = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    p = jnp.where(hit == targets[..., None], p - 1, p)
+    return (p * gradient[..., None]).astype(logits.dtype), None
+
+
+cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
