@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, model_validator
 
+from gigatok_jax import sharding
 from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Decoder, GeneratorConfig
@@ -18,7 +19,7 @@ Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
 ]
 NEAR_ONE = 1e-4  # the reference adds this to scales that would otherwise be 1
-STAGES = 4  # the cache of keys and values grows to its full length in this many steps
+STAGES = {"cpu": 4}  # how often the cache of keys and values grows; other platforms: 8
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -143,11 +144,13 @@ def sample(
     unguided = SamplingConfig(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
-    return _sample(config, params, classes, keys, unguided, scales, dtype)
+    # The platform decides how the program is traced, and what is traced is kept by arguments.
+    platform = sharding.platform()
+    return _sample(config, params, classes, keys, unguided, scales, dtype, platform)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype"))
-def _sample(config, params, classes, keys, settings, scales, dtype):
+@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype", "platform"))
+def _sample(config, params, classes, keys, settings, scales, dtype, platform):
     """The decode loop as one program; `scales` is an array `[N]`, or None without guidance."""
     rows = classes
     if scales is not None:  # conditional rows, then unconditional ones
@@ -167,7 +170,8 @@ def _sample(config, params, classes, keys, settings, scales, dtype):
         return codes.at[:, position].set(code), cache
 
     # Attention reads the whole cache at every step, so a cache that grows saves time.
-    ends = [math.ceil(config.codes * stage / STAGES) for stage in range(STAGES + 1)]
+    stages = STAGES.get(platform, 8)
+    ends = [math.ceil(config.codes * stage / stages) for stage in range(stages + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)
     for start, end in itertools.pairwise(ends):

@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 from flax import linen as nn
 import jax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 from pydantic import Field, model_validator
@@ -156,6 +157,21 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
         return x
     spec = PartitionSpec(*axes)
     return jax.lax.with_sharding_constraint(x, nn.logical_to_mesh_sharding(spec, mesh, RULES))
+
+
+def row_major(x: jax.Array) -> jax.Array:
+    """Makes the compiler store activations, of which only the batch is sharded, in row-major order.
+
+    Without it, a sum over the batch at one end of a network can make XLA transpose the activations
+    of all its layers.
+    """
+    fix = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
+    mesh = _mesh.get()
+    if mesh is None:
+        return fix(x)
+    spec = PartitionSpec(("data", "fsdp"))
+    # Across devices, the constraint alone would gather the batch.
+    return jax.shard_map(fix, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -396,7 +396,10 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
     "fields, message",
     [
         ({"codes": 8}, r"\S+: expected codes=8, as in its model.codes, got 4"),
-        ({"codebook_size": 256}, r"\S+: expected codebook_size=256, as in its model.codebook_size, got 512"),
+        (
+            {"codebook_size": 256},
+            r"\S+: expected codebook_size=256, as in its model.codebook_size, got 512",
+        ),
         (
             {"classes": 2},
             r"config\.model\.classes: expected at least 3, the number of classes in the data, or "

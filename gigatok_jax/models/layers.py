@@ -16,7 +16,6 @@ import flax.linen as nn
 import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.layout import Layout, with_layout_constraint
 import jax.numpy as jnp
 import numpy as np
 
@@ -386,10 +385,6 @@ class Block(nn.Module):
         return add(x, y, "scale_mlp")
 
 
-# Without it, a sum over the batch at one end makes XLA transpose the activations of all layers.
-ROW_MAJOR = Layout((0, 1, 2))
-
-
 class Transformer(nn.Module):
     """`depth` blocks, their parameters stacked on a leading `layers` axis and scanned."""
 
@@ -405,15 +400,15 @@ class Transformer(nn.Module):
 
         Layers are counted from 1 (0: the input). All of them also receive `shared`.
         """
-        # Unrolled, layers take longer to compile, but a scan copies all that the backward pass needs
-        # into stacks and out of them: a sixth of the bytes that a generator's step moves.
+        # Unrolled, layers take longer to compile, but a scan copies all that the backward pass
+        # needs into stacks and out of them: a sixth of the bytes that a generator's step moves.
         unrolled = sharding.platform() == "gpu"
         block = remat(self.block.func, self.remat, scanned=not unrolled)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
             if unrolled:
-                x = with_layout_constraint(x, ROW_MAJOR)
+                x = sharding.row_major(x)
             x = block(**self.block.keywords, name="block")(x, *shared)
             # Selecting in the carry stores one array per tap instead of every layer's output.
             tapped = tuple(jnp.where(index == t, x, y) for t, y in zip(taps, tapped, strict=True))

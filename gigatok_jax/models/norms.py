@@ -103,7 +103,7 @@ def _normalize_backward(silu, dtype, residuals, gradient):
         return gradient * (sigmoid * (1 + y * (1 - sigmoid)))
 
     outer = before_silu((x - center) * slope + offset)
-    # Without the barrier, the sum over images would become a sum over `outer`, another pass over it.
+    # Without the barrier, the sum over images would become one over `outer`, another pass over it.
     total = lax.optimization_barrier(outer.sum((1, 2), keepdims=True))
     weighted = (outer * (x - center)).sum((1, 2), keepdims=True) * inverse
     # Of the sums over a group that the statistics are, each element has an equal share.

@@ -98,6 +98,7 @@ device_description_str: "{gpu.name}"
 GPU_OPTIONS = {
     "xla_gpu_enable_triton_gemm": False,
     "xla_gpu_enable_latency_hiding_scheduler": True,
+    "xla_gpu_dot_merger_threshold_mb": 0,
 }
 
 
