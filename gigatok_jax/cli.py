@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gigatok: error: {error}", file=sys.stderr)
         return error.exit_code
     except OSError as error:
-        what = f"{error.filename}: {reason(error)}" if error.filename else str(error)
+        what = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
         return RunStopped.exit_code if error.errno in MACHINE else UserError.exit_code
 

@@ -55,6 +55,10 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
                 done.set()
                 if _same(file, path):  # not that of a process that took this one for lost
                     path.unlink()
+    except OSError as error:
+        if error.errno in files.MACHINE and error.filename is None:
+            error.filename = str(folder)  # a write to an open file does not say where
+        raise
     finally:
         if created:  # a command that was rejected leaves nothing
             with contextlib.suppress(OSError):

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 from typing import get_args
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import api, recipes
+from gigatok_jax import api, recipes, sharding
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import (
@@ -27,6 +28,7 @@ from gigatok_jax.models.generator import (
     rotation,
 )
 from gigatok_jax.sharding import RULES
+from gigatok_jax.training import losses
 from gigatok_jax.weights import convert
 
 import tiny
@@ -582,3 +584,72 @@ def test_every_parameter_names_its_axes(variant):
         assert (box.names[0] == "layers") == ("['layers']" in path), path
         if box.value.ndim > 1:
             assert set(box.names) - {None, "layers"}, path
+
+
+OPTIONS = [{}, {"qk_norm": True, "positions": "rotary"}, {"adaln": "shared"}, {"adaln": "block"}]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_joined_kernels_decode_the_same(options):
+    config = GeneratorConfig(2, 2, 16, codes=4, codebook_size=32, classes=3, **options)
+    params = tiny.fill(param_shapes(config))
+    classes, codes = jnp.array([0, 2]), jnp.array([[5, 7, 9], [1, 2, 3]])
+
+    def logits():
+        decoder, rows = Decoder(config, params, classes, jnp.float32), []
+        cache, last = decoder.empty_cache(4), jnp.zeros(2, jnp.int32)
+        for position in range(4):
+            row, cache = decoder.step(last, jnp.int32(position), cache)
+            rows.append(row)
+            last = codes[:, min(position, 2)]
+        return jnp.stack(rows, 1)
+
+    whole = Generator(config).apply({"params": params}, codes, classes)
+    for platform in ("cpu", "gpu", "tpu"):
+        with mock.patch.object(sharding, "platform", return_value=platform):
+            np.testing.assert_allclose(logits(), whole, rtol=1e-5, atol=1e-5)
+
+
+def test_dropout_is_uniform_over_places_and_keys():
+    shape, rate = (16, 128, 256), 0.1
+    x = jnp.ones(shape)
+    masks = [
+        np.asarray(layers.Dropout(rate).apply({}, x, rngs={"dropout": jax.random.key(n)}))
+        for n in range(2)
+    ]
+    for mask in masks:
+        np.testing.assert_allclose(np.unique(mask), [0, 1 / (1 - rate)], rtol=1e-6)
+    first, second = (mask == 0 for mask in masks)
+    spread = (rate * (1 - rate) / x.size) ** 0.5
+    assert abs(first.mean() - rate) < 4 * spread
+    for axis in range(3):  # the numbers of zeros in rows vary as if each were drawn alone
+        others = tuple(a for a in range(3) if a != axis)
+        expected = rate * (1 - rate) / (x.size / shape[axis])
+        ratio = first.mean(others).var() / expected
+        assert abs(ratio - 1) < 5 * (2 / shape[axis]) ** 0.5
+        left, right = (
+            first.take(range(1, shape[axis]), axis),
+            first.take(range(shape[axis] - 1), axis),
+        )
+        assert abs(np.corrcoef(left.ravel(), right.ravel())[0, 1]) < 5 * x.size**-0.5
+    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 5 * x.size**-0.5
+    np.testing.assert_array_equal(layers.Dropout(rate, deterministic=True).apply({}, x), x)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_gradient_of_cross_entropy(dtype):
+    logits = (5 * jax.random.normal(jax.random.key(0), (3, 4, 11))).astype(dtype)
+    targets = jax.random.randint(jax.random.key(1), (3, 4), 0, 11)
+    weights = jnp.arange(12.0).reshape(3, 4)
+
+    def plain(logits):
+        p = jax.nn.log_softmax(logits.astype(jnp.float32))
+        return -(jnp.take_along_axis(p, targets[..., None], -1)[..., 0] * weights).sum()
+
+    value, found = jax.value_and_grad(lambda x: (losses.cross_entropy(x, targets) * weights).sum())(
+        logits
+    )
+    expected_value, expected = jax.value_and_grad(plain)(logits)
+    assert found.dtype == dtype and value == pytest.approx(float(expected_value), rel=1e-6)
+    tolerance = 1e-6 if dtype == jnp.float32 else 0.04
+    np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)

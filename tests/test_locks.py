@@ -1,5 +1,6 @@
 """Locks on folders: one command at a time, whatever happens to its process."""
 
+import errno
 import json
 import os
 import pathlib
@@ -93,3 +94,9 @@ def test_a_lock_that_was_left_long_ago_is_taken_at_once(tmp_path, monkeypatch):
     path.write_text(json.dumps({"host": "elsewhere", "pid": 7, "since": "noon"}))
     os.utime(path, (1, 1))
     locks._acquire(path).close()
+
+
+def test_write_that_fails_names_the_folder(tmp_path):
+    with pytest.raises(OSError) as caught, locks.hold(tmp_path / "run"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as from a write to an open file
+    assert caught.value.filename == str(tmp_path / "run")

@@ -2,15 +2,18 @@
 
 import dataclasses
 import importlib.util
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from gigatok_jax import cli, sharding
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.models.generator import GeneratorConfig
-from gigatok_jax.planning import chips, flops, hlo, plan, programs
+from gigatok_jax.models.layers import dot_product_attention
+from gigatok_jax.planning import chips, flops, hlo, ledger, plan, programs
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -31,6 +34,9 @@ GENERATOR = GeneratorRun(
 CPU = chips.Topology("cpu", chips.CHIPS["v5e"], 1, jax.devices()[:1])
 ESTIMATED = dataclasses.replace(CPU, devices=None)
 CONFIG = f"--config={train_config.__file__}"
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs the cuda extra"
+)
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the tpu extra"
 )
@@ -109,6 +115,56 @@ def test_fusions_move_only_the_slices_that_they_read_and_update():
     assert hlo.Program(SLICED).cost()[1] == nested + written + from_main_memory
 
 
+# Calls as in a program for an H100, with their descriptions cut to what is read.
+CALLS = r"""
+ENTRY %main (x: bf16[16,8], w: bf16[8,32], i: bf16[2,9,9,4], k: bf16[6,3,3,4]) -> bf16[16,32] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  %w = bf16[8,32]{1,0} parameter(1)
+  %i = bf16[2,9,9,4]{3,2,1,0} parameter(2)
+  %k = bf16[6,3,3,4]{3,2,1,0} parameter(3)
+  %conv = (bf16[2,7,7,6]{3,2,1,0}, u8[99]{0}) custom-call(%i, %k), window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convForward", metadata={op_name="jit(step)/jvp(Net)/conv/conv_general_dilated"}
+  %o = bf16[2,7,7,6]{3,2,1,0} get-tuple-element(%conv), index=0
+  %gradient = (bf16[2,9,9,4]{3,2,1,0}, u8[0]{0}) custom-call(%o, %k), window={size=3x3}, dim_labels=b01f_o01i->b01f, custom_call_target="__cudnn$convBackwardInput", metadata={op_name="jit(step)/transpose(jvp(Net))/conv/conv_general_dilated"}
+  %q = bf16[2,5,3,64]{3,2,1,0} custom-call(), custom_call_target="AllocateBuffer"
+  %attended = (bf16[2,3,5,64]{3,1,2,0}, f32[2,3,5]{2,1,0}, u8[0]{0}) custom-call(%q, %q, %q), custom_call_target="__cudnn$fmhaSoftmax", metadata={op_name="jit(step)/transpose(jvp(Net))/checkpoint/rematted_computation/attention/fwd"}, backend_config={"cudnn_fmha_backend_config": {"intermediate_tensor_shape": {"element_type": "BF16", "dimensions": ["2", "3", "5", "5"]}, "mask_type": "CAUSAL"}}
+  %product = (bf16[16,32]{1,0}, s8[4194304]{0}) custom-call(%x, %w), custom_call_target="__cublas$lt$matmul", metadata={op_name="jit(step)/jvp(Net)/dense/dot_general"}, backend_config={"gemm_backend_config":{"dot_dimension_numbers":{"lhs_contracting_dimensions":["1"],"rhs_contracting_dimensions":["0"]}}}
+  ROOT %result = bf16[16,32]{1,0} get-tuple-element(%product), index=0
+}
+"""
+
+
+def test_libraries_calls_count_and_their_scratch_does_not():
+    conv, gradient, attention, product = hlo.Program(CALLS).kernels()
+    assert product.flops == 2 * 16 * 32 * 8
+    assert product.moved == 2 * (16 * 8 + 8 * 32 + 16 * 32)
+    assert conv.flops == gradient.flops == 2 * (2 * 7 * 7 * 6) * (3 * 3 * 4)
+    assert conv.moved == gradient.moved == 2 * (2 * 9 * 9 * 4 + 6 * 3 * 3 * 4 + 2 * 7 * 7 * 6)
+    assert attention.flops == 0.5 * 2 * 2 * (2 * 3 * 5 * 5 * 64)
+    places = [ledger.place(each.source) for each in (conv, gradient, attention)]
+    assert places == [
+        "forward: Net/conv/conv_general_dilated",
+        "backward: Net/conv/conv_general_dilated",
+        "recomputed: Net/attention/fwd",
+    ]
+
+
+def test_ledger_has_the_largest_places_and_the_rest():
+    chip = dataclasses.replace(chips.CHIPS["h100"], flops=1e6, bandwidth=1e6)
+    kernels = [
+        hlo.Kernel(f"jit(f)/{name}/add", "f32[1]", 2, 0, size)
+        for name, size in (("a", 5e5), ("b", 1e5), ("a", 0), ("c", 2e5))
+    ]
+    lines = ledger.table(kernels, chip, 1).splitlines()
+    assert [line.split()[4:] for line in lines[1:4]] == [
+        ["a/add"],
+        ["2", "other", "places"],
+        ["all"],
+    ]
+    assert lines[3].split()[2] == "8" and float(lines[3].split()[3]) == pytest.approx(
+        8e5 / 0.845e6 * 1e3, rel=1e-4
+    )
+
+
 def test_traced_flops_leave_out_dead_code():
     def function(x, w):
         _, unused = jax.lax.scan(lambda c, w: (c, x @ w), 0, w)
@@ -179,10 +235,52 @@ def test_traced_and_compiled_flops_of_sampling_agree():
     assert made.compiled_flops == pytest.approx(made.traced_flops, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "h100:0"])
+UNKNOWN = ["v9:2x2", "v5e", "v5e:4", "v5e:2x2x2", "v4:2x2", "h100:0", "h100:2x2x2", "h100:x8"]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_topologies_are_rejected(name):
     with pytest.raises(UserError, match="--topology: expected"):
         chips.topology(name)
+
+
+def test_gpus_in_several_hosts():
+    assert chips.topology("h100:4x8").count == 32
+
+
+@needs_cuda
+@pytest.mark.parametrize("name", ["h100:1", "b200:1", "a100:2", "h200:2x2"])
+def test_a_generator_compiled_for_gpus_has_cudnns_attention(name):
+    model = dataclasses.replace(GENERATOR.model, width=128)
+    run = dataclasses.replace(GENERATOR, model=model, dtype="bfloat16", remat="dots")
+    made = plan.make(run, chips.topology(name))
+    attention = [kernel for kernel in made.kernels if "dot_product_attention" in kernel.source]
+    # Each layer runs it forward once: "dots" keeps its results.
+    assert made.compile_seconds and made.fits
+    assert sum(kernel.runs for kernel in attention if "fwd" in kernel.source) == run.model.depth
+    assert made.compiled_flops * made.topology.count == pytest.approx(made.traced_flops, rel=0.1)
+
+
+def test_ledger_without_a_compiler_is_rejected(capsys):
+    with mock.patch.object(importlib.util, "find_spec", return_value=None):
+        assert cli.main(["plan", CONFIG, "--topology=h100:1", "--ledger=3"]) == 2
+    assert "--ledger: expected the compiler of these devices" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("target", ["cpu", "gpu", "tpu"])
+def test_implementations_follow_the_devices_of_the_mesh(target):
+    device = mock.Mock(platform=target, compute_capability="9.0", spec=jax.Device)
+    mesh = mock.Mock(spec=jax.sharding.Mesh)
+    mesh.devices = np.array([device])
+    q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
+    with sharding.use(mesh), mock.patch("jax.nn.dot_product_attention") as attention:
+        assert sharding.platform() == target
+        dot_product_attention(q, q, q)
+    expected = "cudnn" if target == "gpu" else "xla"
+    assert attention.call_args.kwargs["implementation"] == expected
+    with sharding.use(sharding.abstract_mesh(MeshConfig(), 1)):
+        assert sharding.platform() == ""
+    assert sharding.platform() == jax.default_backend()
 
 
 def test_command_prints_what_fits(capsys):

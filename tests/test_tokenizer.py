@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from unittest import mock
 
 import chex
 import flax.linen as nn
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax.models import cnn, layers
+from gigatok_jax import sharding
+from gigatok_jax.models import cnn, layers, norms
 from gigatok_jax.models.tokenizer import (
     Tokenizer,
     TokenTransformer,
@@ -260,3 +262,36 @@ def test_program_does_not_grow_with_depth():
         return sum(1 for _ in jaxprs.equations(jax.make_jaxpr(jax.grad(total))(params)))
 
     assert size(2) == size(8)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+@pytest.mark.parametrize("given", ["learned", "given", "neither"])
+@pytest.mark.parametrize("silu", [True, False])
+def test_gradient_of_group_norm_is_that_of_its_definition(platform, given, silu):
+    x = 1 + 2 * jax.random.normal(jax.random.key(0), (3, 8, 6, 16))
+    shape = {"learned": (16,), "given": (3, 1, 1, 16), "neither": ()}[given]
+    gain, offset = (1 + jax.random.normal(jax.random.key(n), shape) for n in (1, 2))
+    gain, offset = (gain, offset) if shape else (1.0, 0.0)
+
+    def plain(x, gain, offset):
+        groups = x.reshape(3, 48, norms.group_count(16), -1)
+        mean, var = groups.mean((1, 3), keepdims=True), groups.var((1, 3), keepdims=True)
+        y = ((groups - mean) * jax.lax.rsqrt(var + 1e-6)).reshape(x.shape) * gain + offset
+        return nn.silu(y) if silu else y
+
+    def ours(x, gain, offset):
+        params = {"params": {"scale": gain, "bias": offset}} if given == "learned" else {}
+        parts = (gain, offset) if given == "given" else ()
+        return norms.GroupNorm(given == "learned", silu).apply(params, x, *parts)
+
+    weights = jnp.cos(jnp.arange(x.size)).reshape(x.shape)
+    with mock.patch.object(sharding, "platform", return_value=platform):
+        found, expected = (
+            jax.value_and_grad(lambda *args, f=f: (f(*args) * weights).sum(), (0, 1, 2))(
+                x, gain, offset
+            )
+            for f in (ours, plain)
+        )
+    if given == "neither":
+        found, expected = ((value, gradients[0]) for value, gradients in (found, expected))
+    chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-5)
