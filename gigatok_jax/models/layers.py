@@ -213,8 +213,7 @@ class Dropout(nn.Module):
     """Sets a share of the elements to zero, and scales the others; needs the rng "dropout".
 
     Masks come from a hash of each element's place: unlike JAX's random numbers, it is cheap enough
-    to be computed wherever the mask is needed, and is never stored. See `test_layers` for its
-    uniformity.
+    to be computed wherever the mask is needed, instead of being stored.
     """
 
     rate: float
