@@ -57,7 +57,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
                     path.unlink()
     except OSError as error:
         if error.errno in files.MACHINE and error.filename is None:
-            error.filename = str(folder)  # a write to an open file does not say where
+            error.filename = str(folder)  # the most likely one
         raise
     finally:
         if created:  # a command that was rejected leaves nothing

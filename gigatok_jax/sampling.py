@@ -144,14 +144,17 @@ def sample(
     unguided = SamplingConfig(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
-    # The platform decides how the program is traced, and what is traced is kept by arguments.
-    platform = sharding.platform()
-    return _sample(config, params, classes, keys, unguided, scales, dtype, platform)
+    mesh = sharding.mesh_in_use()
+    return _sample(config, params, classes, keys, unguided, scales, dtype, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype", "platform"))
-def _sample(config, params, classes, keys, settings, scales, dtype, platform):
-    """The decode loop as one program; `scales` is an array `[N]`, or None without guidance."""
+@functools.partial(jax.jit, static_argnames=("config", "settings", "dtype", "mesh"))
+def _sample(config, params, classes, keys, settings, scales, dtype, mesh):
+    """The decode loop as one program; `scales` is an array `[N]`, or None without guidance.
+
+    The program depends on the mesh that it is traced for.
+    """
+    del mesh
     rows = classes
     if scales is not None:  # conditional rows, then unconditional ones
         rows = jnp.concatenate([classes, jnp.full_like(classes, config.null_class)])
@@ -170,7 +173,7 @@ def _sample(config, params, classes, keys, settings, scales, dtype, platform):
         return codes.at[:, position].set(code), cache
 
     # Attention reads the whole cache at every step, so a cache that grows saves time.
-    stages = STAGES.get(platform, 8)
+    stages = STAGES.get(sharding.platform(), 8)
     ends = [math.ceil(config.codes * stage / stages) for stage in range(stages + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)

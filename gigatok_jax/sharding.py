@@ -144,6 +144,11 @@ def target() -> jax.Device | None:
     return mesh.devices.flat[0] if isinstance(mesh, Mesh) else None
 
 
+def mesh_in_use() -> Mesh | AbstractMesh | None:
+    """The mesh of the innermost `use`; a static argument of whatever is traced once and kept."""
+    return _mesh.get()
+
+
 def platform() -> str:
     """What the program being traced is for: "cpu", "gpu", "tpu", or "" if that is unknown."""
     device = target()
@@ -163,12 +168,12 @@ def row_major(x: jax.Array) -> jax.Array:
     """Makes the compiler store activations, of which only the batch is sharded, in row-major order.
 
     Without it, a sum over the batch at one end of a network can make XLA transpose the activations
-    of all its layers.
+    of all its layers. Programs that are traced without a mesh have no gradients, and no need of it.
     """
-    fix = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
     mesh = _mesh.get()
     if mesh is None:
-        return fix(x)
+        return x
+    fix = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
     spec = PartitionSpec(("data", "fsdp"))
     # Across devices, the constraint alone would gather the batch.
     return jax.shard_map(fix, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)

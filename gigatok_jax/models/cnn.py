@@ -35,7 +35,7 @@ class ResidualBlock(nn.Module):
         conv = functools.partial(layers.conv, self.features, dtype=self.dtype)
         y = conv(name="conv1")(norm(name="norm1")(x))
         y = norm(name="norm2")(y)
-        y = nn.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
+        y = layers.Dropout(self.dropout, deterministic=not self.has_rng("dropout"))(y)
         y = conv(name="conv2")(y)
         if x.shape[-1] != self.features:
             x = conv(1, name="shortcut")(x)

@@ -95,8 +95,9 @@ def uniform(bound: float):
 def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
     """Wraps a module class so that the backward pass recomputes activations.
 
-    The policy "none" keeps all activations, "dots" keeps products with weights, and "full" keeps
-    only inputs and the arrays that `keep` marks. A `scanned` body needs no barrier against common
+    The policy "none" keeps all activations; "dots" keeps products with weights, the results of
+    cuDNN's attention, and what `keep_product` marks; "full" keeps only inputs and the arrays that
+    `keep` marks. A body that is `scanned`, and not unrolled, needs no barrier against common
     subexpression elimination, which would undo the recomputation elsewhere.
     """
     if policy == "none":

@@ -78,7 +78,8 @@ def _normalize(x, center, inverse, gain, offset, silu, dtype):
     """`(x - center) * inverse * gain + offset`, and SiLU, computed in float32.
 
     Its gradient includes that through the statistics, and reads `x` and the output's gradient only
-    twice: once for two sums of each channel, and once for the result.
+    twice: once for two sums of each channel, and once for the result. It is for the reverse mode,
+    and once: the statistics are constants to a second derivative.
     """
     y = (x.astype(jnp.float32) - center) * (inverse * gain) + offset
     return (nn.silu(y) if silu else y).astype(dtype)

@@ -66,7 +66,7 @@ CHIPS = {
         gpu=Gpu("NVIDIA B200", (10, 0), 148, 128, 228 << 10, 126 << 20, 1.965),
     ),
 }
-EXAMPLES = {0: "8", 2: "4x4", 3: "2x2x4"}  # of DEVICES, by `Chip.axes`
+EXAMPLES = {0: "8 or 4x8", 2: "4x4", 3: "2x2x4"}  # of DEVICES, by `Chip.axes`
 CUDNN = (9, 8, 0)  # that programs are compiled for
 # XLA's description of a GPU: gpu_device_info of its target_config.proto.
 TARGET = """

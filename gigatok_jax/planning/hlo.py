@@ -272,7 +272,7 @@ def _attention(instruction: Instruction, query: tuple[int, ...]) -> float:
     )
     scores = math.prod(int(extent) for extent in re.findall(r"\d+", found[1]))
     products = 5 if "Backward" in instruction.attributes else 2
-    causal = 0.5 if '"mask_type": "CAUSAL"' in instruction.attributes else 1
+    causal = 0.5 if re.search('"mask_type": ?"CAUSAL"', instruction.attributes) else 1
     return 2 * products * causal * scores * query[-1]
 
 

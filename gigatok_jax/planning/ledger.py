@@ -1,9 +1,9 @@
 """Where a compiled program's bytes, FLOPs and kernels go, and the time that they take.
 
 A device is busy for the sum of two times: all bytes at the bandwidth of a large addition, and all
-FLOPs at the rate of a large product. A program of many short kernels is bound by the gaps between
-them instead. The rates are those that an H100 was measured at, as shares of its data sheet, and the
-gap is that between kernels of a decoding loop (`benchmarks/results/nvidia_h100.json`).
+FLOPs at the rate of a large product. On GPUs, a program of many short kernels is bound by the gaps
+between them instead. The rates are those that an H100 was measured at, as shares of its data sheet,
+and the gap is the time of sampling B (`benchmarks/README.md`) over the number of its kernels.
 """
 
 import collections
@@ -16,9 +16,9 @@ from gigatok_jax.planning.hlo import Kernel
 BANDWIDTH, RATE = 0.845, 0.81  # shares of the data sheet
 GAP = 5e-6  # seconds between the starts of two short kernels of a GPU
 CALIBRATION = (
-    "time: bytes at 84.5 % of the bandwidth plus FLOPs at 81 % of the peak, or kernels at 5 us, as "
-    "measured on an H100; for generator B's step, sampling B and sampling XXL this gave +3, -4 and "
-    "+6 % of the measured time"
+    "time: bytes at 84.5 % of the bandwidth plus FLOPs at 81 % of the peak, or (GPUs) kernels at 5 "
+    "us, as measured on an H100; for generator B's step, sampling B and sampling XXL this gave "
+    "+3, -4 and +6 % of the measured time"
 )
 # What JAX and Flax add to the names of modules.
 NOISE = re.compile(
@@ -55,7 +55,7 @@ def place(source: str) -> str:
     """A kernel's module path and operation, and the pass that it belongs to.
 
     "jit(step)/transpose(jvp(Generator))/layers/block/mlp_in/dot_general" becomes
-    "backward: layers/block/mlp_in/dot_general".
+    "backward: Generator/layers/block/mlp_in/dot_general".
     """
     when = "forward: " if "jvp(" in source else ""
     if "transpose(" in source:

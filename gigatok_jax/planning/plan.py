@@ -76,7 +76,7 @@ def plan(
       job: "train", or "sample" for a generator.
       utilisation: share of the peak FLOPs that a step is assumed to reach.
       effort: of the compiler, from -1 (the quickest) to 1; runs themselves compile with 0. JAX 0.11
-        and newer always use 0.
+        and newer, and GPUs, always use 0.
       rows: print where bytes, FLOPs and kernels go, in this many rows; 0: do not.
 
     Raises:

@@ -1,7 +1,8 @@
 """Damaged files: bytes flipped, cut, swapped and added. What is read is right, or refused.
 
 A picture may decode to other pixels, and a `.safetensors` file of somebody else's has no checksum:
-these may be "read". Whatever this program writes itself has one, so it is refused, or equal.
+these may be "read", as may JSON files that only describe. Weights, checkpoints and codes that this
+program writes have one, so they are refused, or equal.
 """
 
 from collections.abc import Callable, Iterator

@@ -68,8 +68,11 @@ def one(root, command: list[str], how: str, size: int, number: int) -> verbs.Out
     try:
         output, _ = process.communicate(timeout=verbs.TIMEOUT)
     except subprocess.TimeoutExpired:
-        for number in victims:
-            os.kill(number, signal.SIGKILL)
+        for pid in victims:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.communicate()
         return "failed", "the others did not end", {}
     finally:
         if how == "stopped":

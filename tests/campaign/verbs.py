@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 import hashlib
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -95,12 +94,12 @@ def commands(root: pathlib.Path) -> dict[str, list[str]]:
     }
 
 
-def start(arguments: list[str], folder: pathlib.Path, **options) -> subprocess.Popen:
+def start(arguments: list[str], folder: pathlib.Path) -> subprocess.Popen:
     """Starts a verb, whose last argument is the flag of the folder for results."""
     *rest, flag = arguments
     command = [sys.executable, "-m", "gigatok_jax", *rest, f"{flag}={folder}"]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=TESTS.parent, env=os.environ | {}, **pipes, **options)
+    return subprocess.Popen(command, cwd=TESTS.parent, **pipes)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
