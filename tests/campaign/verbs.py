@@ -90,7 +90,10 @@ def commands(root: pathlib.Path) -> dict[str, list[str]]:
             *("evaluate", "generation", *flags.values(), train, *data),
             *("--features=embedded", "--count=24", "--batch_size=8", "--out"),
         ],
-        "convert": ["convert", "tokenizer", f"--from={released(root)}", "--out"],
+        "convert": [
+            *("convert", "tokenizer", f"--from={released(root)}"),
+            *(f"--model={networks(root)['tokenizer']}", "--out"),
+        ],
     }
 
 
