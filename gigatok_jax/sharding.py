@@ -27,6 +27,7 @@ from typing import Annotated, Any
 from flax import linen as nn
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 from pydantic import Field, model_validator
@@ -177,6 +178,19 @@ def row_major(x: jax.Array) -> jax.Array:
     spec = PartitionSpec(("data", "fsdp"))
     # Across devices, the constraint alone would gather the batch.
     return jax.shard_map(fix, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
+
+
+def places(shape: tuple[int, ...]) -> jax.Array:
+    """The row-major index of each element, uint32; larger arrays wrap around.
+
+    A reshaped range would gather the shards of what it is combined with.
+    """
+    index, stride = jnp.zeros(shape, jnp.uint32), 1
+    for axis in reversed(range(len(shape))):
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        index += along * jnp.uint32(stride % 2**32)
+        stride *= shape[axis]
+    return index
 
 
 def gather(x: jax.Array, *axes: str | None) -> jax.Array:

@@ -231,10 +231,7 @@ class Dropout(nn.Module):
 def _uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     """Random uint32 of each element: its place and the key, through a hash of two rounds."""
     first, second = jax.random.key_data(key).reshape(-1)[-2:]
-    bits, stride = jnp.zeros(shape, jnp.uint32), 1
-    for axis in reversed(range(len(shape))):
-        bits += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= shape[axis]
+    bits = sharding.places(shape)
     for word in (first, second):
         bits = bits * jnp.uint32(0x9E3779B1) + word
         bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)

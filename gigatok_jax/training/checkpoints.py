@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from gigatok_jax import files
+from gigatok_jax import files, sharding
 from gigatok_jax.errors import RunStopped, UserError, first_line
 
 
@@ -162,13 +162,7 @@ def _checksum(state: Any) -> jax.Array:
         if leaf.dtype == bool:
             leaf = leaf.astype(jnp.uint8)
         bits = jax.lax.bitcast_convert_type(leaf, f"uint{8 * leaf.dtype.itemsize}")
-        weights, stride = jnp.ones(leaf.shape, jnp.uint32), 2
-        for axis in reversed(range(leaf.ndim)):
-            # A reshape of the leaf would gather its shards.
-            weights += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(
-                stride % 2**32
-            )
-            stride *= leaf.shape[axis]
+        weights = 2 * sharding.places(leaf.shape) + 1
         total = total * jnp.uint32(16777619) + jnp.sum(bits.astype(jnp.uint32) * weights)
     return total
 
