@@ -32,8 +32,8 @@ case "$kind" in
     # to 0.12. Do not add the flags for asynchronous collectives of older guides: these are always
     # on now, and XLA aborts on unknown flags.
     XLA_FLAGS="--xla_gpu_enable_latency_hiding_scheduler=true ${XLA_FLAGS:-}"
-    # XLA would compute query, key and value in one product, and then copy each out of its result: 3.7
-    # of the 55 GB that a step of generator B moves.
+    # XLA would compute query, key and value in one product, and then copy each out of its result:
+    # 3.7 of the 55 GB that a step of generator B moves.
     export XLA_FLAGS="--xla_gpu_dot_merger_threshold_mb=0 $XLA_FLAGS"
     # Logs why a collective fails. If NCCL chooses the wrong network, set NCCL_SOCKET_IFNAME and
     # NCCL_IB_HCA as in the cluster's manual.
