@@ -19,7 +19,7 @@ Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
 ]
 NEAR_ONE = 1e-4  # the reference adds this to scales that would otherwise be 1
-STAGES = {"cpu": 4}  # how often the cache of keys and values grows; other platforms: 8
+STAGES, CPU_STAGES = 8, 4  # how often the cache of keys and values grows to its full length
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -173,7 +173,7 @@ def _sample(config, params, classes, keys, settings, scales, dtype, mesh):
         return codes.at[:, position].set(code), cache
 
     # Attention reads the whole cache at every step, so a cache that grows saves time.
-    stages = STAGES.get(sharding.platform(), 8)
+    stages = CPU_STAGES if sharding.platform() == "cpu" else STAGES
     ends = [math.ceil(config.codes * stage / stages) for stage in range(stages + 1)]
     cache = decoder.empty_cache(0)
     codes = jnp.zeros((len(classes), config.codes), jnp.int32)

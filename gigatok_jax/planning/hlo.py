@@ -11,7 +11,7 @@ slice of an operand (one layer of stacked weights), or writes a slice into its r
 slice is moved.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import math
 import re
@@ -127,8 +127,8 @@ class Program:
         Raises:
           NotImplementedError: the text does not give the number of iterations of a loop.
         """
-        kernels = self.kernels()
-        return sum(each.flops for each in kernels), sum(each.moved for each in kernels)
+        flops, moved, _ = total(self.kernels())
+        return flops, moved
 
     def kernels(self) -> list["Kernel"]:
         """All kernels that one device runs; raises as `cost` does."""
@@ -216,6 +216,14 @@ class Program:
                 yield instruction.operands[1].size
             elif instruction.opcode == "fusion":
                 yield from self._updates(instruction.called)
+
+
+def total(kernels: Iterable[Kernel]) -> tuple[float, float, int]:
+    """FLOPs, bytes and runs of kernels together."""
+    flops = moved = runs = 0
+    for kernel in kernels:
+        flops, moved, runs = flops + kernel.flops, moved + kernel.moved, runs + kernel.runs
+    return flops, moved, runs
 
 
 def _array(kind: str, shape: str, layout: str) -> Array:

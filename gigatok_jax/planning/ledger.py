@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import re
 
 from gigatok_jax.planning.chips import Chip
-from gigatok_jax.planning.hlo import Kernel
+from gigatok_jax.planning.hlo import Kernel, total
 
 BANDWIDTH, RATE = 0.845, 0.81  # shares of the data sheet
 GAP = 5e-6  # seconds between the starts of two short kernels of a GPU
@@ -42,8 +42,7 @@ def table(kernels: Sequence[Kernel], chip: Chip, rows: int) -> str:
     listed = ranked[:rows] + ([(f"{len(ranked) - rows} other places", rest)] if rest else [])
     lines = [f"{'GB':>9} {'TFLOP':>8} {'kernels':>8} {'ms':>8}  place"]
     for name, group in [*listed, ("all", kernels)]:
-        moved, flops = sum(k.moved for k in group), sum(k.flops for k in group)
-        runs = sum(k.runs for k in group)
+        flops, moved, runs = total(group)
         lines.append(
             f"{moved / 1e9:9.2f} {flops / 1e12:8.2f} {runs:8d} "
             f"{seconds(chip, moved, flops, runs) * 1e3:8.2f}  {name}"

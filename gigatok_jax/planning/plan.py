@@ -161,11 +161,12 @@ def make(run: RunConfig, topology: Topology, job: str = "train", effort: float =
     temporaries = {TEMPORARIES[job]: needs.temp_size_in_bytes + results}
     code = {"compiled program": needs.generated_code_size_in_bytes}
     kernels = hlo.Program(compiled.as_text()).kernels()
+    compiled_flops, bytes_moved, _ = hlo.total(kernels)
     return dataclasses.replace(
         made,
         memory=state | temporaries | code,
-        bytes_moved=sum(kernel.moved for kernel in kernels),
-        compiled_flops=sum(kernel.flops for kernel in kernels),
+        bytes_moved=bytes_moved,
+        compiled_flops=compiled_flops,
         kernels=kernels,
         compile_seconds=seconds,
     )
@@ -243,7 +244,7 @@ def describe(made: Plan, utilisation: float, steps: int) -> str:
         compiled = made.compiled_flops * count
         more = compiled / made.traced_flops - 1
         lines.append(f"  {'compiled':<26} {compiled / 1e12:9.1f} T ({more:+.1%})")
-        runs = sum(kernel.runs for kernel in made.kernels)
+        _, _, runs = hlo.total(made.kernels)
         lines.append(f"bytes moved by a device: {_size(made.bytes_moved)}, in {runs} kernels")
     bound, seconds = made.step_seconds(1.0), made.step_seconds(utilisation)
     lines.append(
