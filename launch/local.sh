@@ -69,7 +69,10 @@ code=0
 while ((${#pids[@]})); do
   for i in "${!pids[@]}"; do
     # bash's `wait -n` can miss one of two processes that exit together.
-    if kill -0 "${pids[i]}" 2>/dev/null; then continue; fi
+    if kill -0 "${pids[i]}" 2>/dev/null; then
+      if ((code)) && [[ "$(ps -o state= -p "${pids[i]}" 2>/dev/null)" == T ]]; then kill -KILL "${pids[i]}"; fi
+      continue
+    fi
     status=0
     wait "${pids[i]}" || status=$?
     unset "pids[i]"

@@ -305,3 +305,12 @@ def test_local_processes_share_the_gpus_that_there_are(machine, visible, shares)
     assert done.returncode == 0, done.stderr
     found = [line.partition("=")[2] for line in machine.calls("CUDA_VISIBLE_DEVICES=")]
     assert sorted(found) == shares
+
+
+def test_local_kills_a_stopped_process_once_another_has_failed(machine):
+    body = 'case "$*" in -c*) echo 1234 ;; *--process=1) kill -STOP $$ ;; *) sleep 1; exit 3 ;; esac'
+    machine.add("python", body)
+    done = machine.run("local.sh", "2", *TRAIN, JAX_PLATFORMS="cpu")
+    assert done.returncode == 3, done.stderr
+    assert "process 0 ended with 3" in done.stderr
+    assert "process 1 was ended by signal 9" in done.stderr
