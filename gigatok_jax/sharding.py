@@ -172,11 +172,25 @@ def row_major(x: jax.Array) -> jax.Array:
     of all its layers. Programs that are traced without a mesh have no gradients, and no need of it.
     """
     mesh = _mesh.get()
-    if mesh is None:
-        return x
+    return x if mesh is None else _row_major(x, mesh, PartitionSpec(("data", "fsdp")))
+
+
+def row_major_gradients(gradients: Any) -> Any:
+    """Makes the compiler store the gradients of convolutions in row-major order on GPUs.
+
+    cuDNN's order would spread to the optimizer, which would then transpose parameters and moments
+    as well, before and after each update. It does so still where parameters are sharded.
+    """
+    mesh = _mesh.get()
+    if platform() != "gpu" or mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:
+        return gradients
+    fix = functools.partial(_row_major, mesh=mesh, spec=PartitionSpec())
+    return jax.tree.map(lambda x: fix(x) if x.ndim == 4 else x, gradients)
+
+
+def _row_major(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:
     fix = functools.partial(with_layout_constraint, layouts=Layout(tuple(range(x.ndim))))
-    spec = PartitionSpec(("data", "fsdp"))
-    # Across devices, the constraint alone would gather the batch.
+    # Across devices, the constraint alone would gather the array.
     return jax.shard_map(fix, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)(x)
 
 

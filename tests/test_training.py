@@ -64,11 +64,10 @@ TASK = TokenizerTask(RUN, TEACHER)
 ALWAYS = {"l2", "perceptual", "codebook", "commitment", "entropy", "semantic"}
 AUXILIARY = {"auxiliary_l2", "auxiliary_feature", "auxiliary_perceptual"}
 # What is measured beside the terms of `total`.
-BESIDE = {"total", "gradient_norm", "parameter_norm", "learning_rate", "codebook_usage"}
+BESIDE = {"total", "gradient_norm", "learning_rate", "codebook_usage"}
 OF_DISCRIMINATOR = {
     "discriminator",
     "discriminator_gradient_norm",
-    "discriminator_parameter_norm",
     "logits_real",
     "logits_fake",
 }

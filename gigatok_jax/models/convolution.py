@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from gigatok_jax import sharding
+
 ROWS = 8  # output rows per block, so that a block's data fit in a core's cache
 LARGE = 2**27  # multiply-adds; for smaller gradients XLA is faster on CPUs too
 
@@ -22,6 +24,12 @@ def conv_general_dilated(x, kernel, window_strides, padding, *args, **kwargs):
 
 
 def _plain(x, kernel, stride, padding):
+    if sharding.platform() == "gpu":
+        # cuDNN pads both sides alike. A row and a column of zeros in the kernel are much cheaper
+        # than a padded copy of the input.
+        extra = [(max(after - before, 0), max(before - after, 0)) for before, after in padding]
+        kernel = jnp.pad(kernel, (*extra, (0, 0), (0, 0)))
+        padding = tuple((max(sides),) * 2 for sides in padding)
     strides, dimensions = (stride, stride), ("NHWC", "HWIO", "NHWC")
     return lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=dimensions)
 

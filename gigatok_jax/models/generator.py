@@ -26,9 +26,12 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 from gigatok_jax import sharding
 from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
+from gigatok_jax.models.norms import RMSNorm, defer_rms, rms_normalize
 
 Positions = Literal["learned", "rotary", "rotary_2d"]
 AdaLN = Literal["none", "block", "shared"]
+Form = Literal["plain", "joined", "decoding"]
+QKV = ("query", "key", "value")
 
 
 @configclass
@@ -87,11 +90,6 @@ def rotation(config: GeneratorConfig) -> np.ndarray | None:
     return np.concatenate([np.zeros_like(table[:1]), table])
 
 
-def _norm(dtype: layers.Dtype, name: str) -> nn.RMSNorm:
-    scale_init = layers.partitioned(nn.initializers.ones, "norm")
-    return nn.RMSNorm(epsilon=1e-5, dtype=dtype, scale_init=scale_init, name=name)
-
-
 def _modulation(config: GeneratorConfig, count: int, dtype: layers.Dtype, name: str) -> nn.Dense:
     """Zero-initialized Linear from the class to `count` vectors of the transformer's width."""
     axes, zeros = ("embed", "mlp"), nn.initializers.zeros
@@ -103,7 +101,7 @@ class Block(nn.Module):
 
     config: GeneratorConfig
     train: bool = False  # turns dropout on
-    joined: bool = False  # whether products of the same input have one kernel, see `join`
+    form: Form = "plain"  # of the parameters, see `rearranged`
     dtype: layers.Dtype = jnp.float32
 
     def setup(self):
@@ -112,22 +110,23 @@ class Block(nn.Module):
         def linear(features, axes, name):
             return layers.dense(features, axes, dtype=dtype, use_bias=False, name=name)
 
-        self.norm_attention = _norm(dtype, "norm_attention")
+        if self.has_gains:
+            self.norm_attention = RMSNorm(dtype)
+            self.norm_mlp = RMSNorm(dtype)
         self.attention = layers.Attention(
             config.width,
             config.heads,
             bias=False,
             kernel_init=layers.default_init,
             qk_norm=config.qk_norm,
-            joined=self.joined,
+            joined=self.form == "decoding",
             dtype=dtype,
         )
-        self.norm_mlp = _norm(dtype, "norm_mlp")
-        if self.joined:
-            self.mlp_joined = linear((2, config.hidden), ("embed", None, "mlp"), "mlp_joined")
-        else:
+        if self.form == "plain":
             self.mlp_gate = linear(config.hidden, ("embed", "mlp"), "mlp_gate")
             self.mlp_in = linear(config.hidden, ("embed", "mlp"), "mlp_in")
+        else:
+            self.mlp_joined = linear((2, config.hidden), ("embed", None, "mlp"), "mlp_joined")
         self.mlp_out = linear(config.width, ("mlp", "embed"), "mlp_out")
         self.dropout = layers.Dropout(config.dropout, deterministic=not self.train)
         if config.adaln == "block":
@@ -136,6 +135,11 @@ class Block(nn.Module):
             init = layers.partitioned(nn.initializers.normal(config.width**-0.5), None, "embed")
             offset = self.param("offset", init, (6, config.width))
             self.offset = sharding.gather(offset, None, "embed")
+
+    @property
+    def has_gains(self) -> bool:
+        """Whether norms have gains of their own."""
+        return self.form == "plain" or self.config.adaln != "none"
 
     def __call__(self, x, rotation=None, condition=None):
         """Maps `[B, T, W]` to the same shape; `condition` comes from `Generator.condition`."""
@@ -154,14 +158,22 @@ class Block(nn.Module):
 
     def _layer(self, x, condition, attend):
         shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = self._modulations(condition)
-        y, cache = attend(self.norm_attention(x) * (1 + scale) + shift)
-        x = layers.constrain(x + gate * self.dropout(y))
-        y = self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp
-        if self.joined:
-            gate, y = jnp.moveaxis(self.mlp_joined(y), -2, 0)
+        if self.has_gains:
+            y = self.norm_attention(x) * (1 + scale) + shift
         else:
+            y = layers.keep_product(rms_normalize(x))
+        y, cache = attend(y)
+        x = layers.keep_product(layers.constrain(x + gate * self.dropout(y)))
+        if self.has_gains:
+            y, inverse = self.norm_mlp(x) * (1 + scale_mlp) + shift_mlp, 1
+        else:
+            y, inverse = defer_rms(x)
+        if self.form == "plain":
             gate, y = self.mlp_gate(y), self.mlp_in(y)
-        y = self.mlp_out(layers.keep_product(nn.silu(gate) * y))
+        else:
+            y = self.mlp_joined(y)
+            gate, y = y[..., 0, :] * inverse, y[..., 1, :] * inverse
+        y = self.mlp_out(layers.keep_product((nn.silu(gate) * y).astype(self.dtype)))
         return layers.constrain(x + gate_mlp * self.dropout(y)), cache
 
     def _modulations(self, condition):
@@ -195,13 +207,21 @@ class Generator(nn.Module):
         if config.positions == "learned":
             std = config.width**-0.5
             self.positions = table("positions", 1 + config.codes, None, std)
-        block = functools.partial(Block, config=config, train=self.train, dtype=dtype)
+        options = {"config": config, "train": self.train, "dtype": dtype}
+        block = functools.partial(Block, **options)
+        if sharding.platform() != "cpu" and not self.is_initializing():
+
+            def arrange(variables):
+                return {"params": rearranged(variables["params"], config, "joined")}
+
+            joined = nn.map_variables(Block, "params", arrange)
+            block = functools.partial(joined, form="joined", **options)
         self.layers = layers.Transformer(config.depth, block, self.remat)
         if config.adaln == "shared":
             self.modulation = _modulation(config, 6, dtype, "modulation")
         if config.adaln != "none":
             self.modulation_out = _modulation(config, 2, dtype, "modulation_out")
-        self.norm_out = _norm(dtype, "norm_out")
+        self.norm_out = RMSNorm(dtype)
         self.head = layers.dense(
             config.codebook_size,
             ("embed", "vocab"),
@@ -281,11 +301,9 @@ class Decoder:
         params = jax.tree.map_with_path(
             lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
         )
-        stacked = params["layers"]["block"]
         # Products of few rows are bound by reading their kernels. On CPUs they run side by side.
-        self._joined = sharding.platform() != "cpu"
-        if self._joined:
-            stacked = join(stacked)
+        self._form = "plain" if sharding.platform() == "cpu" else "decoding"
+        stacked = rearranged(params["layers"]["block"], config, self._form)
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]
@@ -312,7 +330,7 @@ class Decoder:
         table = self._rotation
         if table is not None:
             table = jax.lax.dynamic_slice_in_dim(jnp.asarray(table), position, 1)
-        block = Block(self._config, joined=self._joined, dtype=self._dtype)
+        block = Block(self._config, form=self._form, dtype=self._dtype)
         decode = functools.partial(block.apply, method="decode")
         updated = []
         for params, kept in zip(self._blocks, cache, strict=True):
@@ -322,14 +340,28 @@ class Decoder:
         return logits[:, 0].astype(jnp.float32), updated
 
 
-def join(block: Any) -> Any:
-    """The parameters of a `Block` (or of a stack of them) as a `joined` one has them."""
-    block = dict(block)
-    attention = dict(block["attention"])
-    qkv = [attention.pop(name)["kernel"] for name in ("query", "key", "value")]  # [..., W, h, d]
-    attention["qkv"] = {"kernel": jnp.stack(qkv, -3)}
-    kernels = [block.pop(name)["kernel"] for name in ("mlp_gate", "mlp_in")]  # [..., W, hidden]
-    return block | {"attention": attention, "mlp_joined": {"kernel": jnp.stack(kernels, -2)}}
+def rearranged(block: Any, config: GeneratorConfig, form: Form) -> Any:
+    """The parameters of a "plain" `Block`, or of a stack of them, in the given form.
+
+    "joined", for training, has one kernel for the two products that the SwiGLU multiplies, and
+    without AdaLN the kernels after a norm contain its gains. Their gradients then need no pass over
+    the activations. "decoding" has one kernel for queries, keys and values too. In training, that
+    would be copied apart for cuDNN's attention.
+    """
+    if form == "plain":
+        return block
+    block, attention = dict(block), dict(block["attention"])
+    qkv = [attention.pop(name)["kernel"] for name in QKV]  # [..., W, heads, head_dim]
+    mlp = [block.pop(name)["kernel"] for name in ("mlp_gate", "mlp_in")]  # [..., W, hidden]
+    if config.adaln == "none":
+        gain, gain_mlp = (block.pop(name)["scale"] for name in ("norm_attention", "norm_mlp"))
+        qkv = [kernel * gain[..., None, None] for kernel in qkv]
+        mlp = [kernel * gain_mlp[..., None] for kernel in mlp]
+    if form == "decoding":
+        attention["qkv"] = {"kernel": jnp.stack(qkv, -3)}
+    else:
+        attention |= {name: {"kernel": kernel} for name, kernel in zip(QKV, qkv, strict=True)}
+    return block | {"attention": attention, "mlp_joined": {"kernel": jnp.stack(mlp, -2)}}
 
 
 def param_shapes(config: GeneratorConfig) -> dict:

@@ -9,6 +9,7 @@ that 48 layers compile as fast as 6.
 
 from collections.abc import Callable
 import functools
+import math
 from typing import Any, NamedTuple
 
 from einops import rearrange
@@ -111,6 +112,26 @@ def keep_product(x: jax.Array) -> jax.Array:
     There it is written to memory in any case. Elsewhere, it would take a place in a scan's stack.
     """
     return checkpoint_name(x, INPUTS) if sharding.platform() == "gpu" else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def shared(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
+    """The same array for `count` products.
+
+    The order of the sum of their gradients lets cuBLAS add each product to the sum so far.
+    """
+    return (x,) * count
+
+
+def _shared_forward(x, count):
+    return shared(x, count), None
+
+
+def _shared_backward(count, _, gradients):
+    return (functools.reduce(lambda total, gradient: gradient + total, gradients),)
+
+
+shared.defvjp(_shared_forward, _shared_backward)
 
 
 def keep(arrays: Any) -> Any:
@@ -224,16 +245,45 @@ class Dropout(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         if self.deterministic or not self.rate:
             return x
-        kept = _uniform_bits(self.make_rng("dropout"), x.shape) >= jnp.uint32(self.rate * 2**32)
-        return jnp.where(kept, x / (1 - self.rate), jnp.zeros_like(x))
+        words = jax.random.key_data(self.make_rng("dropout")).reshape(-1)[-2:]
+        return _drop(x, words, self.rate)
 
 
-def _uniform_bits(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Random uint32 of each element: its place and the key, through a hash of two rounds."""
-    first, second = jax.random.key_data(key).reshape(-1)[-2:]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _drop(x, words, rate):
+    return _masked(x, _hash(x.shape, words), rate)
+
+
+def _drop_forward(x, words, rate):
+    return _drop(x, words, rate), words
+
+
+def _drop_backward(rate, words, gradient):
+    if sharding.platform() == "cpu":
+        bits = _hash(gradient.shape, words)
+    else:
+        # The same bits by another expression: for one that it meets twice, the compiler would
+        # store the masks after all.
+        bits = _hash(gradient.shape, words, factor_first=False)
+    return _masked(gradient, bits, rate), None
+
+
+_drop.defvjp(_drop_forward, _drop_backward)
+
+
+def _masked(x, bits, rate):
+    return jnp.where(bits >= jnp.uint32(rate * 2**32), x / (1 - rate), jnp.zeros_like(x))
+
+
+def _hash(shape: tuple[int, ...], words: jax.Array, *, factor_first: bool = True) -> jax.Array:
+    """Random uint32 of each element: its place and two words, through a hash of two rounds."""
+    factor, inverse = 0x9E3779B1, pow(0x9E3779B1, -1, 2**32)
     bits = sharding.places(shape)
-    for word in (first, second):
-        bits = bits * jnp.uint32(0x9E3779B1) + word
+    for word in words:
+        if factor_first:
+            bits = bits * jnp.uint32(factor) + word
+        else:
+            bits = (bits + word * jnp.uint32(inverse)) * jnp.uint32(factor)
         bits = (bits ^ (bits >> 16)) * jnp.uint32(0x21F0AAAD)
         bits = (bits ^ (bits >> 15)) * jnp.uint32(0x735A2D97)
         bits ^= bits >> 15
@@ -267,6 +317,38 @@ def rotate(x: jax.Array, table: jax.Array) -> jax.Array:
     return pairs.reshape(x.shape).astype(x.dtype)
 
 
+class Projection(nn.Module):
+    """A Linear layer from `[..., W]` to `[..., heads, head_dim]`, or with more axes before these.
+
+    Unlike in `nn.DenseGeneral`, the product has one axis of features while the bias is added, so
+    that cuBLAS adds it.
+    """
+
+    shape: tuple[int, ...]
+    bias: bool
+    kernel_init: Callable
+    dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        width, features = x.shape[-1], math.prod(self.shape)
+        axes = (*(None,) * (len(self.shape) - 2), "heads", "head_dim")
+
+        def flat_init(key, shape, dtype=jnp.float32):
+            return self.kernel_init(key, (width, features), dtype).reshape(shape)
+
+        kernel_init = partitioned(flat_init, "embed", *axes)
+        kernel, bias = self.param("kernel", kernel_init, (width, *self.shape)), None
+        if self.bias:
+            bias = self.param("bias", partitioned(nn.initializers.zeros, *axes), self.shape)
+        promote = sharding.promote("embed", *axes)
+        x, kernel, bias = promote(x, kernel, bias, dtype=self.dtype)
+        y = x @ kernel.reshape(width, features)
+        if bias is not None:
+            y += bias.reshape(features)
+        return y.reshape(*y.shape[:-1], *self.shape)
+
+
 class Attention(nn.Module):
     """Multi-head attention with separate inputs for queries, keys and values."""
 
@@ -281,24 +363,28 @@ class Attention(nn.Module):
     def setup(self):
         # PyTorch draws q, k and v as one Xavier-uniform [3W, W] matrix.
         init = self.kernel_init or uniform((6 / (4 * self.width)) ** 0.5)
-        linear = functools.partial(dense, use_bias=self.bias, dtype=self.dtype)
-        shape, axes = (self.heads, self.width // self.heads), ("heads", "head_dim")
-        project = functools.partial(linear, shape, ("embed", *axes), kernel_init=init)
+        shape = (self.heads, self.width // self.heads)
+        project = functools.partial(Projection, shape, self.bias, init, self.dtype)
         if self.joined:
-            joined = ("embed", None, *axes)
-            self.qkv = linear((3, *shape), joined, kernel_init=init, name="qkv")
+            self.qkv = Projection((3, *shape), self.bias, init, self.dtype)
         else:
-            self.query, self.key, self.value = (
-                project(name=name) for name in ("query", "key", "value")
-            )
-        self.out = linear(
-            self.width, (*axes, "embed"), axis=(-2, -1), bias_axes=("norm",), name="out"
+            self.query, self.key, self.value = project(), project(), project()
+        self.out = dense(
+            self.width,
+            ("heads", "head_dim", "embed"),
+            axis=(-2, -1),
+            bias_axes=("norm",),
+            use_bias=self.bias,
+            dtype=self.dtype,
+            name="out",
         )
         if self.qk_norm:
             self.query_norm = layer_norm(dtype=self.dtype, name="query_norm")
             self.key_norm = layer_norm(dtype=self.dtype, name="key_norm")
 
     def _project(self, query, key, value, rotation):
+        if query is key is value:
+            query, key, value = shared(query, 3)
         if self.joined:
             q, k, v = jnp.moveaxis(self.qkv(query), -3, 0)
         else:
@@ -400,7 +486,7 @@ class Transformer(nn.Module):
         # Unrolled, layers take longer to compile, but a scan copies all that the backward pass
         # needs into stacks and out of them: a sixth of the bytes that a generator's step moves.
         unrolled = sharding.platform() == "gpu"
-        block = remat(self.block.func, self.remat, scanned=not unrolled)
+        block = remat(self.block.func, self.remat, scanned=True)
 
         def body(module, carry, index, *shared):
             x, tapped = carry

@@ -1,6 +1,6 @@
 """Norms that Flax lacks.
 
-GroupNorm whose statistics survive remat, BatchNorm with PyTorch's running statistics, and BatchNorm
+GroupNorm whose statistics survive remat, RMSNorm with a short gradient, BatchNorm with PyTorch's running statistics, and BatchNorm
 over parts of a batch.
 
 Statistics are always float32.
@@ -61,8 +61,10 @@ def _group_mean(means: jax.Array) -> jax.Array:
     """Means over the channels of each group, `[B, C]` to `[B, 1, 1, C]`."""
     channels = means.shape[-1]
     groups = rearrange(means, "b (g c) -> b g c", g=group_count(channels))
-    groups = jnp.broadcast_to(groups.mean(-1, keepdims=True), groups.shape)
-    return groups.reshape(-1, 1, 1, channels)
+    # A sum of slices fuses with what follows, which a reduction does not.
+    size = groups.shape[-1]
+    total = sum(groups[..., i : i + 1] for i in range(size))
+    return jnp.broadcast_to(total / size, groups.shape).reshape(-1, 1, 1, channels)
 
 
 def _group_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -127,6 +129,69 @@ def _normalize_backward(silu, dtype, residuals, gradient):
 
 
 _normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last axis, eps 1e-5, computed in float32."""
+
+    dtype: layers.Dtype = jnp.float32  # of the output
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        gain = self.param("scale", ones, (x.shape[-1],))
+        x = x.astype(jnp.float32)
+        return (x * (_inverse_rms(x) * gain)).astype(self.dtype)
+
+
+def _inverse_rms(x: jax.Array) -> jax.Array:
+    return lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-5)
+
+
+@jax.custom_vjp
+def rms_normalize(x: jax.Array) -> jax.Array:
+    """RMSNorm without gains, of the input's type.
+
+    Its gradient reads the input and the output's gradient twice: for sums, and for the result.
+    """
+    return (x * _inverse_rms(x.astype(jnp.float32))).astype(x.dtype)
+
+
+def _rms_normalize_forward(x):
+    return rms_normalize(x), x
+
+
+def _rms_normalize_backward(x, gradient):
+    kind, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
+    inverse = _inverse_rms(x)
+    along = (gradient * x).mean(-1, keepdims=True) * inverse**3
+    return ((gradient * inverse - x * along).astype(kind),)
+
+
+rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
+
+
+def defer_rms(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What a product takes, and what its result is to be multiplied with, instead of an RMSNorm.
+
+    Saves the normalized array. Linear products of the first result are all that it may be used for:
+    its gradient includes the one through the second.
+    """
+    return _deferred(x), lax.stop_gradient(_inverse_rms(x.astype(jnp.float32)))
+
+
+@jax.custom_vjp
+def _deferred(x):
+    return x
+
+
+def _deferred_backward(x, gradient):
+    # What arrives is the gradient of the normalized array, times the inverse.
+    kind, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
+    along = (gradient * x).mean(-1, keepdims=True) * jnp.square(_inverse_rms(x))
+    return ((gradient - x * along).astype(kind),)
+
+
+_deferred.defvjp(lambda x: (x, x), _deferred_backward)
 
 
 class BatchNorm(nn.Module):

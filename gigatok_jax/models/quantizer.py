@@ -11,6 +11,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from gigatok_jax import sharding
+
 ENTROPY_TEMPERATURE = 0.01
 HISTORY_LENGTH = 65_536  # assignments over which codebook usage is measured
 CHUNK_ELEMENTS = 2**24  # maximum elements of the distance matrix at a time: 64 MiB in float32
@@ -50,28 +52,104 @@ def search(
     # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
     chunks = rearrange(flat, "(m n) d -> n m d", n=count)
 
-    def step(carry, chunk):
-        # Full precision: bfloat16 or TF32 products would change which code is nearest.
-        product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
-        squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
-        distances = squares - 2 * product
-        indices = jnp.argmin(distances, axis=-1).astype(jnp.int32)
-        if not entropy:
-            return carry, indices
-        # The reference adds 1e-5 to all logits, to which the softmax is invariant.
-        log_p = jax.nn.log_softmax(-distances / ENTROPY_TEMPERATURE)
-        p = jnp.exp(log_p)
-        row_entropy, p_sum = carry
-        return (row_entropy - jnp.sum(p * log_p), p_sum + p.sum(0)), indices
+    if entropy:
+        indices, loss = _search_with_entropy(chunks, codebook)
+    else:
+        _, indices = lax.scan(
+            lambda _, chunk: (None, _nearest(_distances(chunk, codebook))), None, chunks
+        )
+        loss = jnp.zeros(())
+    return rearrange(indices, "n m -> (m n)").reshape(z.shape[:-1]), loss
 
-    carry = (jnp.zeros(()), jnp.zeros(codes)) if entropy else ()
-    carry, indices = lax.scan(jax.checkpoint(step, prevent_cse=False), carry, chunks)
-    indices = rearrange(indices, "n m -> (m n)").reshape(z.shape[:-1])
-    if not entropy:
-        return indices, jnp.zeros(())
-    row_entropy, p_sum = carry
-    mean_p = p_sum / rows
-    return indices, row_entropy / rows + jnp.sum(mean_p * jnp.log(mean_p + 1e-5))
+
+def _distances(chunk: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Squared distances `[M, K]`."""
+    # Full precision: bfloat16 or TF32 products would change which code is nearest.
+    product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
+    squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
+    return squares - 2 * product
+
+
+def _nearest(distances: jax.Array) -> jax.Array:
+    return jnp.argmin(distances, axis=-1).astype(jnp.int32)
+
+
+@jax.custom_vjp
+def _search_with_entropy(chunks, codebook):
+    return _search_with_entropy_forward(chunks, codebook)[0]
+
+
+def _search_with_entropy_forward(chunks, codebook):
+    """For latents `[n, M, D]`: codes `[n, M]`, and the entropy loss.
+
+    With l the logits, p their softmax, a row's H(p) is log(sum of exp l) - sum of p l.
+    """
+
+    def step(carry, chunk):
+        distances = _distances(chunk, codebook)
+        # The reference adds 1e-5 to all logits, to which the softmax is invariant.
+        largest = distances.min(-1) / -ENTROPY_TEMPERATURE
+        logits = distances / -ENTROPY_TEMPERATURE - largest[:, None]
+        exponentials = jnp.exp(logits)
+        sums = exponentials.sum(-1)
+        row_entropy = jnp.log(sums) - jnp.sum(exponentials * logits, -1) / sums
+        total, p_sum = carry
+        carry = total + row_entropy.sum(), p_sum + (exponentials / sums[:, None]).sum(0)
+        return carry, (_nearest(distances), largest + jnp.log(sums), row_entropy)
+
+    carry = (jnp.zeros(()), jnp.zeros(len(codebook)))
+    (total, p_sum), (indices, normalizer, row_entropy) = lax.scan(step, carry, chunks)
+    mean_p = p_sum / indices.size
+    loss = total / indices.size + jnp.sum(mean_p * jnp.log(mean_p + 1e-5))
+    return (indices, loss), (chunks, codebook, normalizer, row_entropy, mean_p)
+
+
+def _search_with_entropy_backward(residuals, gradients):
+    """Computes the distances of a chunk again, and their gradient in one pass.
+
+    Sums over the codes of the logits' gradient vanish, as the softmax is invariant to an addition,
+    and with them the gradient through the squares of the latents.
+    """
+    *scanned, codebook, normalizer, row_entropy, mean_p = residuals
+    scale = gradients[1] / normalizer.size
+    slope = jnp.log(mean_p + 1e-5) + mean_p / (mean_p + 1e-5)  # of the second term, by mean p
+
+    def step(codebook_gradient, part):
+        chunk, normalizer, row_entropy = part
+        log_p = _distances(chunk, codebook) / -ENTROPY_TEMPERATURE - normalizer[:, None]
+        p = jnp.exp(log_p)
+        mean_slope = jnp.sum(p * slope, -1)
+        by_logits = p * (slope - log_p - (mean_slope + row_entropy)[:, None])
+        by_product = by_logits * (2 * scale / ENTROPY_TEMPERATURE)
+        highest = {"precision": lax.Precision.HIGHEST}
+        chunk_gradient = jnp.einsum("mk,kd->md", by_product, codebook, **highest)
+        # The last column is the sum that the squares of the codes need.
+        extended = jnp.concatenate([chunk, jnp.ones_like(chunk[:, :1])], -1)
+        codebook_gradient += jnp.einsum("mk,md->kd", by_product, extended, **highest)
+        return codebook_gradient, chunk_gradient
+
+    width = codebook.shape[1]
+    start = jnp.zeros((len(codebook), width + 1))
+    found, chunk_gradients = lax.scan(step, start, (*scanned, normalizer, row_entropy))
+    return chunk_gradients, found[:, :width] - found[:, width:] * codebook
+
+
+_search_with_entropy.defvjp(_search_with_entropy_forward, _search_with_entropy_backward)
+
+
+def logsumexp(x: jax.Array) -> jax.Array:
+    """Of the last axis, in float32, and in a single pass where passes over memory count."""
+    x = x.astype(jnp.float32)
+    if sharding.platform() == "cpu":
+        return jax.nn.logsumexp(x, axis=-1)
+
+    def combine(first, second):
+        largest = jnp.maximum(first[0], second[0])
+        return largest, sum(total * jnp.exp(top - largest) for top, total in (first, second))
+
+    start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
+    largest, total = lax.reduce((x, jnp.ones_like(x)), start, combine, (x.ndim - 1,))
+    return largest + jnp.log(total)
 
 
 def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:

@@ -34,7 +34,7 @@ FREE = {
 }  # fmt: skip
 NO_BITS_IN_NAME = {"pred": 8, "token": 0}
 SCRATCH = ("s8", "u8")
-READ_SLICES = ("slice", "dynamic-slice")
+READ_SLICES = ("slice", "dynamic-slice", "gather")
 
 
 class Kernel(NamedTuple):

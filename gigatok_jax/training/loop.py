@@ -117,11 +117,17 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
             telemetry = Telemetry(workdir, start)  # drops rows of steps after `start`
             stack.callback(telemetry.close)
         stop = stack.enter_context(distributed.stop_signals())
+        replicated = sharding.replicated(mesh)
+        norms = jax.jit(task.norms, static_argnames="phase", out_shardings=replicated)
         meter = Meter(unlogged)
+
+        def check(step, state):
+            phase = task.phase(step - 1)
+            return meter.check(step, norms(state, phase=phase), checkpoints.latest)
 
         def save(step, state):
             # Never save non-finite values: a run that resumes from them could not recover.
-            meter.check(step, checkpoints.latest)
+            check(step, state)
             progress = {
                 "batches": device_batches.get_state(),
                 # With the rows since the last log, a resumed run logs the same means as one that
@@ -168,7 +174,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
 
             # Fetch metrics only here; fetching at every step would stall the devices.
             if due(config.log_every, step):
-                row = meter.row(step, checkpoints.latest)
+                row = check(step, state) | meter.row()
                 checkpoints.check()
                 if telemetry:
                     if advice := task.advise({"step": step} | row):
@@ -185,7 +191,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
                 save(step, state)
 
             if due(config.evaluate_every, step):
-                meter.check(step, checkpoints.latest)  # do not evaluate non-finite weights
+                check(step, state)  # do not evaluate non-finite weights
                 evaluate(step, state)
 
             # Stop only when this step is completely done. All processes agree on the step.
@@ -346,28 +352,26 @@ class Meter:
             # Otherwise the host would run ahead, and its batches would fill the memory.
             jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT])
 
-    def check(self, step: int, checkpoint: int | None) -> None:
-        """Fetches pending metrics; raises RunStopped if one is not finite."""
-        fetched = jax.device_get(list(self._pending))
+    def check(
+        self, step: int, norms: Mapping[str, jax.Array], checkpoint: int | None
+    ) -> dict[str, float]:
+        """Fetches pending metrics and the norms of the weights, and returns these.
+
+        Raises:
+          RunStopped: one of the values is not finite.
+        """
+        *fetched, norms = jax.device_get([*self._pending, norms])
         first = step - len(fetched) + 1
         self._pending.clear()
         for at, metrics in enumerate(fetched, start=first):
-            row = {name: float(value) for name, value in metrics.items()}
-            bad = [name for name, value in row.items() if not np.isfinite(value)]
-            if bad:
-                last = f"step {checkpoint}" if checkpoint is not None else "none yet"
-                raise RunStopped(
-                    f"{', '.join(bad)} became {row[bad[0]]} at step {at}; last good checkpoint: "
-                    f"{last}. Try a lower optimizer.rate or a longer warm-up"
-                )
-            self.rows.append(row)
+            self.rows.append(_finite(metrics, at, checkpoint))
+        return _finite(norms, step, checkpoint)
 
-    def row(self, step: int, checkpoint: int | None) -> dict[str, float]:
-        """Means and rates since the last call.
+    def row(self) -> dict[str, float]:
+        """Means and rates since the last call, of what `check` has fetched.
 
         A metric that some steps lack (a term that starts later) is averaged over the rest.
         """
-        self.check(step, checkpoint)
         values = collections.defaultdict(list)
         for row in self.rows:
             for name, value in row.items():
@@ -379,6 +383,19 @@ class Meter:
         self.rows = []
         self.restart_clock()
         return result
+
+
+def _finite(metrics: Mapping[str, Any], step: int, checkpoint: int | None) -> dict[str, float]:
+    """Metrics as numbers; raises RunStopped if one is not finite."""
+    row = {name: float(value) for name, value in metrics.items()}
+    bad = [name for name, value in row.items() if not np.isfinite(value)]
+    if bad:
+        last = f"step {checkpoint}" if checkpoint is not None else "none yet"
+        raise RunStopped(
+            f"{', '.join(bad)} became {row[bad[0]]} at step {step}; last good checkpoint: {last}. "
+            "Try a lower optimizer.rate or a longer warm-up"
+        )
+    return row
 
 
 def _describe(values: Mapping[str, float]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models.quantizer import normalize
+from gigatok_jax.models.quantizer import logsumexp, normalize
 
 
 def hinge_discriminator(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
@@ -62,7 +62,7 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
 
 
 def _cross_entropy(logits, targets):
-    normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+    normalizer = logsumexp(logits)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return normalizer - picked.astype(jnp.float32), (logits, targets, normalizer)
 

@@ -11,6 +11,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
 from gigatok_jax.config import configclass
 
+SMALL = 2**16  # elements of an array that is not worth a kernel of its own
 TRUST = 1e-3  # LARS: norm of an update relative to its parameter's norm, at rate 1
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
@@ -99,8 +100,30 @@ def make_optimizer(
             optax.trace(config.b1),
             optax.scale_by_learning_rate(rate),
         )
-    clip = [optax.clip_by_global_norm(config.clip)] if config.clip else []
+    clip = [_clip(config.clip)] if config.clip else []
     return optax.chain(*clip, algorithm)
+
+
+def _clip(limit: float) -> optax.GradientTransformation:
+    """`optax.clip_by_global_norm` with this module's `global_norm`."""
+
+    def update(gradients, state, params=None):
+        del params
+        norm = global_norm(gradients)
+        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradients), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def global_norm(tree: Any) -> jax.Array:
+    """Root of the sum of all squares, float32; small arrays are joined before they are summed."""
+    small, large = [], []
+    for array in jax.tree.leaves(tree):
+        (small if array.size < SMALL else large).append(array)
+    squares = [jnp.sum(jnp.square(array)) for array in large]
+    if small:
+        squares.append(jnp.sum(jnp.square(jnp.concatenate([jnp.ravel(array) for array in small]))))
+    return jnp.sqrt(sum(squares))
 
 
 def is_matrix(params: Any) -> Any:

@@ -143,6 +143,10 @@ class Task:
         """One update: the next state, and scalar metrics."""
         raise NotImplementedError
 
+    def norms(self, state: Any, phase: Hashable) -> dict[str, jax.Array]:
+        """Norms of what is trained, for the log; `phase` is that of the last step."""
+        return {"parameter_norm": optimizer.global_norm(state.params)}
+
     def measure(
         self, state: Any, batch: Mapping[str, jax.Array], frozen: Any
     ) -> tuple[dict[str, jax.Array], Any]:
@@ -184,14 +188,13 @@ def update(
     """One optimizer step: new parameters, optimizer state and average, and metrics."""
     config = run.resolved_optimizer
     algorithm = optimizer.make_optimizer(config, run.total_steps)
+    gradients = sharding.row_major_gradients(gradients)
     updates, optimizer_state = algorithm.update(gradients, optimizer_state, params)
     params = optax.apply_updates(params, updates)
     if run.average_decay:
         average = optimizer.moving_average(average, params, run.average_decay, step)
     metrics = {
-        "gradient_norm": optax.tree.norm(gradients),  # before clipping
-        # The loop saves no checkpoint after a non-finite metric, so this guards the weights.
-        "parameter_norm": optax.tree.norm(params),
+        "gradient_norm": optimizer.global_norm(gradients),  # before clipping
         "learning_rate": optimizer.learning_rate(config, run.total_steps)(step),
     }
     return params, optimizer_state, average, metrics

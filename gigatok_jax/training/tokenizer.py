@@ -18,14 +18,14 @@ import numpy as np
 import optax
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
 
-from gigatok_jax import frozen_networks, image_metrics, pictures
+from gigatok_jax import frozen_networks, image_metrics, pictures, sharding
 from gigatok_jax.config import configclass
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import discriminators, layers, norms, quantizer, vit
 from gigatok_jax.models.lpips import LPIPS
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig, init_params
 from gigatok_jax.training import diffaug, losses
-from gigatok_jax.training.optimizer import make_optimizer
+from gigatok_jax.training.optimizer import global_norm, make_optimizer
 from gigatok_jax.training.task import (
     BundleContent,
     Decay,
@@ -290,17 +290,21 @@ class TokenizerTask(Task):
         adamw = make_optimizer(
             run.resolved_optimizer, run.total_steps, start=run.objective.disc_start
         )
+        gradients = sharding.row_major_gradients(gradients)
         updates, optimizer_state = adamw.update(gradients, state.discriminator_optimizer, params)
         params = optax.apply_updates(params, updates)
-        metrics |= more | {
-            "discriminator_gradient_norm": optax.tree.norm(gradients),
-            "discriminator_parameter_norm": optax.tree.norm(params),
-        }
+        metrics |= more | {"discriminator_gradient_norm": global_norm(gradients)}
         next_state = next_state.replace(
             discriminator={"params": params, "batch_stats": statistics},
             discriminator_optimizer=optimizer_state,
         )
         return next_state, metrics
+
+    def norms(self, state: TokenizerState, phase: Phase) -> dict[str, jax.Array]:
+        found = super().norms(state, phase)
+        if phase.adversarial:
+            found["discriminator_parameter_norm"] = global_norm(state.discriminator["params"])
+        return found
 
     def tokenizer_loss(
         self,
