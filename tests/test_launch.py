@@ -308,7 +308,8 @@ def test_local_processes_share_the_gpus_that_there_are(machine, visible, shares)
 
 
 def test_local_kills_a_stopped_process_once_another_has_failed(machine):
-    body = 'case "$*" in -c*) echo 1234 ;; *--process=1) kill -STOP $$ ;; *) sleep 1; exit 3 ;; esac'
+    roles = "-c*) echo 1234 ;; *--process=1) kill -STOP $$ ;; *) sleep 1; exit 3 ;;"
+    body = f'case "$*" in {roles} esac'
     machine.add("python", body)
     done = machine.run("local.sh", "2", *TRAIN, JAX_PLATFORMS="cpu")
     assert done.returncode == 3, done.stderr

@@ -77,6 +77,9 @@ class ToyTask(Task):
             metrics["late"] = value
         return ToyState(state.step + 1, state.w * 0.9 + value), metrics
 
+    def norms(self, state, phase):
+        return {f"norm_{phase}": jnp.linalg.norm(state.w)}
+
     def bundle(self, state):
         return (state,)
 
@@ -284,6 +287,20 @@ def test_value_that_is_not_finite_is_seen_before_anything_is_saved(tmp_path):
     with pytest.raises(RunStopped, match="at step 1; last good checkpoint: none yet"):
         run_toy(tmp_path, batches)
     assert saved_steps(tmp_path) == []
+
+
+def test_weights_that_are_not_finite_are_not_saved_even_if_the_metrics_are(tmp_path, monkeypatch):
+    plain = ToyTask.step
+
+    def step(self, state, batch, frozen, phase):
+        state, metrics = plain(self, state, batch, frozen, phase)
+        return state.replace(w=jnp.where(state.step > 10, jnp.inf, state.w)), metrics
+
+    monkeypatch.setattr(ToyTask, "step", step)
+    message = "norm_late became inf at step 14; last good checkpoint: step 7"
+    with pytest.raises(RunStopped, match=message):
+        run_toy(tmp_path, log_every=20)
+    assert saved_steps(tmp_path) == [7]
 
 
 def test_finished_run_that_goes_on_and_explodes_keeps_what_was_good(tmp_path):

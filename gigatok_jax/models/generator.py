@@ -297,13 +297,14 @@ class Decoder:
         self, config: GeneratorConfig, params: Any, classes: jax.Array, dtype: layers.Dtype
     ):
         self._config, self._classes, self._dtype = config, classes, dtype
-        # Decoding is bound by memory bandwidth: casting once to bfloat16 halves what a step reads.
-        params = jax.tree.map_with_path(
-            lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array, params
-        )
         # Products of few rows are bound by reading their kernels. On CPUs they run side by side.
         self._form = "plain" if sharding.platform() == "cpu" else "decoding"
         stacked = rearranged(params["layers"]["block"], config, self._form)
+        # Decoding is bound by memory bandwidth: casting once to bfloat16 halves what a step reads.
+        params, stacked = jax.tree.map_with_path(
+            lambda path, array: array.astype(dtype) if path[-1].key == "kernel" else array,
+            (params, stacked),
+        )
         self._blocks = [
             jax.tree.map(lambda array, i=i: array[i], stacked) for i in range(config.depth)
         ]

@@ -1,7 +1,7 @@
 """Norms that Flax lacks.
 
-GroupNorm whose statistics survive remat, RMSNorm with a short gradient, BatchNorm with PyTorch's running statistics, and BatchNorm
-over parts of a batch.
+GroupNorm whose statistics survive remat, RMSNorm in forms that accelerators are fast at, BatchNorm
+with PyTorch's running statistics, and BatchNorm over parts of a batch.
 
 Statistics are always float32.
 """

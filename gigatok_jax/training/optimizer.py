@@ -110,7 +110,8 @@ def _clip(limit: float) -> optax.GradientTransformation:
     def update(gradients, state, params=None):
         del params
         norm = global_norm(gradients)
-        return jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradients), state
+        clipped = jax.tree.map(lambda g: jnp.where(norm < limit, g, g / norm * limit), gradients)
+        return clipped, state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
