@@ -114,17 +114,17 @@ def uniform(bound: float):
     return init
 
 
-def remat(module: type[nn.Module], policy: str, *, scanned: bool = False) -> type[nn.Module]:
+def remat(module: type[nn.Module], policy: str, *, barrier: bool = True) -> type[nn.Module]:
     """Wraps a module class so that the backward pass recomputes activations.
 
     The policy "none" keeps all activations; "dots" keeps products with weights, the results of
     cuDNN's attention, and what `keep_product` marks; "full" keeps only inputs and the arrays that
-    `keep` marks. A body that is `scanned`, and not unrolled, needs no barrier against common
-    subexpression elimination, which would undo the recomputation elsewhere.
+    `keep` marks. Without a `barrier`, and outside a scan, the compiler may merge what is recomputed
+    with its first computation, and so store it after all.
     """
     if policy == "none":
         return module
-    return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=not scanned)
+    return nn.remat(module, policy=REMAT_POLICIES[policy], prevent_cse=barrier)
 
 
 def keep_product(x: jax.Array) -> jax.Array:
@@ -507,7 +507,9 @@ class Transformer(nn.Module):
         # Unrolled, layers take longer to compile, but a scan copies all that the backward pass
         # needs into stacks and out of them: a sixth of the bytes that a generator's step moves.
         unrolled = sharding.platform() == "gpu"
-        block = remat(self.block.func, self.remat, scanned=True)
+        # What "dots" recomputes is cheap; its barriers would cost more, in passes over memory.
+        barrier = unrolled and self.remat == "full"
+        block = remat(self.block.func, self.remat, barrier=barrier)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
