@@ -506,10 +506,10 @@ class Transformer(nn.Module):
         """
         # Unrolled, layers take longer to compile, but a scan copies all that the backward pass
         # needs into stacks and out of them: a sixth of the bytes that a generator's step moves.
-        unrolled = sharding.platform() == "gpu"
-        # What "dots" recomputes is cheap; its barriers would cost more, in passes over memory.
-        barrier = unrolled and self.remat == "full"
-        block = remat(self.block.func, self.remat, barrier=barrier)
+        # With "full" remat that is little.
+        unrolled = sharding.platform() == "gpu" and self.remat != "full"
+        # What "dots" recomputes is cheap. Barriers would cost more, in passes over memory.
+        block = remat(self.block.func, self.remat, barrier=False)
 
         def body(module, carry, index, *shared):
             x, tapped = carry
