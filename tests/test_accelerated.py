@@ -1,5 +1,7 @@
 """What only accelerators run, computed on a CPU, against the plain formulations."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import sharding
-from gigatok_jax.models import convolution, layers, lpips, norms, quantizer
+from gigatok_jax.models import convolution, layers, lpips, norms, quantizer, splash
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.training import losses, optimizer
 
@@ -135,6 +137,27 @@ def test_logsumexp_and_cross_entropy(on, scale):
     on("gpu")
     agree(quantizer.logsumexp(logits), jax.nn.logsumexp(logits, -1), rtol=1e-6)
     agree(value_and_gradients(lambda x: losses.cross_entropy(x, targets), logits), expected)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_splash_attention(is_causal):
+    q, k, v = normal(2, 256, 2, 8), normal(2, 384, 2, 8, seed=1), normal(2, 384, 2, 8, seed=2)
+    if is_causal:
+        k, v = k[:, :256], v[:, :256]
+    plain = functools.partial(jax.nn.dot_product_attention, is_causal=is_causal)
+    ours = functools.partial(splash._attend, is_causal=is_causal, interpret=True)
+    agree(value_and_gradients(ours, q, k, v), value_and_gradients(plain, q, k, v))
+
+
+def test_splash_attention_applies_to_whole_blocks_on_tpus(on):
+    mesh = sharding.make_mesh(sharding.MeshConfig())
+    fits, short = jnp.zeros((8, 256, 2, 8)), jnp.zeros((8, 257, 2, 8))
+    assert not splash.applies(fits, fits)
+    on("tpu")
+    assert not splash.applies(fits, fits)  # no mesh to divide it over
+    with sharding.use(mesh):
+        assert splash.applies(fits, fits)
+        assert not splash.applies(fits, short)
 
 
 @pytest.mark.parametrize("bias", [True, False])

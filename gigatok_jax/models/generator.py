@@ -209,7 +209,7 @@ class Generator(nn.Module):
             self.positions = table("positions", 1 + config.codes, None, std)
         options = {"config": config, "train": self.train, "dtype": dtype}
         block = functools.partial(Block, **options)
-        if sharding.platform() != "cpu" and not self.is_initializing():
+        if sharding.platform() == "gpu" and not self.is_initializing():
 
             def arrange(variables):
                 return {"params": rearranged(variables["params"], config, "joined")}

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import sharding
+from gigatok_jax.models import splash
 from gigatok_jax.models.convolution import conv_general_dilated
 
 Dtype = Any
@@ -36,7 +37,7 @@ KEPT, INPUTS = "statistics", "inputs of products"
 
 def _dots(primitive: Any, *args: Any, **kwargs: Any) -> bool:
     """Keeps products with weights, and the results of cuDNN's attention, which is as dear."""
-    if primitive.name == "name" and kwargs["name"] == INPUTS:
+    if primitive.name == "name" and kwargs["name"] in (INPUTS, splash.RESIDUALS):
         return True
     if primitive.name.startswith("dot_product_attention_fwd"):
         return True
@@ -233,7 +234,9 @@ def layer_norm(*, epsilon: float = 1e-5, dtype: Dtype, name: str) -> nn.LayerNor
 
 
 def dot_product_attention(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs) -> jax.Array:
-    """Attention over `[B, T, heads, head_dim]`, with cuDNN's flash kernel where it applies."""
+    """Attention over `[B, T, heads, head_dim]`, with a flash kernel where one applies."""
+    if splash.applies(q, k):
+        return splash.attention(q, k, v, **kwargs)
     implementation = "cudnn" if _flash_applies(q.dtype, q.shape[-1]) else "xla"
     return jax.nn.dot_product_attention(q, k, v, implementation=implementation, **kwargs)
 
