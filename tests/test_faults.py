@@ -239,14 +239,21 @@ def test_pictures_that_cannot_be_read_are_counted_by_kind(tmp_path, caplog):
     assert "2 .cr2, 1 .jxl" in caplog.text
 
 
-@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (5, 300), (300, 7)])
-def test_the_crop_of_a_line_of_pixels_is_that_of_the_whole(shape, monkeypatch):
+SHAPES = [(1, 900), (2, 901), (5, 300), (7, 1000), (31, 333), (32, 3300), (33, 400), (40, 400)]
+SHAPES += [(45, 1300), (63, 640), (64, 700), (67, 999), (130, 5001)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_crop_of_an_elongated_picture_is_that_of_pillows_resize(shape):
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-    found = crops.center_crop(image, 32).astype(int)
-    monkeypatch.setattr(crops, "ELONGATED", 10**9)
-    # Pillow keeps the edges of a box as float32.
-    assert np.abs(found - crops.center_crop(image, 32)).max() <= 2
+    for height, width in (shape, shape[::-1]):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        halved, size = crops._halve(image, 32)
+        assert max(size) > crops.ELONGATED * 32  # only the crop is computed
+        top, left = (size[1] - 32) // 2, (size[0] - 32) // 2
+        whole = np.asarray(halved.resize(size, Image.Resampling.BICUBIC))
+        found = crops.center_crop(image, 32)
+        np.testing.assert_array_equal(found, whole[top : top + 32, left : left + 32])
 
 
 def test_photos_that_are_stored_turned_are_mentioned_once(tmp_path, caplog):
