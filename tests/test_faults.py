@@ -180,13 +180,27 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, c
     [
         (("Train/ant/1.png", "Val/ant/2.png"), r"has Train/, Val/, expected train/ and val/ or "),
         (("train/ant/1.png", "val/2.png"), r"val: holds no class folders, expected those of "),
+        (("train/1.png", "val/ant/2.png"), r"train: holds no class folders, expected those of "),
+        (("training/ant/1.png", "validation/ant/2.png"), r"has training/, validation/, expected "),
+        (("train/1.png", "valid/2.png"), r"has train/, valid/, expected train/ and val/ or "),
+        (("train/ant/1.png", "val/ant/2.png", "validation/ant/3.png"), r"val/, validation/, exp"),
+        (("val/ant/1.png",), r"has val/, expected train/ and val/ or .*path=.*/val would hold"),
+        (("test/1.png",), r"has test/, expected train/ and val/ or validation/"),
     ],
 )
 def test_other_layouts_of_splits_say_what_is_expected(tmp_path, folders, message):
     for seed, name in enumerate(folders):
         image_folders.save(tmp_path / name, seed)
-    with pytest.raises(UserError, match=message):
-        open_folder(tmp_path, train=False, holdout=20)
+    for train in (True, False):
+        with pytest.raises(UserError, match=message):
+            open_folder(tmp_path, train=train, holdout=20)
+
+
+def test_splits_of_loose_photos_are_one_class_of_one_name(tmp_path):
+    for seed, name in enumerate(("train/1.png", "val/2.png")):
+        image_folders.save(tmp_path / "photos" / name, seed)
+    found = [open_folder(tmp_path / "photos", train, holdout=20) for train in (True, False)]
+    assert [source.class_names for source in found] == [("photos",)] * 2
 
 
 def test_samples_of_an_earlier_call_do_not_stay(networks, tmp_path):
