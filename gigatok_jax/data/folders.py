@@ -82,9 +82,10 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     validation = [name for name in ("val", "validation") if name in folders]
     if "train" in folders and len(validation) == 1:
         return FolderSource(root, _split(root, train, validation[0]))
-    # A class may be called `train`, but it is not alone, and holds no folders.
+    # A class may be called `train`, but it is not the only one, and holds no folders.
     splits = [name for name in folders if name.lower() in SPLITS]
-    if splits and (splits == folders or any(_folders(root / name) for name in splits)):
+    alone = splits == folders or len(splits) > 1
+    if splits and (alone or any(_folders(root / name) for name in splits)):
         one = root / max(splits, key=lambda name: name.lower().startswith("train"))
         raise UserError(
             f"{root}: has {'/, '.join(splits)}/, expected train/ and val/ or validation/ (in lower "
