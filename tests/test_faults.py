@@ -15,7 +15,7 @@ import pytest
 import test_commands
 import test_loop
 
-from gigatok_jax import api, bundles
+from gigatok_jax import api, bundles, commands
 from gigatok_jax.data import crops
 from gigatok_jax.data.folders import image_paths, open_folder
 from gigatok_jax.data.pipeline import eval_batches
@@ -53,6 +53,14 @@ def test_only_trained_classes_are_drawn():
     generator.logits(codes)  # the null class
     with pytest.raises(ValueError, match=r"^classes: expected 0..2, or 6 for none, got 3$"):
         generator.logits(codes, [3])
+    made_by["data"]["untrained"] = [1]  # by a run on some of the images
+    generator = api.PretrainedGenerator(GENERATOR, weights, made_by=made_by)
+    np.testing.assert_array_equal(generator.trained, [0, 2])
+    with pytest.raises(ValueError, match=r"^classes: expected 0, 2, or 6 for none, got 1$"):
+        generator.logits(codes, [1])
+    with pytest.raises(UserError, match=r"^--classes: expected trained classes, 0, 2, got \[1\]$"):
+        commands._class_numbers(["0-2"], generator.trained)
+    assert commands._class_numbers(["all"], generator.trained) == [0, 2]
 
 
 def test_a_run_on_changed_data_says_so(tmp_path, caplog, monkeypatch):

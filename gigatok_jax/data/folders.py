@@ -60,6 +60,9 @@ class FolderSource:
             raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
     def _key(self, index: int) -> str:
         return printable(os.fsdecode(self._names[index]))
 
