@@ -255,10 +255,31 @@ def test_long_texts_and_profiles_of_valid_pictures_are_read():
 
 def test_pictures_that_cannot_be_read_are_counted_by_kind(tmp_path, caplog):
     image_folders.save(tmp_path / "1.png", seed=1)
-    for name in ("a.cr2", "b.CR2", "c.jxl", ".hidden.cr2"):
+    for name in ("a.cr2", "b.CR2", "c.jxl", "d.jxr", "e.raw", ".hidden.cr2"):
         (tmp_path / name).touch()
     assert [path.name for path in image_paths(tmp_path)] == ["1.png"]
-    assert "2 .cr2, 1 .jxl" in caplog.text
+    assert "2 .cr2, 1 .jxl, 1 .jxr, 1 .raw" in caplog.text
+
+
+KINDS = {"tga": "TGA", "ico": "ICO", "icns": "ICNS", "pcx": "PCX", "dds": "DDS", "sgi": "SGI"}
+KINDS |= {"apng": "PNG", "mpo": "MPO", "dib": "DIB", "j2k": "JPEG2000", "jpx": "JPEG2000"}
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_rarer_kinds_of_pictures_are_read(suffix, tmp_path):
+    image = Image.new("RGB", (64, 64), (200, 40, 90))
+    path = tmp_path / f"1.{suffix}"
+    image.save(path, KINDS[suffix])
+    assert image_paths(tmp_path) == [path]
+    assert np.abs(np.asarray(crops.load(path), int) - (200, 40, 90)).max() <= 3
+
+
+def test_qoi_is_read(tmp_path):
+    header = b"qoif" + (8).to_bytes(4, "big") * 2 + bytes([3, 0])
+    data = header + bytes([0xFE, 200, 40, 90, 0xC0 | 61, 0xC0]) + bytes(7) + b"\1"
+    (tmp_path / "1.qoi").write_bytes(data)
+    (path,) = image_paths(tmp_path)
+    np.testing.assert_array_equal(crops.load(path), np.full((8, 8, 3), (200, 40, 90)))
 
 
 SHAPES = [(1, 900), (2, 901), (5, 300), (7, 1000), (31, 333), (32, 3300), (33, 400), (40, 400)]

@@ -25,13 +25,13 @@ ELONGATED = 8  # ratio of sides from which only the crop is resized
 @functools.cache
 def optional_formats() -> set[str]:
     """Suffixes of formats that Pillow reads here, but not everywhere."""
-    formats = {"avif"} if features.check("avif") else set()
+    formats = {"avif", "avifs"} if features.check("avif") else set()
     try:
         import pillow_heif
     except ImportError:
         return formats
     pillow_heif.register_heif_opener()
-    return formats | {"heic", "heif", "hif"}
+    return formats | {"heic", "heics", "heif", "heifs", "hif"}
 
 
 class BadImage(ValueError):

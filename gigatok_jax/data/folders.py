@@ -19,11 +19,18 @@ logger = logging.getLogger(__name__)
 
 # Files are selected by name, because opening a million would take too long. Excludes hidden files.
 SUFFIX = re.compile(r"[^.].*\.(\w+)", re.DOTALL)
-READABLE = {"jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "gif", "bmp", "tif", "tiff"}
-READABLE |= {"pbm", "pgm", "ppm", "pnm"} | crops.optional_formats()
-# Pictures that people have, but that cannot be read here.
-UNREADABLE = {"avif", "heic", "heif", "hif", "jxl", "svg", "psd", "xcf", "exr", "hdr"} | {
-    *("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"),  # of cameras
+READABLE = {
+    *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+    *("png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "pbm", "pgm", "ppm", "pnm"),
+    *("tga", "ico", "icns", "pcx", "dds", "qoi", "sgi"),
+    *crops.optional_formats(),
+}
+# Pictures that people have, but that cannot be read here, or not faithfully (psd).
+UNREADABLE = {
+    *("avif", "avifs", "heic", "heics", "heif", "heifs", "hif", "jxl", "jxr", "wdp", "hdp"),
+    *("svg", "eps", "psd", "xcf", "exr", "hdr", "pfm"),
+    *("raw", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "dng", "raf", "orf", "rw2", "pef"),
+    *("srw", "x3f", "3fr", "iiq"),  # these lines: of cameras
 }
 UNREADABLE -= READABLE
 
