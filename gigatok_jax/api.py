@@ -5,7 +5,7 @@ codes = tokenizer.encode(images)
 images = tokenizer.decode(codes)
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import functools
 import pathlib
 from typing import Any
@@ -148,14 +148,14 @@ class PretrainedTokenizer(Pretrained):
 class PretrainedGenerator(Pretrained):
     """A generator and its weights; see `Pretrained`.
 
-    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers below
-    `class_count`, or `config.null_class`, which means unconditional. Anything else raises
-    ValueError.
+    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers among
+    `trained`, or `config.null_class`, which means unconditional. Anything else raises ValueError.
 
     Attributes:
       made_by: provenance of the weights; "tokenizer" is the tokenizer's fingerprint, if known.
       class_names: of the training data, by class; empty if unknown.
-      class_count: number of classes that were trained.
+      class_count: number of classes of the training data.
+      trained: numbers of the classes of which the training data had an image.
     """
 
     def __init__(
@@ -169,9 +169,11 @@ class PretrainedGenerator(Pretrained):
         module = Generator(config, dtype=compute_dtype(dtype))
         super().__init__(module, weights["params"], fingerprint)
         self.made_by = dict(made_by or {})
-        self.class_names = tuple((self.made_by.get("data") or {}).get("class_names", ()))
+        data = self.made_by.get("data") or {}
+        self.class_names = tuple(data.get("class_names", ()))
         # The table may have more rows than the data have classes.
         self.class_count = len(self.class_names) or config.classes
+        self.trained = np.setdiff1d(np.arange(self.class_count), data.get("untrained", ()))
 
     def logits(self, codes, classes=None) -> jax.Array:
         """Logits of each code, given the class and the preceding codes, float32 `[B, N, K]`.
@@ -240,12 +242,19 @@ class PretrainedGenerator(Pretrained):
         if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
             found = f"{list(classes.shape)} {classes.dtype}"
             raise ValueError(f"classes: expected integers [B], got {found}")
-        bad = classes[((classes < 0) | (classes >= self.class_count)) & (classes != null)]
+        bad = classes[~np.isin(classes, self.trained) & (classes != null)]
         if bad.size:
             raise ValueError(
-                f"classes: expected 0..{self.class_count - 1}, or {null} for none, got {bad[0]}"
+                f"classes: expected {class_list(self.trained)}, or {null} for none, got {bad[0]}"
             )
         return classes.astype(np.int32)
+
+
+def class_list(classes: Sequence[int]) -> str:
+    """Sorted numbers of classes for messages, such as "0..3, 5"."""
+    runs = np.split(classes, np.flatnonzero(np.diff(classes) > 1) + 1)
+    parts = [f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs]
+    return ", ".join(parts if len(parts) < 9 else [*parts[:8], "..."])
 
 
 def _array(values):

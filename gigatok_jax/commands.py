@@ -256,7 +256,7 @@ def sample(
 
     settings = _sampling(sampling)
     loaded = api.load_generator(generator)
-    numbers = _class_numbers(classes, loaded.class_count)
+    numbers = _class_numbers(classes, loaded.trained)
     count = count or generation.COLUMNS * len(numbers)
     if random_classes:
         order = np.random.default_rng(seed).choice(numbers, count)
@@ -276,10 +276,12 @@ def sample(
         )
 
 
-def _class_numbers(items: list[str], count: int) -> list[int]:
-    """Expands "all", or numbers and ranges such as "10-19", to class numbers."""
+def _class_numbers(items: list[str], trained: Sequence[int]) -> list[int]:
+    """Expands "all", or numbers and ranges such as "10-19", to numbers of trained classes."""
+    from gigatok_jax.api import class_list
+
     if items == ["all"]:
-        return list(range(count))
+        return list(trained)
     numbers = []
     for item in items:
         first, dash, last = item.partition("-")
@@ -287,9 +289,11 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
         numbers += range(int(first), int(last) + 1)
-    bad = [number for number in numbers if number >= count]
+    bad = sorted(set(numbers).difference(trained))
     if bad or not numbers:
-        raise UserError(f"--classes: expected numbers in 0..{count - 1}, got {bad or items}")
+        raise UserError(
+            f"--classes: expected trained classes, {class_list(trained)}, got {bad or items}"
+        )
     return numbers
 
 

@@ -17,6 +17,7 @@ import functools
 import importlib.util
 import json
 import pathlib
+import re
 import types
 import typing
 from typing import Any, TypeVar, dataclass_transform
@@ -76,7 +77,7 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config")
     Raises:
       UserError: a field is unknown, missing, of the wrong type or out of range.
     """
-    _check_integers(mapping, path)
+    _check_json(mapping, path)
     try:
         # Through JSON, because strict mode accepts lists as tuples only from JSON.
         return pydantic.TypeAdapter(cls).validate_json(json.dumps(mapping))
@@ -84,13 +85,15 @@ def from_mapping(cls: type[T], mapping: Mapping[str, Any], path: str = "config")
         raise UserError(f"{path}.{_first_line(error, cls)}") from None
 
 
-def _check_integers(mapping: Mapping[str, Any], path: str) -> None:
-    """Raises UserError for a whole number that floats cannot represent."""
+def _check_json(mapping: Mapping[str, Any], path: str) -> None:
+    """Raises UserError for numbers that floats cannot represent, and text that is not Unicode."""
     for name, value in mapping.items():
         if isinstance(value, Mapping):
-            _check_integers(value, f"{path}.{name}")
+            _check_json(value, f"{path}.{name}")
         elif isinstance(value, int) and abs(value) > 2**53:
             raise UserError(f"{path}.{name}: expected at most {2**53}, got {value}")
+        elif re.search("[\ud800-\udfff]", json.dumps([name, value], ensure_ascii=False)):
+            raise UserError(f"{path}.{name}: expected UTF-8, got {value!r}; a link may rename it")
 
 
 def _first_line(error: pydantic.ValidationError, cls: type) -> str:

@@ -116,6 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def examples(folder: Path, split: str) -> list[dict]:
     source = codes.CodesSource(folder, split)
+    assert source.label(1) == source[1]["label"]
     return [source[i] for i in range(len(source))]
 
 

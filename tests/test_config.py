@@ -89,6 +89,11 @@ def test_whole_number_is_taken_as_float():
         ({"name": "x", "a": {"maybe": "3"}}, "config.a.maybe: expected integer, got '3'"),
         ({"name": "x", "a": {"b": -1}}, "config.a.b: expected greater than or equal to 0, got -1"),
         ({"name": "x", "a": {"kind": "z"}}, "config.a.kind: expected 'x' or 'y', got 'z'"),
+        ({"name": "b\udcf1"}, "config.name: expected UTF-8, got 'b\\udcf1'; a link may rename it"),
+        (
+            {"name": "x", "a": {"sizes": ["\udcf1"]}},
+            "config.a.sizes: expected UTF-8, got ['",
+        ),
         (
             {"name": "x", "a": {"b": 10, "on": True}},
             "config.a.b: expected at most 9 when on, got 10",

@@ -15,7 +15,7 @@ import pytest
 import test_commands
 import test_loop
 
-from gigatok_jax import api, bundles
+from gigatok_jax import api, bundles, commands
 from gigatok_jax.data import crops
 from gigatok_jax.data.folders import image_paths, open_folder
 from gigatok_jax.data.pipeline import eval_batches
@@ -53,6 +53,14 @@ def test_only_trained_classes_are_drawn():
     generator.logits(codes)  # the null class
     with pytest.raises(ValueError, match=r"^classes: expected 0..2, or 6 for none, got 3$"):
         generator.logits(codes, [3])
+    made_by["data"]["untrained"] = [1]  # by a run on some of the images
+    generator = api.PretrainedGenerator(GENERATOR, weights, made_by=made_by)
+    np.testing.assert_array_equal(generator.trained, [0, 2])
+    with pytest.raises(ValueError, match=r"^classes: expected 0, 2, or 6 for none, got 1$"):
+        generator.logits(codes, [1])
+    with pytest.raises(UserError, match=r"^--classes: expected trained classes, 0, 2, got \[1\]$"):
+        commands._class_numbers(["0-2"], generator.trained)
+    assert commands._class_numbers(["all"], generator.trained) == [0, 2]
 
 
 def test_a_run_on_changed_data_says_so(tmp_path, caplog, monkeypatch):
@@ -180,13 +188,27 @@ def test_a_cache_that_cannot_be_written_costs_only_time(tmp_path, monkeypatch, c
     [
         (("Train/ant/1.png", "Val/ant/2.png"), r"has Train/, Val/, expected train/ and val/ or "),
         (("train/ant/1.png", "val/2.png"), r"val: holds no class folders, expected those of "),
+        (("train/1.png", "val/ant/2.png"), r"train: holds no class folders, expected those of "),
+        (("training/ant/1.png", "validation/ant/2.png"), r"has training/, validation/, expected "),
+        (("train/1.png", "valid/2.png"), r"has train/, valid/, expected train/ and val/ or "),
+        (("train/ant/1.png", "val/ant/2.png", "validation/ant/3.png"), r"val/, validation/, exp"),
+        (("val/ant/1.png",), r"has val/, expected train/ and val/ or .*path=.*/val would hold"),
+        (("test/1.png",), r"has test/, expected train/ and val/ or validation/"),
     ],
 )
 def test_other_layouts_of_splits_say_what_is_expected(tmp_path, folders, message):
     for seed, name in enumerate(folders):
         image_folders.save(tmp_path / name, seed)
-    with pytest.raises(UserError, match=message):
-        open_folder(tmp_path, train=False, holdout=20)
+    for train in (True, False):
+        with pytest.raises(UserError, match=message):
+            open_folder(tmp_path, train=train, holdout=20)
+
+
+def test_splits_of_loose_photos_are_one_class_of_one_name(tmp_path):
+    for seed, name in enumerate(("train/1.png", "val/2.png")):
+        image_folders.save(tmp_path / "photos" / name, seed)
+    found = [open_folder(tmp_path / "photos", train, holdout=20) for train in (True, False)]
+    assert [source.class_names for source in found] == [("photos",)] * 2
 
 
 def test_samples_of_an_earlier_call_do_not_stay(networks, tmp_path):
@@ -233,20 +255,48 @@ def test_long_texts_and_profiles_of_valid_pictures_are_read():
 
 def test_pictures_that_cannot_be_read_are_counted_by_kind(tmp_path, caplog):
     image_folders.save(tmp_path / "1.png", seed=1)
-    for name in ("a.cr2", "b.CR2", "c.jxl", ".hidden.cr2"):
+    for name in ("a.cr2", "b.CR2", "c.jxl", "d.jxr", "e.raw", ".hidden.cr2"):
         (tmp_path / name).touch()
     assert [path.name for path in image_paths(tmp_path)] == ["1.png"]
-    assert "2 .cr2, 1 .jxl" in caplog.text
+    assert "2 .cr2, 1 .jxl, 1 .jxr, 1 .raw" in caplog.text
 
 
-@pytest.mark.parametrize("shape", [(1, 900), (900, 1), (5, 300), (300, 7)])
-def test_the_crop_of_a_line_of_pixels_is_that_of_the_whole(shape, monkeypatch):
+KINDS = {"tga": "TGA", "ico": "ICO", "icns": "ICNS", "pcx": "PCX", "dds": "DDS", "sgi": "SGI"}
+KINDS |= {"apng": "PNG", "mpo": "MPO", "dib": "DIB", "j2k": "JPEG2000", "jpx": "JPEG2000"}
+
+
+@pytest.mark.parametrize("suffix", KINDS)
+def test_rarer_kinds_of_pictures_are_read(suffix, tmp_path):
+    image = Image.new("RGB", (64, 64), (200, 40, 90))
+    path = tmp_path / f"1.{suffix}"
+    image.save(path, KINDS[suffix])
+    assert image_paths(tmp_path) == [path]
+    assert np.abs(np.asarray(crops.load(path), int) - (200, 40, 90)).max() <= 3
+
+
+def test_qoi_is_read(tmp_path):
+    header = b"qoif" + (8).to_bytes(4, "big") * 2 + bytes([3, 0])
+    data = header + bytes([0xFE, 200, 40, 90, 0xC0 | 61, 0xC0]) + bytes(7) + b"\1"
+    (tmp_path / "1.qoi").write_bytes(data)
+    (path,) = image_paths(tmp_path)
+    np.testing.assert_array_equal(crops.load(path), np.full((8, 8, 3), (200, 40, 90)))
+
+
+SHAPES = [(1, 900), (2, 901), (5, 300), (7, 1000), (31, 333), (32, 3300), (33, 400), (40, 400)]
+SHAPES += [(45, 1300), (63, 640), (64, 700), (67, 999), (130, 5001)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_crop_of_an_elongated_picture_is_that_of_pillows_resize(shape):
     rng = np.random.default_rng(0)
-    image = Image.fromarray(rng.integers(0, 256, (*shape, 3), dtype=np.uint8))
-    found = crops.center_crop(image, 32).astype(int)
-    monkeypatch.setattr(crops, "ELONGATED", 10**9)
-    # Pillow keeps the edges of a box as float32.
-    assert np.abs(found - crops.center_crop(image, 32)).max() <= 2
+    for height, width in (shape, shape[::-1]):
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        halved, size = crops._halve(image, 32)
+        assert max(size) > crops.ELONGATED * 32  # only the crop is computed
+        top, left = (size[1] - 32) // 2, (size[0] - 32) // 2
+        whole = np.asarray(halved.resize(size, Image.Resampling.BICUBIC))
+        found = crops.center_crop(image, 32)
+        np.testing.assert_array_equal(found, whole[top : top + 32, left : left + 32])
 
 
 def test_photos_that_are_stored_turned_are_mentioned_once(tmp_path, caplog):

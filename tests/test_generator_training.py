@@ -240,6 +240,26 @@ def test_run_leaves_a_bundle_that_names_its_tokenizer(stable, directory):
     assert bundle.made_by["tokenizer"] == bundles.load(directory, "tokenizer").fingerprint
 
 
+def test_bundle_and_log_tell_the_classes_without_a_training_image(directory, photos, caplog):
+    data = dataclasses.replace(photos, length=1)
+    with pipeline.train_batches(data, 16, batch_size=8, seed=0) as batches:
+        (label,) = set(next(batches)["label"].tolist())
+        task = run(data, tokenizer=str(directory)).open_task()
+        task.set_data(batches)
+    missing = [other for other in range(3) if other != label]
+    names = ("ant", "bee", "cat")
+    state = state_of(task, filled(MODEL))
+    assert task.bundle(state).made_by["data"] == {
+        "version": batches.version(),
+        "class_names": list(names),
+        "untrained": missing,
+    }
+    assert (
+        "the 1 training images show 1 of 3 classes; the others, such as "
+        f"{missing[0]} ({names[missing[0]]}), cannot be sampled"
+    ) in caplog.text
+
+
 def test_run_shows_samples(stable):
     (picture,) = (stable[0] / "pictures").glob("*.png")
     assert picture.name == "samples_00000020.png"

@@ -12,7 +12,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from gigatok_jax.data.crops import BadImage
-from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.data.sources import DataConfig, missing_classes, open_source
 from gigatok_jax.errors import UserError
 
 import image_folders
@@ -203,6 +203,9 @@ def test_length_takes_the_same_examples_of_all_classes(tmp_path):
     assert _keys(source) == _keys(_open(config)) != keys[:12]
     assert len(set(_keys(source))) == 12
     assert {source[i]["label"] for i in range(12)} == {0, 1, 2}
+    assert missing_classes(source) == ()
+    one = _open(_folder(tmp_path, length=1))
+    assert sorted([*missing_classes(one), one[0]["label"]]) == [0, 1, 2]
     assert pickle.loads(pickle.dumps(source))[3]["key"] == source[3]["key"]
     with pytest.raises(UserError, match=r"data\.length: expected at most the 30 .*, got 31"):
         _open(_folder(tmp_path, length=31))
@@ -213,7 +216,10 @@ def test_length_takes_the_same_examples_of_all_classes(tmp_path):
     [
         (lambda root: root.rename(root.with_name("away")), "no such folder"),
         (lambda root: [path.unlink() for path in root.glob("*/*")], "no images"),
-        (lambda root: image_folders.make(root / "train", COUNTS), "neither val/ nor validation/"),
+        (
+            lambda root: image_folders.make(root / "train", COUNTS),
+            r"has train/, expected train/",
+        ),
     ],
 )
 def test_folders_that_cannot_serve_are_named(tmp_path, spoil, message):
@@ -247,7 +253,10 @@ def test_array_records_give_what_their_folder_gives(prepared):
             assert records[i]["key"] == key and records[i]["label"] == folder[i]["label"]
             np.testing.assert_array_equal(records[i]["image"], folder[i]["image"])
     sliced = dataclasses.replace(config, split="train[5:8]")
-    assert _keys(_open(sliced)) == keys[5:8]
+    some = _open(sliced)
+    assert _keys(some) == keys[5:8]
+    assert [some.label(i) for i in range(3)] == [some[i]["label"] for i in range(3)] == [0, 0, 1]
+    assert missing_classes(some) == (2,)
 
 
 def test_array_records_are_read_without_tensorflow_or_jax(prepared):
@@ -287,6 +296,7 @@ def test_drawings_are_as_many_as_asked_and_split():
     assert train[0]["image"].shape == (40, 40, 3), "crops of training enlarge up to 5/4"
     assert held[0]["image"].shape == (32, 32, 3)
     assert not set(_keys(train)) & set(_keys(held))
+    assert [train.label(i) for i in range(12)] == [train[i]["label"] for i in range(12)]
 
 
 @pytest.mark.parametrize(

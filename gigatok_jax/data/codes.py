@@ -171,18 +171,23 @@ class CodesSource:
         return len(self._records)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]
-        try:
-            record = msgpack.unpackb(self._records[index])
-        except RuntimeError as error:
-            folder = self._paths[0].parent
-            raise UserError(f"{folder}: record {index} is damaged: {first_line(error)}") from error
+        record = self._record(range(len(self))[index])
         codes = np.frombuffer(record["codes"], record["type"]).reshape(record["shape"])
         return {
             "codes": codes.astype(np.int32),
             "label": record["label"],
             "key": record["key"],
         }
+
+    def label(self, index: int) -> int:
+        return self._record(index)["label"]
+
+    def _record(self, index: int) -> dict[str, Any]:
+        try:
+            return msgpack.unpackb(self._records[index])
+        except RuntimeError as error:
+            folder = self._paths[0].parent
+            raise UserError(f"{folder}: record {index} is damaged: {first_line(error)}") from error
 
     def version(self) -> str:
         return stamp(self._paths[0].parent, [path.name for path in self._paths])

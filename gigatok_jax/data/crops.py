@@ -18,19 +18,20 @@ BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 warnings.filterwarnings("ignore", "Corrupt EXIF data")  # the picture itself is read
 # Pillow's limit of 1 MB, against compressed text that exhausts the memory, also drops valid photos.
 PngImagePlugin.MAX_TEXT_CHUNK = 32 * 2**20
+PILLOW = tuple(map(int, Image.__version__.split(".")[:2]))
 ELONGATED = 8  # ratio of sides from which only the crop is resized
 
 
 @functools.cache
 def optional_formats() -> set[str]:
     """Suffixes of formats that Pillow reads here, but not everywhere."""
-    formats = {"avif"} if features.check("avif") else set()
+    formats = {"avif", "avifs"} if features.check("avif") else set()
     try:
         import pillow_heif
     except ImportError:
         return formats
     pillow_heif.register_heif_opener()
-    return formats | {"heic", "heif", "hif"}
+    return formats | {"heic", "heics", "heif", "heifs", "hif"}
 
 
 class BadImage(ValueError):
@@ -101,6 +102,57 @@ def _pillow(image: Image.Image | np.ndarray) -> Image.Image:
     return Image.fromarray(image) if isinstance(image, np.ndarray) else image
 
 
+def _rows_first(width: int, height: int, new_width: int, new_height: int) -> bool:
+    """Whether `resize` of the installed Pillow, which rounds in between, does rows first."""
+    if PILLOW < (12, 2):
+        return False
+    if PILLOW < (13, 0):
+        return height > 100 * width and height > new_height
+    return height - new_height > max(0, 2 * (width - new_width))
+
+
+def _weights(length: int, new_length: int, start: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pillow's bicubic weights for outputs [start, start + count) of an axis.
+
+    Returns:
+      The indices of the pixels of each output, and their weights times 2^22, int [count, taps].
+    """
+    scale = length / new_length
+    stretch = max(scale, 1.0)
+    centers = (np.arange(start, start + count)[:, None] + 0.5) * scale
+    low = np.maximum(centers - 2 * stretch + 0.5, 0).astype(int)
+    high = np.minimum(centers + 2 * stretch + 0.5, length).astype(int)
+    pixels = low + np.arange((high - low).max())
+    x = np.abs((pixels + 0.5 - centers) / stretch)
+    near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+    weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * (pixels < high)
+    weights = weights / weights.sum(1, keepdims=True) * 2**22
+    rounded = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+    return np.minimum(pixels, length - 1), rounded
+
+
+def _part_of_resize(
+    image: np.ndarray, new_size: tuple[int, int], left: int, top: int, size: int
+) -> np.ndarray:
+    """A square of Pillow's bicubic `resize`, bit for bit, without computing the rest.
+
+    Pillow's own `box` cannot do this: its edges are float32, and it may change the order of passes.
+    """
+    height, width = image.shape[:2]
+    rows, row_weights = _weights(height, new_size[1], top, size)
+    columns, column_weights = _weights(width, new_size[0], left, size)
+    y, x = rows.min(), columns.min()
+    image = image[y : rows.max() + 1, x : columns.max() + 1]  # all that the square depends on
+    passes = [(rows - y, row_weights), (columns - x, column_weights)]
+    for axis in (0, 1) if _rows_first(width, height, *new_size) else (1, 0):
+        image = np.moveaxis(image, axis, 0)
+        total = 2**21  # half of one
+        for pixels, weights in zip(*(array.T for array in passes[axis]), strict=True):
+            total = total + weights[:, None, None] * image[pixels]
+        image = np.moveaxis(np.clip(total >> 22, 0, 255).astype(np.uint8), 0, axis)
+    return image
+
+
 def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     """The evaluation crop: resizes the short side to `size` and takes the center.
 
@@ -114,12 +166,7 @@ def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
     image, (width, height) = _halve(_pillow(image), size)
     left, top = (width - size) // 2, (height - size) // 2
     if max(width, height) > ELONGATED * size:  # as a whole, a line of pixels would take gigabytes
-        x, y = image.width / width, image.height / height
-        # Pillow resizes columns first, and rounds in between; with one box it may do rows first.
-        columns = (left * x, 0, (left + size) * x, image.height)
-        image = image.resize((size, image.height), BICUBIC, box=columns)
-        rows = (0, top * y, size, (top + size) * y)
-        return np.asarray(image.resize((size, size), BICUBIC, box=rows))
+        return _part_of_resize(np.asarray(image), (width, height), left, top, size)
     image = image.resize((width, height), BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
 

@@ -411,5 +411,8 @@ class EmbeddedSource:
         key = f"{self.split}/{index:08d}"
         return {"image": drawing.image, "label": drawing.label, "key": key}
 
+    def label(self, index: int) -> int:
+        return index % len(CLASS_NAMES)
+
     def version(self) -> str:
         return f"drawings {VERSION}: {self}"

@@ -19,13 +19,23 @@ logger = logging.getLogger(__name__)
 
 # Files are selected by name, because opening a million would take too long. Excludes hidden files.
 SUFFIX = re.compile(r"[^.].*\.(\w+)", re.DOTALL)
-READABLE = {"jpg", "jpeg", "jpe", "jfif", "jp2", "png", "webp", "gif", "bmp", "tif", "tiff"}
-READABLE |= {"pbm", "pgm", "ppm", "pnm"} | crops.optional_formats()
-# Pictures that people have, but that cannot be read here.
-UNREADABLE = {"avif", "heic", "heif", "hif", "jxl", "svg", "psd", "xcf", "exr", "hdr"} | {
-    *("cr2", "cr3", "nef", "arw", "dng", "raf", "orf", "rw2"),  # of cameras
+READABLE = {
+    *("jpg", "jpeg", "jpe", "jfif", "mpo", "jp2", "j2k", "j2c", "jpc", "jpf", "jpx"),
+    *("png", "apng", "webp", "gif", "bmp", "dib", "tif", "tiff", "pbm", "pgm", "ppm", "pnm"),
+    *("tga", "ico", "icns", "pcx", "dds", "qoi", "sgi"),
+    *crops.optional_formats(),
+}
+# Pictures that people have, but that cannot be read here, or not faithfully (psd).
+UNREADABLE = {
+    *("avif", "avifs", "heic", "heics", "heif", "heifs", "hif", "jxl", "jxr", "wdp", "hdp"),
+    *("svg", "eps", "psd", "xcf", "exr", "hdr", "pfm"),
+    *("raw", "cr2", "cr3", "crw", "nef", "nrw", "arw", "srf", "dng", "raf", "orf", "rw2", "pef"),
+    *("srw", "x3f", "3fr", "iiq"),  # these lines: of cameras
 }
 UNREADABLE -= READABLE
+
+# Folders of these names, in any case, are hardly classes.
+SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 
 
 class FolderSource:
@@ -57,6 +67,9 @@ class FolderSource:
             raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
+    def label(self, index: int) -> int:
+        return int(self._labels[index])
+
     def _key(self, index: int) -> str:
         return printable(os.fsdecode(self._names[index]))
 
@@ -75,21 +88,19 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
     if not root.is_dir():
         reason = "not a folder" if root.exists() else "no such folder"
         raise UserError(f"{root}: {reason}, expected a folder of images")
-    splits = [n for n in _folders(root) if n.lower() in ("train", "val", "validation")]
-    if "train" in map(str.lower, splits) and any(n != n.lower() for n in splits):
+    folders = _folders(root)
+    validation = [name for name in ("val", "validation") if name in folders]
+    if "train" in folders and len(validation) == 1:
+        return FolderSource(root, _split(root, train, validation[0]))
+    # A class may be called `train`, but it is not the only one, and holds no folders.
+    splits = [name for name in folders if name.lower() in SPLITS]
+    alone = splits == folders or len(splits) > 1
+    if splits and (alone or any(_folders(root / name) for name in splits)):
+        one = root / max(splits, key=lambda name: name.lower().startswith("train"))
         raise UserError(
-            f"{root}: has {'/, '.join(splits)}/, expected train/ and val/ or validation/, in lower "
-            "case"
+            f"{root}: has {'/, '.join(splits)}/, expected train/ and val/ or validation/ (in lower "
+            f"case), or classes; config.data.path={one} would hold out some of its own images"
         )
-    if (root / "train").is_dir():
-        validation = next((n for n in ("val", "validation") if (root / n).is_dir()), None)
-        if validation:
-            return FolderSource(root, _split(root, "train" if train else validation))
-        if _folders(root / "train"):  # otherwise `train` is the name of a class
-            raise UserError(
-                f"{root}: has train/ but neither val/ nor validation/; "
-                f"add one, or use {root / 'train'} to hold out some of its images"
-            )
     classes = _classes(root, "")
     if holdout:
         held = _held_out([name for group in classes.values() for name in group], holdout)
@@ -121,23 +132,25 @@ def _held_out(names: list[str], every: int) -> set[str]:
     return held or {min(digests, key=digests.get)}
 
 
-def _split(root: Path, split: str) -> dict[str, list[str]]:
+def _split(root: Path, train: bool, validation: str) -> dict[str, list[str]]:
     """`_classes` of one split, with the labels of the training split."""
-    trained = _folders(root / "train")
-    if split != "train" and trained and not _folders(root / split):
+    trained, held = _folders(root / "train"), _folders(root / validation)
+    if bool(trained) != bool(held):
+        flat, other = (validation, "train") if trained else ("train", validation)
+        hint = "; docs/data.md shows how to sort ImageNet's validation images" if trained else ""
         raise UserError(
-            f"{root / split}: holds no class folders, expected those of {root / 'train'}, such as "
-            f"{trained[0]}/; docs/data.md shows how to sort ImageNet's validation images"
+            f"{root / flat}: holds no class folders, expected those of {root / other}, such as "
+            f"{(trained or held)[0]}/{hint}"
         )
-    classes = _classes(root, split)
-    if split == "train" or not trained:  # without sub-folders, all images are one class
+    classes = _classes(root, "train" if train else validation)
+    if train or not trained:  # without sub-folders, all images are one class
         return classes
     # A class needs a training image. Looking for one only is fast, even among a million.
     labels = [
         name for name in trained if next(_walk(root, f"train/{name}", collections.Counter()), None)
     ]
     if unknown := sorted(set(classes) - set(labels)):
-        raise UserError(f"{root / split / unknown[0]}: no such class in {root / 'train'}")
+        raise UserError(f"{root / validation / unknown[0]}: no such class in {root / 'train'}")
     return {name: classes.get(name, []) for name in labels}
 
 
@@ -155,7 +168,7 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
         # Photos without classes can still train a tokenizer, as a single class.
-        classes = {folder.resolve().name: [prefix + name for name in loose]}
+        classes = {root.resolve().name: [prefix + name for name in loose]}
     if not classes:
         raise UserError(f"{folder}: no images, expected class sub-folders of images")
     return classes

@@ -7,6 +7,7 @@ are pickled for worker processes, so pickles must be small: file names, or the a
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import os
 from pathlib import Path
@@ -103,6 +104,9 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Example:
         """Raises IndexError beyond the end, and BadImage for an unreadable image."""
 
+    def label(self, index: int) -> int:
+        """The label of an example, without decoding its image."""
+
     def version(self) -> str:
         """Key for cached results: changes with the examples or their files; decodes nothing."""
 
@@ -126,6 +130,9 @@ class Shuffled:
 
     def __getitem__(self, index: int) -> Example:
         return self._source[int(self._order[range(self._length)[index]])]
+
+    def label(self, index: int) -> int:
+        return self._source.label(int(self._order[index]))
 
     def version(self) -> str:
         return f"{self._source.version()} shuffled {self._length}"
@@ -181,6 +188,9 @@ class TfdsSource:
         except crops.BadImage as error:
             raise crops.BadImage(f"{key}: {error}") from error
         return {"image": image, "label": int(record[self._label_key]), "key": key}
+
+    def label(self, index: int) -> int:
+        return int(self._records[index][self._label_key])
 
     def version(self) -> str:
         names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
@@ -262,3 +272,15 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
             "0 takes all of them"
         )
     return Shuffled(source, length) if 0 < length < len(source) else source
+
+
+def missing_classes(source: Source) -> tuple[int, ...]:
+    """The labels of which a source has no example; reads examples until it has seen all others."""
+    missing = set(range(len(source.class_names)))
+    order = np.random.default_rng(0).permutation(len(source))
+    with ThreadPoolExecutor(16) as threads:
+        for start in range(0, len(order), 1024):
+            if missing:
+                some = order[start : start + 1024].tolist()
+                missing.difference_update(threads.map(source.label, some))
+    return tuple(sorted(missing))

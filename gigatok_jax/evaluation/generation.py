@@ -144,7 +144,8 @@ def evaluate(
     if path.exists():
         return read_json(path, "the metrics")
 
-    classes = np.random.default_rng(seed).integers(generator.class_count, size=count)
+    drawn = np.random.default_rng(seed).integers(len(generator.trained), size=count)
+    classes = generator.trained[drawn]
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
     for file, images in _sample_missing(
         generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size

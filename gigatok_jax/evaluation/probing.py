@@ -256,7 +256,7 @@ def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
 
 def _sample_classes(probe: _Probe, out: Path) -> dict[str, Any]:
     """Samples of evenly spaced classes, at the best guidance."""
-    config, classes = probe.config, np.arange(probe.generator.class_count)
+    config, classes = probe.config, probe.generator.trained
     generation.sample(
         probe.generator,
         probe.tokenizer,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 import math
 import pathlib
 from typing import Annotated, Any, Literal
@@ -15,6 +16,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from gigatok_jax import bundles, pictures, sampling, sharding
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.data import codes as stored
+from gigatok_jax.data.sources import missing_classes
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import read_json
 from gigatok_jax.models import layers
@@ -24,6 +26,8 @@ from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.training.task import BundleContent, RunConfig, Task, mean_gradients, update
+
+logger = logging.getLogger(__name__)
 
 COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples per class
 
@@ -182,6 +186,8 @@ class GeneratorTask(Task):
       fingerprint: of the tokenizer that made the codes.
     """
 
+    untrained: tuple[int, ...] = ()  # classes without a training image
+
     def __init__(
         self,
         run: GeneratorRun,
@@ -197,15 +203,24 @@ class GeneratorTask(Task):
         if run.branch_from:
             self.branch = (run.branch_from, run.branch_step)
 
-    def set_data(self, class_names, version) -> None:
-        super().set_data(class_names, version)
-        self.run, found = self.run.for_classes(len(class_names)), len(class_names)
+    def set_data(self, batches) -> None:
+        super().set_data(batches)
+        found = len(self.class_names)
+        self.run = self.run.for_classes(found)
         if found > self.run.model.classes:
             raise UserError(
                 f"config.model.classes: expected at least {found}, the number of classes in the "
                 f"data, or 0, got {self.run.model.classes}"
             )
-        self.identity = self.identity | {"list of classes": list(class_names)}
+        self.identity = self.identity | {"list of classes": list(self.class_names)}
+        self.untrained = missing_classes(batches.source)
+        if self.untrained:
+            logger.warning(
+                "the %d training images show %d of %d classes; the others, such as %s, cannot be "
+                "sampled",
+                *(batches.examples, found - len(self.untrained), found),
+                f"{self.untrained[0]} ({self.class_names[self.untrained[0]]})",
+            )
 
     def init(self, key: jax.Array) -> GeneratorState:
         run = self.run
@@ -275,7 +290,9 @@ class GeneratorTask(Task):
         if self.tokenizer is None:
             return {}
         run = self.run
-        classes = np.arange(COLUMNS) * (len(self.class_names) or run.model.classes) // COLUMNS
+        trained = np.arange(len(self.class_names) or run.model.classes)
+        trained = np.setdiff1d(trained, self.untrained)
+        classes = trained[np.arange(COLUMNS) * len(trained) // COLUMNS]
         classes = jnp.asarray(np.tile(classes, ROWS))
         keys = jax.random.split(jax.random.key(run.seed), len(classes))
         codes = sampling.sample(
@@ -301,6 +318,7 @@ class GeneratorTask(Task):
 
     def bundle(self, state) -> BundleContent:
         made_by = self.made_by(state) | {"tokenizer": self.identity["tokenizer"]}
+        made_by["data"]["untrained"] = list(self.untrained)
         weights = {"params": params_for_use(state)}
         return BundleContent("generator", self.run.model, weights, made_by)
 

@@ -212,10 +212,10 @@ class LinearProbeTask(Task):
         }
         self.module = LinearProbe(classes)
 
-    def set_data(self, class_names, version) -> None:
-        super().set_data(class_names, version)
-        self.module = LinearProbe(len(class_names))
-        self.identity = self.identity | {"list of classes": list(class_names)}
+    def set_data(self, batches) -> None:
+        super().set_data(batches)
+        self.module = LinearProbe(len(self.class_names))
+        self.identity = self.identity | {"list of classes": list(self.class_names)}
 
     def init(self, key: jax.Array) -> LinearProbeState:
         run = self.run

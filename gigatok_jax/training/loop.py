@@ -76,7 +76,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
     # Open networks and data first, so that a run that cannot start leaves nothing behind.
     task = run.open_task()
     batches = pipeline.train_batches(run.data, task.image_size, run.batch_size, run.seed, *block)
-    task.set_data(batches.class_names, batches.version() if distributed.is_main() else "")
+    task.set_data(batches)
     held_out = HeldOut(task, mesh)
 
     config, steps = run.loop, run.total_steps

@@ -165,13 +165,14 @@ class Task:
         """Content of the run's bundle."""
         raise NotImplementedError
 
-    def set_data(self, class_names: tuple[str, ...], version: str) -> None:
-        """Takes what a task needs to know of its data, before `init`.
+    def set_data(self, batches: pipeline.Batches) -> None:
+        """Takes what a task needs to know of its training data, before `init`.
 
         Raises:
           UserError: the data do not fit the model.
         """
-        self.class_names, self.data_version = tuple(class_names), version
+        self.class_names = tuple(batches.class_names)
+        self.data_version = batches.version() if distributed.is_main() else ""
 
     def made_by(self, state: Any) -> dict[str, Any]:
         """The provenance of the run's bundle, as JSON values."""
