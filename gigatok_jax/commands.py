@@ -5,6 +5,7 @@ they need when they run, so that `gigatok --help` answers at once.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
 import dataclasses
 import pathlib
 import types
@@ -565,6 +566,7 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     generator, dino, dinov2, clip, siglip, lpips or inception. For a checkpoint in several files,
     repeat --from.
     """
+    from gigatok_jax import locks
     from gigatok_jax.weights import convert as converters
 
     sources = values["from"]
@@ -575,7 +577,10 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
             raise UserError(f"--from: expected one bundle, got {sources}")
         converters.to_file(kind[0], sources[0], pathlib.Path(out))
     else:
-        converters.to_bundle(kind[0], sources, pathlib.Path(out), model=model, weights=weights)
+        folder = pathlib.Path(out)
+        # A new folder appears with its weights; until then, there is nothing to lock.
+        with locks.hold(folder) if folder.is_dir() else contextlib.nullcontext():
+            converters.to_bundle(kind[0], sources, folder, model=model, weights=weights)
     print(out)
 
 

@@ -1,6 +1,6 @@
 """Atomic files and directories (written aside, then renamed), and the cache directory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -25,6 +25,8 @@ def cache_dir() -> pathlib.Path:
     parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
 
+
+LOCK = ".lock"  # in a folder that a process writes to, see `locks.hold`
 
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
@@ -67,13 +69,47 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def refuse_foreign(
+    folder: pathlib.Path, own: Iterable[str], describes: str, *, hidden: bool = True
+) -> None:
+    """Raises UserError if `folder` is a file, or holds one that this program did not write there.
+
+    Args:
+      own: relative paths of what it wrote; locks are always its own.
+      describes: these files together, for messages.
+      hidden: count hidden files too; those of file managers do no harm if nothing is removed.
+    """
+    known = {LOCK, *own}
+    found = [] if folder.is_dir() or not folder.exists() else ["a file"]
+    for path in folder.rglob("*"):
+        name = printable(str(path.relative_to(folder)))
+        counts = (hidden or name[0] != ".") and (path.is_symlink() or not path.is_dir())
+        if counts and name not in known:
+            found.append(name)
+    if found:
+        raise UserError(f"{folder}: expected {describes}, or an empty folder, found {min(found)}")
+
+
+def _refuse_folder(path: pathlib.Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file to write, found a folder")
+
+
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(
+    path: str | os.PathLike, check: Callable[[pathlib.Path], None] = _refuse_folder
+) -> Iterator[pathlib.Path]:
     """Yields a temporary path for a file or directory, and renames it to `path` afterwards.
 
     If the block raises, the temporary file is removed and `path` is left as it was.
+
+    Args:
+      path: the file or directory.
+      check: raises UserError if `path` may not be replaced; called before and after the block. By
+        default, no folder may be.
     """
     path = pathlib.Path(path)
+    check(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
@@ -83,6 +119,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             if error.errno is not None:
                 error.filename = error.filename or str(path)
             raise
+        check(path)
         if path.is_dir():  # rename cannot replace a directory that is not empty
             old = aside_path(path, os.getpid(), "old")
             path.rename(old)

@@ -21,7 +21,7 @@ from gigatok_jax.data.folders import image_paths, open_folder
 from gigatok_jax.data.pipeline import eval_batches
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.evaluation import features, fid, generation
+from gigatok_jax.evaluation import features, fid, generation, reconstruction
 from gigatok_jax.models.generator import GeneratorConfig, param_shapes
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import telemetry
@@ -197,6 +197,18 @@ def test_samples_of_an_earlier_call_do_not_stay(networks, tmp_path):
         generation.sample(generator, tokenizer, classes, **options)
     names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     assert names == ["000000_class0000.png", "000001_class0001.png"]
+
+
+def test_samples_go_to_no_folder_of_other_pictures(networks, tmp_path):
+    generator = api.load_generator(networks["generator"])
+    tokenizer = generation.load_matching_tokenizer(networks["tokenizer"], generator)
+    options = {"out": tmp_path / "out", "seed": 0, "batch_size": 2}
+    image_folders.save(tmp_path / "photos" / "a.png", seed=1)
+    reconstruction.reconstruct(tokenizer, tmp_path / "photos", tmp_path / "out", batch_size=1)
+    with pytest.raises(UserError, match=r"images: expected the pictures of an earlier call of sa"):
+        generation.sample(generator, tokenizer, np.arange(2), SamplingConfig(), **options)
+    names = {path.name for path in (tmp_path / "out" / "images").iterdir()}
+    assert names == {"a.png", "reconstruction.json"}
 
 
 def test_guidance_by_a_null_class_that_was_not_trained_is_a_warning(networks, tmp_path, caplog):

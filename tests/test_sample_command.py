@@ -239,6 +239,7 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     def classes(name, seed):
         # Any image that may be requested is there, so that none is sampled.
         (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images" / "sampling.json").write_text("{}")
         for i in range(64):
             for c in (0, 2):
                 path = tmp_path / name / "images" / f"{i:06d}_class{c:04d}.png"

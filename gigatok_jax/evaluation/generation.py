@@ -6,12 +6,12 @@ processes share the work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 from pathlib import Path
-import shutil
 from typing import Any
 import zipfile
 
@@ -28,7 +28,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import FeatureSet, Reference
-from gigatok_jax.files import read_json, replacing, write_json, write_npz
+from gigatok_jax.files import read_json, refuse_foreign, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer, validation_loss
@@ -42,6 +42,8 @@ SHOWN = 64  # images in the grid of an evaluation
 NAME_LENGTH = 24  # letters of a class name that fit beside the grid
 CHUNK = 512  # images whose features are stored in one file
 GUIDANCE_STEP = 0.25
+RECORD = "sampling.json"  # in a folder of pictures: that, and how, this program made them
+PICTURES = "??????_class????.png"
 
 
 def load_matching_tokenizer(
@@ -82,12 +84,14 @@ def sample(
       batch_size: images per call of the networks; does not affect the images.
 
     Raises:
-      UserError: `out` holds images made with other networks, settings or another seed.
+      UserError: `out` holds images made with other networks, settings or another seed, or not by
+        this function.
     """
     folder = out / "images"
+    distributed.in_main(lambda: _check_own(folder))
     # The classes are in the file names, so more images can be added later.
     identity = _identity(generator, tokenizer, settings, seed)
-    distributed.claim(folder / "sampling.json", identity, "images")
+    distributed.claim(folder / RECORD, identity, "images")
     paths = [folder / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
     sampled = 0
     for path, images in _sample_missing(
@@ -97,7 +101,7 @@ def sample(
         sampled += 1
     distributed.barrier("images", working=True)
     if distributed.is_main():  # whoever measures the folder expects the images of this call alone
-        for stale in set(folder.glob("??????_class????.png")) - set(paths):
+        for stale in set(folder.glob(PICTURES)) - set(paths):
             stale.unlink()
     sampled = int(distributed.sums({"sampled": sampled})["sampled"])
     if distributed.is_main():
@@ -105,6 +109,13 @@ def sample(
         _write_class_grid(out / "grid.png", paths, classes, class_names)
         print(f"{len(paths)} images ({len(paths) - sampled} already existed)")
         print(out)
+
+
+def _check_own(folder: Path) -> None:
+    """Raises UserError if a folder has pictures that are not an earlier call's."""
+    own = [RECORD, *(path.name for path in folder.glob(PICTURES))]
+    own = own if (folder / RECORD).exists() else []
+    refuse_foreign(folder, own, "the pictures of an earlier call of sample", hidden=False)
 
 
 def evaluate(
@@ -165,7 +176,10 @@ def evaluate(
                 samples.add_features(dict(features))
         metrics = fid.compare(samples, reference, extractor.distance)
         write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
-        shutil.rmtree(out / "features")
+        for file in files:
+            file.unlink()
+        with contextlib.suppress(OSError):
+            (out / "features").rmdir()
     distributed.barrier("metrics", working=True)
     return read_json(path, "the metrics")
 
