@@ -147,6 +147,37 @@ def test_results_inside_the_images_are_rejected(gigatok, networks, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["ant"]
 
 
+def test_results_and_images_that_meet_by_links_or_the_other_way_are_rejected(
+    gigatok, networks, tmp_path
+):
+    root, far, run = tmp_path / "root", tmp_path / "far", tmp_path / "run"
+    for path in (far / "1.png", run / "images" / "a" / "1.png", run / "pictures" / "a" / "1.png"):
+        image_folders.save(path, seed=1)
+    root.mkdir()
+    (root / "a").symlink_to(far)
+    before = sorted(tmp_path.rglob("*"))
+
+    def refusal(images, out):
+        flags = [f"--tokenizer={networks['tokenizer']}", f"--images={images}", f"--out={out}"]
+        return refused(gigatok("reconstruct", *flags))
+
+    def training(data, workdir):
+        data = ["--config.data.source=folder", f"--config.data.path={data}"]
+        return refused(gigatok("train", "--config=tokenizer:s_s", *data, f"--workdir={workdir}"))
+
+    outside = f"expected a folder outside of the images' {far}"
+    assert refusal(root, far / "out") == f"--out: {outside}"
+    assert training(root, far / "out") == f"--workdir: {outside}"
+    for images in (run / "images", run / "images" / "a" / "1.png"):
+        assert "--out: expected another folder, because images in" in refusal(images, run)
+    assert "expected another folder, because pictures in" in training(run / "pictures", run)
+    (root / "a").unlink()
+    (root / "a").symlink_to(run / "pictures")
+    assert "expected another folder, because pictures in" in training(root, run)
+    made = set(tmp_path.rglob("*")) - set(before)
+    assert not [path for path in made if path.relative_to(tmp_path).parts[0] in ("far", "run")]
+
+
 def test_names_that_are_not_utf8_have_printable_keys(tmp_path):
     image_folders.save(tmp_path / "ant" / "1.png", seed=1)
     os.rename(tmp_path / "ant" / "1.png", os.fsencode(tmp_path / "ant") + b"/Mu\xf1oz.png")
