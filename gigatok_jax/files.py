@@ -22,8 +22,10 @@ from gigatok_jax.errors import UserError, first_line
 
 def cache_dir() -> pathlib.Path:
     """`$GIGATOK_CACHE`, or `gigatok_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
+    for name, below in (("GIGATOK_CACHE", ""), ("XDG_CACHE_HOME", "gigatok_jax")):
+        if path := os.environ.get(name):
+            return pathlib.Path(local_path(path, name), below)
+    return pathlib.Path("~/.cache/gigatok_jax").expanduser()
 
 
 LOCK = ".lock"  # in a folder that a process writes to, see `locks.hold`
@@ -44,7 +46,7 @@ def reason(error: BaseException) -> str:
 
 
 def local_path(path: str, where: str) -> str:
-    """Expands "~"; `where` names the flag or field in messages.
+    """Expands "~"; `where` names the flag, field, variable or argument in messages.
 
     Raises:
       UserError: the path is a URL.

@@ -73,7 +73,7 @@ def _beat(path: pathlib.Path, done: threading.Event) -> None:
 def _acquire(path: pathlib.Path) -> IO[str]:
     """Opens and locks the file; raises UserError if it has a living owner."""
     while True:
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8", errors="replace")  # a damaged one has no owner
         try:
             locked = _lock(file)
             file.seek(0)
@@ -122,7 +122,7 @@ def _lock(file: IO[str]) -> bool | None:
 def _parse(text: str) -> dict[str, object]:
     try:
         owner = json.loads(text)
-    except ValueError:  # empty: its owner has just created it
+    except (ValueError, RecursionError):  # empty: its owner has just created it
         return {}
     return owner if isinstance(owner, dict) else {}
 

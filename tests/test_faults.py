@@ -114,6 +114,8 @@ def test_large_finite_values_are_no_fault():
     "arguments, where",
     [
         (["train", "--config=tokenizer:s_s", "--workdir=gs://bucket/run"], "--workdir"),
+        (["train", "--config=gs://bucket/x.py:s_s", "--workdir=x"], "--config"),
+        (["demo", "--probe=gs://bucket/x.py", "--workdir=x"], "--probe"),
         (["reconstruct", "--tokenizer=hf://a/b", "--images=x", "--out=y"], "--tokenizer"),
         (["reconstruct", "--tokenizer=x", "--images=https://a/b", "--out=y"], "--images"),
         (["reconstruct", "--tokenizer=x", "--images=y", "--out=s3://b/x"], "--out"),
@@ -127,6 +129,22 @@ def test_urls_are_rejected_and_make_no_folder(gigatok, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     assert refused(gigatok(*arguments)).startswith(f"{where}: expected a local path, got ")
     assert not [path for path in tmp_path.iterdir() if path.name not in ("cache", "compilations")]
+
+
+@pytest.mark.parametrize("name", ["GIGATOK_CACHE", "XDG_CACHE_HOME"])
+def test_url_of_a_cache_is_rejected(gigatok, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GIGATOK_CACHE")
+    monkeypatch.setenv(name, "gs://bucket/cache")
+    message = f"{name}: expected a local path, got 'gs://bucket/cache'; buckets are not supported"
+    assert refused(gigatok("weights", "fetch", "lpips_vgg16")) == message
+    assert not (tmp_path / "gs:").exists()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x.pt", pathlib.Path("gs://bucket/x.pt")])
+def test_url_of_a_checkpoint_is_rejected(path):
+    with pytest.raises(UserError, match=r"^checkpoint: expected a local path, got 'gs:/"):
+        api.tokenizer_from_torch(path, "b_l")
 
 
 def test_home_is_expanded(gigatok, tmp_path, monkeypatch):

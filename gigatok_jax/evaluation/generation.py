@@ -93,9 +93,17 @@ def sample(
     identity = _identity(generator, tokenizer, settings, seed)
     distributed.claim(folder / RECORD, identity, "images")
     paths = [folder / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
+    shape = (tokenizer.config.image_size,) * 2 + (3,)
+
+    def whole(path):
+        try:
+            return np.asarray(Image.open(path)).shape == shape
+        except Exception:  # Pillow's decoders raise almost anything on a broken file
+            return False
+
     sampled = 0
     for path, images in _sample_missing(
-        generator, tokenizer, classes, settings, paths, 1, seed=seed, batch_size=batch_size
+        generator, tokenizer, classes, settings, paths, 1, whole, seed=seed, batch_size=batch_size
     ):
         pictures.save_png(path, images[0])
         sampled += 1
@@ -157,8 +165,9 @@ def evaluate(
 
     classes = np.random.default_rng(seed).integers(generator.class_count, size=count)
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
+    options = {"seed": seed, "batch_size": batch_size}
     for file, images in _sample_missing(
-        generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size
+        generator, tokenizer, classes, settings, files, CHUNK, zipfile.is_zipfile, **options
     ):
         if file == files[0]:
             rows = min(len(images), SHOWN) // COLUMNS
@@ -315,20 +324,24 @@ def _sample_missing(
     settings: SamplingConfig,
     paths: Sequence[Path],
     per_file: int,
+    whole: Callable[[Path], bool],
     *,
     seed: int,
     batch_size: int,
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Yields the missing files of this process's share and their images, uint8 `[n, H, W, 3]`.
 
-    File i holds `per_file` images, starting with number i * per_file. A batch may span files.
+    File i holds `per_file` images, starting with number i * per_file. A batch may span files. A
+    file that is not `whole` counts as missing.
     """
     process, processes = distributed.place()
-    todo = {
-        paths[i]: range(i * per_file, min((i + 1) * per_file, len(classes)))
-        for i in range(process, len(paths), processes)
-        if not paths[i].exists()
-    }
+    todo = {}
+    for i in range(process, len(paths), processes):
+        if paths[i].exists():
+            if whole(paths[i]):
+                continue
+            logger.warning("%s: damaged, or of other images; it is made again", paths[i])
+        todo[paths[i]] = range(i * per_file, min((i + 1) * per_file, len(classes)))
     numbers = np.array([n for group in todo.values() for n in group], int)
     size = min(batch_size, len(numbers))
     key = jax.random.key(seed)
