@@ -32,6 +32,7 @@ LOCK = ".lock"  # in a folder that a process writes to, see `locks.hold`
 
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+DISK_FULL = "the disk is full"
 # How libraries in C++ say that the disk is full.
 FULL = ("No space left", "Failed to write", "Error writing local file", "unexpected pos")
 
@@ -39,10 +40,18 @@ FULL = ("No space left", "Failed to write", "Error writing local file", "unexpec
 def reason(error: BaseException) -> str:
     """Why a file could not be written, in a few words, whichever library says it."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full"
+        return DISK_FULL
     if any(text in str(error) for text in FULL):
-        return "the disk is full"
+        return DISK_FULL
     return getattr(error, "strerror", None) or first_line(error)
+
+
+def unwritable(path: pathlib.Path, error: Exception, size: int) -> OSError:
+    """The error of a file of about `size` bytes that a library failed to write."""
+    number, text = getattr(error, "errno", None) or errno.EIO, reason(error)
+    if text == DISK_FULL:
+        number, text = errno.EIO, f"{text}; this file takes {size:,} bytes"
+    return OSError(number, text, str(path))
 
 
 def local_path(path: str, where: str) -> str:
@@ -119,7 +128,8 @@ def replacing(
             yield aside
         except OSError as error:  # a full disk, for example, which does not say where
             if error.errno is not None:
-                error.filename = error.filename or str(path)
+                name = str(error.filename or aside)
+                error.filename = name.replace(str(aside), str(path))
             raise
         check(path)
         if path.is_dir():  # rename cannot replace a directory that is not empty
@@ -181,8 +191,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     mode = path.stat().st_mode
     try:
         safetensors.numpy.save_file(arrays, path)
-    except safetensors.SafetensorError as error:  # a full disk, for example
-        raise OSError(errno.EIO, reason(error), str(path)) from error
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, for example
+        raise unwritable(path, error, sum(array.nbytes for array in arrays.values())) from error
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 
