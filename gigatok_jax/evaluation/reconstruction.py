@@ -80,7 +80,8 @@ def evaluate(
             np.save(file, code_counts)
     real.gather()
     fake.gather()
-    distance = frechet_distance(real.gaussian(), fake.gaussian())
+    origin = data.path or data.source
+    distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
     return result | {f"r{extractor.distance}": distance}
 
 
