@@ -17,6 +17,7 @@ import numpy as np
 
 from gigatok_jax import bundles, recipes, sampling, sharding
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import local_path
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
@@ -326,7 +327,9 @@ def generator_from_torch(
 
 
 def _tensors(checkpoint) -> Mapping[str, np.ndarray]:
-    return checkpoint if isinstance(checkpoint, Mapping) else torch_files.read(checkpoint)
+    if isinstance(checkpoint, Mapping):
+        return checkpoint
+    return torch_files.read(local_path(str(checkpoint), "checkpoint"))
 
 
 def parameter_count(name: str) -> int:

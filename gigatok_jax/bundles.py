@@ -9,10 +9,12 @@ models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import dataclasses
 import hashlib
 import json
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -25,10 +27,18 @@ import safetensors.numpy
 from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import json_text, local_path, read_json, write_json, write_safetensors
+from gigatok_jax.files import (
+    json_text,
+    local_path,
+    read_json,
+    refuse_foreign,
+    write_json,
+    write_safetensors,
+)
 
 FORMAT = 3
 INDEX = "model.safetensors.index.json"
+FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 FILE_BYTES = 5 * 10**9  # maximum, unless a single array is larger
 
 
@@ -82,6 +92,16 @@ def check_finite(arrays: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: expected finite values, found NaN or infinity")
 
 
+def check_replaceable(directory: pathlib.Path) -> None:
+    """Raises UserError if a folder has anything that is not a bundle's; `save` would remove it."""
+    own = []
+    with contextlib.suppress(OSError, UserError):
+        record = read_json(directory / "config.json", "a bundle")
+        if record.keys() >= {"kind", "config", "made_by"}:
+            own = [path.name for path in directory.iterdir() if FILES.fullmatch(path.name)]
+    refuse_foreign(directory, own, "a bundle to replace")
+
+
 def save(
     directory: pathlib.Path,
     kind: str,
@@ -103,7 +123,11 @@ def save(
       weights: nested dictionaries of arrays.
       made_by: provenance, as JSON values.
       file_bytes: maximum size of a file.
+
+    Raises:
+      UserError: `directory` holds other things than a bundle.
     """
+    directory = pathlib.Path(directory).resolve()  # to replace what it links to, not the link
     flat = flatten_dict(weights, sep="/")
     parts: list[list[str]] = [[]]
     size = 0
@@ -120,7 +144,7 @@ def save(
     record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
     digests = {}
 
-    with distributed.replacing(directory) as aside:
+    with distributed.replacing(directory, check_replaceable) as aside:
         if distributed.is_main():
             aside.mkdir()
             if len(parts) > 1:

@@ -127,7 +127,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
     arguments, files = _take_config_files(arguments, verb.configs)
     loaded, unset = {}, {}
     for flag, default in verb.configs.items():
-        file = files.get(flag, default)
+        file = local_path(files.get(flag, default), f"--{flag}")
         if file == commands.REQUIRED:
             raise UserError(f"--{flag}: missing")
         loaded[flag] = None if file == commands.OPTIONAL else config.load(file)

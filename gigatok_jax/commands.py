@@ -4,8 +4,10 @@ A verb is a function of its flags' values, and its docstring is the help text. F
 they need when they run, so that `gigatok --help` answers at once.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import dataclasses
+import fnmatch
 import pathlib
 import types
 from typing import Any
@@ -126,12 +128,30 @@ def _data(config: Any) -> Any:
     return config.data
 
 
-def _check_outside(flag: str, folder: pathlib.Path, data: Any) -> None:
-    """Rejects a folder for results inside a folder of images, of which it would become a part."""
+def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable[str]) -> None:
+    """Rejects results among the images that they come from, and images among the results.
+
+    The former would be read as images by the next call, the latter replaced. `written` are patterns
+    of what is written to `folder`.
+    """
+    from gigatok_jax.data.folders import places
+
+    folder = folder.resolve()
+    for place in sorted(places(pathlib.Path(images))):
+        if folder.is_relative_to(place):
+            raise UserError(f"--{flag}: expected a folder outside of the images' {place}")
+        name = place.relative_to(folder).parts[0] if place.is_relative_to(folder) else ""
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in written):
+            raise UserError(
+                f"--{flag}: expected another folder, because {name} in this one is written to, "
+                f"and {images} has images of {place}"
+            )
+
+
+def _check_data(flag: str, folder: pathlib.Path, data: Any, *written: str) -> None:
+    """`_check_apart` for the data of a configuration."""
     if data.source == "folder":
-        images = pathlib.Path(data.path).resolve()
-        if folder.resolve().is_relative_to(images):
-            raise UserError(f"--{flag}: expected a folder outside of the images' {images}")
+        _check_apart(flag, folder, data.path, written)
 
 
 @verb(
@@ -150,7 +170,8 @@ def train(config, workdir: str) -> None:
 
     if not isinstance(config, tuple(TASKS.values())):
         raise UserError(f"--config: expected a training run ({', '.join(TASKS)})")
-    _check_outside("workdir", pathlib.Path(workdir), config.data)
+    written = ("bundle", "checkpoints", "pictures", "tensorboard")
+    _check_data("workdir", pathlib.Path(workdir), config.data, *written)
     loop.train(config, pathlib.Path(workdir))
 
 
@@ -173,8 +194,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     from gigatok_jax.evaluation import reconstruction
 
     source, folder = pathlib.Path(images), pathlib.Path(out)
-    if source.is_dir() and folder.resolve().is_relative_to(source.resolve()):
-        raise UserError(f"--out: expected a folder outside of --images={images}")
+    _check_apart("out", folder, images, ("images", "grid.png"))
     loaded = api.load_tokenizer(tokenizer)
     with locks.hold(folder):
         reconstruction.reconstruct(loaded, source, folder, **options)
@@ -213,7 +233,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     except ValueError:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
     data, folder = _data(config), pathlib.Path(out)
-    _check_outside("out", folder, data)
+    _check_data("out", folder, data)
     bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig)
     with distributed.locked(folder):
         encoding.encode(bundle, data, folder, crop_factors=factors, **options)
@@ -354,7 +374,7 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     sampling, folder = _sampling(values), pathlib.Path(out)
     args = types.SimpleNamespace(**values, sampling=sampling, out=folder)
     if args.config is not None:
-        _check_outside("out", folder, _data(args.config))
+        _check_data("out", folder, _data(args.config), "guidance_*")
     with distributed.locked(folder):
         result = measures[measure[0]](args)
         print_metrics(result)
@@ -471,7 +491,7 @@ def probe(tokenizer: str, workdir: str, config) -> None:
     if not isinstance(config, probing.ProbeConfig):
         raise UserError("--config: expected that of AR probing, such as --config=probe")
     folder = pathlib.Path(workdir)
-    _check_outside("workdir", folder, config.data)
+    _check_data("workdir", folder, config.data, *probing.STEPS)
     with distributed.locked(folder):
         probing.probe(tokenizer, config, folder)
 
@@ -569,6 +589,7 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     generator, dino, dinov2, clip, siglip, lpips or inception. For a checkpoint in several files,
     repeat --from.
     """
+    from gigatok_jax import locks
     from gigatok_jax.weights import convert as converters
 
     sources = values["from"]
@@ -579,7 +600,10 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
             raise UserError(f"--from: expected one bundle, got {sources}")
         converters.to_file(kind[0], sources[0], pathlib.Path(out))
     else:
-        converters.to_bundle(kind[0], sources, pathlib.Path(out), model=model, weights=weights)
+        folder = pathlib.Path(out)
+        # A new folder appears with its weights; until then, there is nothing to lock.
+        with locks.hold(folder) if folder.is_dir() else contextlib.nullcontext():
+            converters.to_bundle(kind[0], sources, folder, model=model, weights=weights)
     print(out)
 
 

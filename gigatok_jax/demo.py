@@ -51,7 +51,8 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
     classes = np.tile(np.arange(generator.config.classes), PER_CLASS)
     real = _real_drawings(REAL, size)
     out = workdir / "samples"
-    shutil.rmtree(out, ignore_errors=True)
+    if (out / "images" / generation.RECORD).exists():  # of an earlier call
+        shutil.rmtree(out / "images")
     generation.sample(
         generator,
         tokenizer,

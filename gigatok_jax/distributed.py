@@ -167,10 +167,11 @@ def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> Iterator[pathlib.Path]:
     """`files.replacing` for a directory that all processes write to; process 0 renames it."""
+    in_main(lambda: check(path))  # so that no process waits for another that was refused
     aside = files.aside_path(path, agree(os.getpid()))
-    with files.replacing(path) if is_main() else contextlib.nullcontext():
+    with files.replacing(path, check) if is_main() else contextlib.nullcontext():
         barrier("start of writing")
         yield aside
         barrier("end of writing", working=True)

@@ -1,6 +1,6 @@
 """Atomic files and directories (written aside, then renamed), and the cache directory."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
@@ -22,12 +22,17 @@ from gigatok_jax.errors import UserError, first_line
 
 def cache_dir() -> pathlib.Path:
     """`$GIGATOK_CACHE`, or `gigatok_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
-    parent = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return pathlib.Path(os.environ.get("GIGATOK_CACHE") or f"{parent}/gigatok_jax").expanduser()
+    for name, below in (("GIGATOK_CACHE", ""), ("XDG_CACHE_HOME", "gigatok_jax")):
+        if path := os.environ.get(name):
+            return pathlib.Path(local_path(path, name), below)
+    return pathlib.Path("~/.cache/gigatok_jax").expanduser()
 
+
+LOCK = ".lock"  # in a folder that a process writes to, see `locks.hold`
 
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
+DISK_FULL = "the disk is full"
 # How libraries in C++ say that the disk is full.
 FULL = ("No space left", "Failed to write", "Error writing local file", "unexpected pos")
 
@@ -35,14 +40,22 @@ FULL = ("No space left", "Failed to write", "Error writing local file", "unexpec
 def reason(error: BaseException) -> str:
     """Why a file could not be written, in a few words, whichever library says it."""
     if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
-        return "the disk is full"
+        return DISK_FULL
     if any(text in str(error) for text in FULL):
-        return "the disk is full"
+        return DISK_FULL
     return getattr(error, "strerror", None) or first_line(error)
 
 
+def unwritable(path: pathlib.Path, error: Exception, size: int) -> OSError:
+    """The error of a file of about `size` bytes that a library failed to write."""
+    number, text = getattr(error, "errno", None) or errno.EIO, reason(error)
+    if text == DISK_FULL:
+        number, text = errno.EIO, f"{text}; this file takes {size:,} bytes"
+    return OSError(number, text, str(path))
+
+
 def local_path(path: str, where: str) -> str:
-    """Expands "~"; `where` names the flag or field in messages.
+    """Expands "~"; `where` names the flag, field, variable or argument in messages.
 
     Raises:
       UserError: the path is a URL.
@@ -67,13 +80,47 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
+def refuse_foreign(
+    folder: pathlib.Path, own: Iterable[str], describes: str, *, hidden: bool = True
+) -> None:
+    """Raises UserError if `folder` is a file, or holds one that this program did not write there.
+
+    Args:
+      own: relative paths of what it wrote; locks are always its own.
+      describes: these files together, for messages.
+      hidden: count hidden files too; those of file managers do no harm if nothing is removed.
+    """
+    known = {LOCK, *own}
+    found = [] if folder.is_dir() or not folder.exists() else ["a file"]
+    for path in folder.rglob("*"):
+        name = printable(str(path.relative_to(folder)))
+        counts = (hidden or name[0] != ".") and (path.is_symlink() or not path.is_dir())
+        if counts and name not in known:
+            found.append(name)
+    if found:
+        raise UserError(f"{folder}: expected {describes}, or an empty folder, found {min(found)}")
+
+
+def _refuse_folder(path: pathlib.Path) -> None:
+    if path.is_dir():
+        raise UserError(f"{path}: expected a file to write, found a folder")
+
+
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+def replacing(
+    path: str | os.PathLike, check: Callable[[pathlib.Path], None] = _refuse_folder
+) -> Iterator[pathlib.Path]:
     """Yields a temporary path for a file or directory, and renames it to `path` afterwards.
 
     If the block raises, the temporary file is removed and `path` is left as it was.
+
+    Args:
+      path: the file or directory.
+      check: raises UserError if `path` may not be replaced; called before and after the block. By
+        default, no folder may be.
     """
     path = pathlib.Path(path)
+    check(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
@@ -81,8 +128,10 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
             yield aside
         except OSError as error:  # a full disk, for example, which does not say where
             if error.errno is not None:
-                error.filename = error.filename or str(path)
+                name = str(error.filename or aside)
+                error.filename = name.replace(str(aside), str(path))
             raise
+        check(path)
         if path.is_dir():  # rename cannot replace a directory that is not empty
             old = aside_path(path, os.getpid(), "old")
             path.rename(old)
@@ -142,8 +191,8 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     mode = path.stat().st_mode
     try:
         safetensors.numpy.save_file(arrays, path)
-    except safetensors.SafetensorError as error:  # a full disk, for example
-        raise OSError(errno.EIO, reason(error), str(path)) from error
+    except (OSError, safetensors.SafetensorError) as error:  # a full disk, for example
+        raise unwritable(path, error, sum(array.nbytes for array in arrays.values())) from error
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 

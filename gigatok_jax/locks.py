@@ -21,7 +21,6 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
-NAME = ".lock"
 BEAT = 10.0  # seconds between signs of life
 LOST = 45.0  # seconds without a sign of life after which the owner on another machine is lost
 OLD = 3600.0  # seconds after which no wait is needed, even if the machines' clocks disagree
@@ -39,7 +38,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / NAME
+    path = folder / files.LOCK
     done = threading.Event()
     try:
         with _acquire(path) as file:
@@ -74,7 +73,7 @@ def _beat(path: pathlib.Path, done: threading.Event) -> None:
 def _acquire(path: pathlib.Path) -> IO[str]:
     """Opens and locks the file; raises UserError if it has a living owner."""
     while True:
-        file = path.open("a+")
+        file = path.open("a+", encoding="utf-8", errors="replace")  # a damaged one has no owner
         try:
             locked = _lock(file)
             file.seek(0)
@@ -123,7 +122,7 @@ def _lock(file: IO[str]) -> bool | None:
 def _parse(text: str) -> dict[str, object]:
     try:
         owner = json.loads(text)
-    except ValueError:  # empty: its owner has just created it
+    except (ValueError, RecursionError):  # empty: its owner has just created it
         return {}
     return owner if isinstance(owner, dict) else {}
 

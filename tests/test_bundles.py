@@ -149,6 +149,18 @@ def test_new_bundle_replaces_the_old(bundle):
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
 
 
+@pytest.mark.parametrize("other", ["photo.jpg", "notes/mine.txt", "model.safetensors"])
+def test_other_things_than_a_bundle_are_not_replaced(bundle, other):
+    (bundle / other).parent.mkdir(exist_ok=True)
+    (bundle / other).touch()
+    if other == "model.safetensors":  # as downloaded from elsewhere
+        (bundle / "config.json").write_text("{}")
+    before = sorted(bundle.rglob("*"))
+    with pytest.raises(UserError, match="bundle: expected a bundle to replace, or an empty folder"):
+        bundles.save(bundle, "other", None, {"x": np.ones(2)}, {})
+    assert sorted(bundle.rglob("*")) == before and [*bundle.parent.iterdir()] == [bundle]
+
+
 def test_failed_save_leaves_the_old_bundle(bundle, weights):
     with pytest.raises(TypeError):
         bundles.save(bundle, "thing", None, weights, {"not": object()})

@@ -4,13 +4,14 @@ import dataclasses
 import json
 import logging
 import pathlib
+import shutil
 import sys
 
 import numpy as np
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, cli, commands, frozen_networks
+from gigatok_jax import bundles, cli, commands, frozen_networks, locks
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import vit
 from gigatok_jax.training import loop
@@ -85,6 +86,23 @@ def test_converted_tokenizer_comes_back_bit_for_bit(gigatok, tmp_path):
     assert all(returned[name].tobytes() == tensor.tobytes() for name, tensor in tensors.items())
 
 
+def test_conversion_replaces_a_bundle_that_is_free_and_nothing_else(gigatok, bundle, tmp_path):
+    source, out, photos = tmp_path / "b.safetensors", tmp_path / "bundle", tmp_path / "photos"
+    torch_files.write(source, synth.checkpoint("tokenizer_tiny_tiny"))
+    shutil.copytree(bundle, out)
+    image_folders.save(photos / "a.png", seed=1)
+    command = ["convert", "tokenizer", f"--from={source}", "--model=tiny_tiny"]
+    message = refused(gigatok(*command, f"--out={photos}"))
+    assert message.startswith(f"{photos}: expected a bundle to replace, or an empty folder, found ")
+    with locks.hold(out):
+        assert refused(gigatok(*command, f"--out={out}")).startswith(f"{out}: in use by process ")
+        assert (out / ".lock").exists()
+    assert [path.name for path in photos.iterdir()] == ["a.png"]
+    before = (out / "config.json").read_text()
+    assert gigatok(*command, f"--out={out}")[0] == 0
+    assert (out / "config.json").read_text() != before
+
+
 def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
     folder, out = tmp_path / "images", tmp_path / "out"
     for i in range(3):
@@ -98,7 +116,7 @@ def test_reconstruction_skips_a_broken_image(gigatok, bundle, tmp_path):
     assert any("1.png" in line for line in lines)
     names = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     pngs = ["images/class/0.png", "images/class/2.png"]
-    assert names == ["grid.png", "images.json", *pngs, "metrics.json"]
+    assert names == ["grid.png", *pngs, "images/reconstruction.json", "metrics.json"]
     metrics = json.loads((out / "metrics.json").read_text())
     assert (metrics["images"], metrics["skipped"]) == (2, 1)
     assert [row["image"] for row in metrics["each"]] == ["class/0.png", "class/2.png"]

@@ -21,7 +21,7 @@ from gigatok_jax.data.folders import image_paths, open_folder
 from gigatok_jax.data.pipeline import eval_batches
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.evaluation import features, fid, generation
+from gigatok_jax.evaluation import features, fid, generation, reconstruction
 from gigatok_jax.models.generator import GeneratorConfig, param_shapes
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import telemetry
@@ -122,6 +122,8 @@ def test_large_finite_values_are_no_fault():
     "arguments, where",
     [
         (["train", "--config=tokenizer:s_s", "--workdir=gs://bucket/run"], "--workdir"),
+        (["train", "--config=gs://bucket/x.py:s_s", "--workdir=x"], "--config"),
+        (["demo", "--probe=gs://bucket/x.py", "--workdir=x"], "--probe"),
         (["reconstruct", "--tokenizer=hf://a/b", "--images=x", "--out=y"], "--tokenizer"),
         (["reconstruct", "--tokenizer=x", "--images=https://a/b", "--out=y"], "--images"),
         (["reconstruct", "--tokenizer=x", "--images=y", "--out=s3://b/x"], "--out"),
@@ -135,6 +137,22 @@ def test_urls_are_rejected_and_make_no_folder(gigatok, tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     assert refused(gigatok(*arguments)).startswith(f"{where}: expected a local path, got ")
     assert not [path for path in tmp_path.iterdir() if path.name not in ("cache", "compilations")]
+
+
+@pytest.mark.parametrize("name", ["GIGATOK_CACHE", "XDG_CACHE_HOME"])
+def test_url_of_a_cache_is_rejected(gigatok, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("GIGATOK_CACHE")
+    monkeypatch.setenv(name, "gs://bucket/cache")
+    message = f"{name}: expected a local path, got 'gs://bucket/cache'; buckets are not supported"
+    assert refused(gigatok("weights", "fetch", "lpips_vgg16")) == message
+    assert not (tmp_path / "gs:").exists()
+
+
+@pytest.mark.parametrize("path", ["gs://bucket/x.pt", pathlib.Path("gs://bucket/x.pt")])
+def test_url_of_a_checkpoint_is_rejected(path):
+    with pytest.raises(UserError, match=r"^checkpoint: expected a local path, got 'gs:/"):
+        api.tokenizer_from_torch(path, "b_l")
 
 
 def test_home_is_expanded(gigatok, tmp_path, monkeypatch):
@@ -153,6 +171,37 @@ def test_results_inside_the_images_are_rejected(gigatok, networks, tmp_path):
     result = gigatok("train", "--config=tokenizer:s_s", *data, f"--workdir={tmp_path / 'run'}")
     assert "--workdir: expected a folder outside" in refused(result)
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["ant"]
+
+
+def test_results_and_images_that_meet_by_links_or_the_other_way_are_rejected(
+    gigatok, networks, tmp_path
+):
+    root, far, run = tmp_path / "root", tmp_path / "far", tmp_path / "run"
+    for path in (far / "1.png", run / "images" / "a" / "1.png", run / "pictures" / "a" / "1.png"):
+        image_folders.save(path, seed=1)
+    root.mkdir()
+    (root / "a").symlink_to(far)
+    before = sorted(tmp_path.rglob("*"))
+
+    def refusal(images, out):
+        flags = [f"--tokenizer={networks['tokenizer']}", f"--images={images}", f"--out={out}"]
+        return refused(gigatok("reconstruct", *flags))
+
+    def training(data, workdir):
+        data = ["--config.data.source=folder", f"--config.data.path={data}"]
+        return refused(gigatok("train", "--config=tokenizer:s_s", *data, f"--workdir={workdir}"))
+
+    outside = f"expected a folder outside of the images' {far}"
+    assert refusal(root, far / "out") == f"--out: {outside}"
+    assert training(root, far / "out") == f"--workdir: {outside}"
+    for images in (run / "images", run / "images" / "a" / "1.png"):
+        assert "--out: expected another folder, because images in" in refusal(images, run)
+    assert "expected another folder, because pictures in" in training(run / "pictures", run)
+    (root / "a").unlink()
+    (root / "a").symlink_to(run / "pictures")
+    assert "expected another folder, because pictures in" in training(root, run)
+    made = set(tmp_path.rglob("*")) - set(before)
+    assert not [path for path in made if path.relative_to(tmp_path).parts[0] in ("far", "run")]
 
 
 def test_names_that_are_not_utf8_have_printable_keys(tmp_path):
@@ -219,6 +268,18 @@ def test_samples_of_an_earlier_call_do_not_stay(networks, tmp_path):
         generation.sample(generator, tokenizer, classes, **options)
     names = sorted(path.name for path in (tmp_path / "images").glob("*.png"))
     assert names == ["000000_class0000.png", "000001_class0001.png"]
+
+
+def test_samples_go_to_no_folder_of_other_pictures(networks, tmp_path):
+    generator = api.load_generator(networks["generator"])
+    tokenizer = generation.load_matching_tokenizer(networks["tokenizer"], generator)
+    options = {"out": tmp_path / "out", "seed": 0, "batch_size": 2}
+    image_folders.save(tmp_path / "photos" / "a.png", seed=1)
+    reconstruction.reconstruct(tokenizer, tmp_path / "photos", tmp_path / "out", batch_size=1)
+    with pytest.raises(UserError, match=r"images: expected the pictures of an earlier call of sa"):
+        generation.sample(generator, tokenizer, np.arange(2), SamplingConfig(), **options)
+    names = {path.name for path in (tmp_path / "out" / "images").iterdir()}
+    assert names == {"a.png", "reconstruction.json"}
 
 
 def test_guidance_by_a_null_class_that_was_not_trained_is_a_warning(networks, tmp_path, caplog):

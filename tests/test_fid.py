@@ -108,7 +108,7 @@ def test_statistics_do_not_depend_on_order_or_batches():
 @pytest.mark.parametrize(
     "features, message",
     [
-        (np.zeros((1, 3)), "at least 2 images, got 1"),
+        (np.zeros((1, 3)), r"images: expected at least 2 images .*, got 1"),
         (np.array([[0.0, 1], [np.nan, 0]]), "image 1: expected finite features"),
     ],
 )
@@ -197,6 +197,7 @@ def whole(path):
         (saved(mu=np.zeros(2), sigma=np.array([[1.0, 0.5], [0, 1]])), "to be symmetric"),
         (saved(mu=np.zeros(1, complex), sigma=np.eye(1)), "Cannot cast .*complex"),
         (saved(mu=np.zeros(7), sigma=np.eye(7)), "statistics of the 6 features of fid, got 7"),
+        (saved(arr_0=noise(1)), "expected at least 2 images .*, got 1"),
         (saved(arr_0=noise(3)), "expected at least 4 images, got 3"),
     ],
 )
@@ -289,6 +290,14 @@ def test_members_of_a_reference_are_of_all_classes(monkeypatch):
 def test_too_few_samples_are_rejected_before_they_are_drawn():
     with pytest.raises(UserError, match="samples: expected at least 4 images, got 3"):
         load(count=3)
+
+
+def test_data_of_one_readable_image_are_named(tmp_path):
+    image_folders.make(tmp_path / "photos", {"ant": 2})
+    image_folders.spoil(tmp_path / "photos" / "ant" / "ant_001.png")
+    data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=0)
+    with pytest.raises(UserError, match=r"photos: expected at least 2 images .*, got 1$"):
+        load(data=data)
 
 
 def test_data_of_one_image_are_rejected():

@@ -6,6 +6,9 @@ import pathlib
 import pytest
 
 from gigatok_jax import files
+from gigatok_jax.errors import UserError
+
+import image_folders
 
 
 def names(directory):
@@ -35,7 +38,7 @@ def test_failure_leaves_the_old_file_and_nothing_else(tmp_path, old):
 def test_directory_is_replaced_as_a_whole(tmp_path):
     path = tmp_path / "directory"
     for name in ("first", "second"):
-        with files.replacing(path) as aside:
+        with files.replacing(path, lambda path: None) as aside:
             aside.mkdir()
             (aside / name).write_text(name)
         assert names(path) == [name]
@@ -46,11 +49,23 @@ def test_failure_leaves_the_old_directory_and_nothing_else(tmp_path):
     path = tmp_path / "directory"
     path.mkdir()
     (path / "old").write_text("old")
-    with pytest.raises(KeyboardInterrupt), files.replacing(path) as aside:
+    with pytest.raises(KeyboardInterrupt), files.replacing(path, lambda path: None) as aside:
         aside.mkdir()
         (aside / "half").write_text("half")
         raise KeyboardInterrupt
     assert names(tmp_path) == ["directory"] and names(path) == ["old"]
+
+
+@pytest.mark.parametrize("when", ["before", "while it is written"])
+def test_a_folder_is_never_replaced_by_a_file(tmp_path, when):
+    path = tmp_path / "photos"
+    if when == "before":
+        image_folders.save(path / "a.png", seed=1)
+    message = "photos: expected a file to write, found a folder"
+    with pytest.raises(UserError, match=message), files.replacing(path) as aside:
+        aside.write_text("report")
+        image_folders.save(path / "a.png", seed=1)
+    assert names(tmp_path) == ["photos"] and names(path) == ["a.png"]
 
 
 def test_json_that_cannot_be_written_leaves_the_old(tmp_path):

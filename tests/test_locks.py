@@ -96,6 +96,14 @@ def test_a_lock_that_was_left_long_ago_is_taken_at_once(tmp_path, monkeypatch):
     locks._acquire(path).close()
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"[" * 10_000, b"7", b""])
+def test_a_damaged_lock_that_nobody_holds_is_taken(tmp_path, content):
+    (tmp_path / ".lock").write_bytes(content)
+    with locks.hold(tmp_path):
+        assert json.loads((tmp_path / ".lock").read_text())["pid"] == os.getpid()
+    assert not any(tmp_path.iterdir())
+
+
 def test_write_that_fails_names_the_folder(tmp_path):
     with pytest.raises(OSError) as caught, locks.hold(tmp_path / "run"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # as from a write to an open file

@@ -110,17 +110,30 @@ def test_images_of_an_earlier_call_are_replaced_and_other_ones_are_not(tokenizer
     rows = json.loads((out / "metrics.json").read_text())["each"]
     names = {row["image"]: row["output"] for row in rows}
     assert names["a.jpg"] == "a.jpg.1.png" and names["a.jpg.png"] == "a.jpg.png"
-    assert {path.name for path in (out / "images").iterdir()} == set(names.values())
+    own = {"reconstruction.json"}
+    assert {path.name for path in (out / "images").iterdir()} == own | set(names.values())
     assert len(names) == len(set(names.values())) == 3
 
     (source / "a.jpg").unlink()
     reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
-    assert len(list((out / "images").iterdir())) == 2
+    assert len(list((out / "images").glob("*.png"))) == 2
 
-    (out / "images.json").unlink()
-    with pytest.raises(UserError, match="images: expected no such folder"):
+    (out / "images" / "mine.png").touch()
+    with pytest.raises(UserError, match=r"images: expected the pictures of .*, found mine\.png"):
+        reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
+    (out / "images" / "mine.png").unlink()
+    (out / "images" / "reconstruction.json").unlink()
+    with pytest.raises(UserError, match=r"images: expected .*, found a\.jpg\.png"):
         reconstruction.reconstruct(tokenizer, source, out, batch_size=16)
     assert len(list((out / "images").iterdir())) == 2
+
+
+def test_a_folder_may_have_the_name_that_an_output_would_get(tokenizer, tmp_path):
+    for name in ("x/a.jpg", "x/a.jpg.png/b.png"):
+        image_folders.save(tmp_path / "photos" / name, seed=len(name))
+    reconstruction.reconstruct(tokenizer, tmp_path / "photos", tmp_path / "out", batch_size=16)
+    saved = tmp_path / "out" / "images" / "x"
+    assert (saved / "a.jpg.1.png").is_file() and (saved / "a.jpg.png" / "b.png").is_file()
 
 
 def test_an_exact_copy_leaves_the_mean_and_the_file_valid(tokenizer, tmp_path, monkeypatch):

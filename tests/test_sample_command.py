@@ -165,6 +165,18 @@ def test_restart_samples_what_is_missing_and_nothing_else(copy, whole, draw):
     assert {name: time for name, time in after.items() if name not in missing} == kept
 
 
+def test_damaged_images_and_those_of_another_size_are_sampled_again(copy, whole, draw, caplog):
+    cut, small, gray = (copy / "images" / NAMES[i] for i in (1, 4, 5))
+    cut.write_bytes(cut.read_bytes()[:200])
+    Image.open(small).resize((8, 8)).save(small)
+    Image.open(gray).convert("L").save(gray)
+    draw(copy)
+    assert_same(drawn(copy), drawn(whole))
+    for path in (cut, small, gray):
+        assert f"{path}: damaged, or of other images; it is made again" in caplog.text
+    assert caplog.text.count("made again") == 3
+
+
 def test_more_images_leave_earlier_ones_unchanged(whole, draw, tmp_path):
     draw(tmp_path, CLASSES[:2])
     before = times(tmp_path)
@@ -239,6 +251,7 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     def classes(name, seed):
         # Any image that may be requested is there, so that none is sampled.
         (tmp_path / name / "images").mkdir(parents=True)
+        (tmp_path / name / "images" / "sampling.json").write_text("{}")
         for i in range(64):
             for c in (0, 2):
                 path = tmp_path / name / "images" / f"{i:06d}_class{c:04d}.png"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from gigatok_jax import recipes
+from gigatok_jax import files, recipes
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import discriminators, layers, quantizer, tokenizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
@@ -367,8 +367,9 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, torch, monk
 
     monkeypatch.setattr(torch, "save", full_disk)
     monkeypatch.setattr(safetensors.numpy, "save_file", full_disk)
-    with pytest.raises(UserError, match=r"cannot be written .the disk is full"):
+    with pytest.raises(OSError, match="the disk is full; this file takes 8 bytes") as caught:
         torch_files.write(path, {"w": np.ones(2, np.float32)})
+    assert caught.value.filename == str(path) and caught.value.errno in files.MACHINE
     np.testing.assert_array_equal(torch_files.read(path)["w"], np.zeros(2))
     assert list(tmp_path.iterdir()) == [path]
 

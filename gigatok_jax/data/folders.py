@@ -198,25 +198,40 @@ def _report(folder: Path, unread: collections.Counter) -> None:
 
 
 def _walk(
-    root: Path, below: str, unread: collections.Counter, above: tuple[str, ...] = ()
+    root: Path,
+    below: str,
+    unread: collections.Counter,
+    above: tuple[str, ...] = (),
+    visited: set[Path] | None = None,
 ) -> Iterator[str]:
     """Yields paths, relative to `root`, of all images below its sub-folder `below`.
 
     Skips hidden files and folders. Follows links, except to a folder above (`above`). Counts the
-    pictures that cannot be read, by suffix.
+    pictures that cannot be read, by suffix, and adds the real paths of folders to `visited`.
     """
     real = os.path.realpath(root / below)
     if real in above:
         return
+    if visited is not None:
+        visited.add(Path(real))
     with os.scandir(real) as entries:
         for entry in entries:
             path = f"{below}/{entry.name}" if below else entry.name
             if _is_folder(entry):
-                yield from _walk(root, path, unread, (*above, real))
+                yield from _walk(root, path, unread, (*above, real), visited)
             elif (suffix := _suffix(entry.name)) in READABLE:
                 yield path
             elif suffix in UNREADABLE:
                 unread[suffix] += 1
+
+
+def places(path: Path) -> set[Path]:
+    """The real paths of all folders that hold the images below `path`, or of an image file."""
+    if not path.is_dir():
+        return {path.resolve()}
+    visited: set[Path] = set()
+    collections.deque(_walk(path, "", collections.Counter(), (), visited), maxlen=0)
+    return visited
 
 
 def image_paths(path: Path) -> list[Path]:

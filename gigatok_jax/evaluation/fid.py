@@ -85,14 +85,17 @@ class Moments:
         sums = distributed.sums({"count": self.count, "total": self.total, "outer": self.outer})
         self.count, self.total, self.outer = sums["count"], sums["total"], sums["outer"]
 
-    def gaussian(self) -> Gaussian:
+    def gaussian(self, origin: str = "images") -> Gaussian:
         """Mean and unbiased covariance.
 
         Raises:
-          UserError: fewer than two vectors were added.
+          UserError: fewer than two vectors were added; the message names their origin.
         """
         if self.count < 2:
-            raise UserError(f"a covariance needs at least 2 images, got {self.count}")
+            raise UserError(
+                f"{origin}: expected at least 2 images that can be read, for a covariance, "
+                f"got {self.count}"
+            )
         mean = self.total / self.count
         covariance = (self.outer - self.count * np.outer(mean, mean)) / (self.count - 1)
         return Gaussian(mean, covariance)
@@ -207,9 +210,9 @@ class FeatureSet:
         for name, rows in self._rows.items():
             rows.append(features[name])
 
-    def gaussians(self) -> dict[str, Gaussian]:
-        """Gaussians of "pool" and, if the extractor has it, "spatial"."""
-        return {name: moments.gaussian() for name, moments in self._moments.items()}
+    def gaussians(self, origin: str = "images") -> dict[str, Gaussian]:
+        """Gaussians of "pool" and, if the extractor has it, "spatial"; see `Moments.gaussian`."""
+        return {name: moments.gaussian(origin) for name, moments in self._moments.items()}
 
     def inception_score(self) -> float | None:
         """The Inception Score, or None without class predictions."""
@@ -304,7 +307,7 @@ def _npz_reference(
     if (height, width) != (image_size, image_size):
         sizes = (height, width, image_size)
         logger.warning("%s: images of %dx%d pixels, but samples of %d", path, *sizes)
-    gaussians = found.gaussians()
+    gaussians = found.gaussians(str(path))
     for feature, gaussian in stored.items():
         # The file's statistics may cover more images, unless they are those of another network.
         if feature in gaussians and gaussian.mean.shape == gaussians[feature].mean.shape:
@@ -336,7 +339,8 @@ def _data_reference(
                 features = extractor(batch["image"][valid])
                 found.add_features(features)
                 members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
-    gaussians, members = found.gaussians(), np.concatenate(members)
+    gaussians = found.gaussians(data.path or data.source)
+    members = np.concatenate(members)
     arrays = {"members": members}
     for feature, gaussian in gaussians.items():
         arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean

@@ -6,12 +6,12 @@ processes share the work.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import dataclasses
 import functools
 import logging
 import math
 from pathlib import Path
-import shutil
 from typing import Any
 import zipfile
 
@@ -28,7 +28,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import FeatureSet, Reference
-from gigatok_jax.files import read_json, replacing, write_json, write_npz
+from gigatok_jax.files import read_json, refuse_foreign, replacing, write_json, write_npz
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer, validation_loss
@@ -42,6 +42,8 @@ SHOWN = 64  # images in the grid of an evaluation
 NAME_LENGTH = 24  # letters of a class name that fit beside the grid
 CHUNK = 512  # images whose features are stored in one file
 GUIDANCE_STEP = 0.25
+RECORD = "sampling.json"  # in a folder of pictures: that, and how, this program made them
+PICTURES = "??????_class????.png"
 
 
 def load_matching_tokenizer(
@@ -82,22 +84,32 @@ def sample(
       batch_size: images per call of the networks; does not affect the images.
 
     Raises:
-      UserError: `out` holds images made with other networks, settings or another seed.
+      UserError: `out` holds images made with other networks, settings or another seed, or not by
+        this function.
     """
     folder = out / "images"
+    distributed.in_main(lambda: _check_own(folder))
     # The classes are in the file names, so more images can be added later.
     identity = _identity(generator, tokenizer, settings, seed)
-    distributed.claim(folder / "sampling.json", identity, "images")
+    distributed.claim(folder / RECORD, identity, "images")
     paths = [folder / f"{i:06d}_class{c:04d}.png" for i, c in enumerate(classes)]
+    shape = (tokenizer.config.image_size,) * 2 + (3,)
+
+    def whole(path):
+        try:
+            return np.asarray(Image.open(path)).shape == shape
+        except Exception:  # Pillow's decoders raise almost anything on a broken file
+            return False
+
     sampled = 0
     for path, images in _sample_missing(
-        generator, tokenizer, classes, settings, paths, 1, seed=seed, batch_size=batch_size
+        generator, tokenizer, classes, settings, paths, 1, whole, seed=seed, batch_size=batch_size
     ):
         pictures.save_png(path, images[0])
         sampled += 1
     distributed.barrier("images", working=True)
     if distributed.is_main():  # whoever measures the folder expects the images of this call alone
-        for stale in set(folder.glob("??????_class????.png")) - set(paths):
+        for stale in set(folder.glob(PICTURES)) - set(paths):
             stale.unlink()
     sampled = int(distributed.sums({"sampled": sampled})["sampled"])
     if distributed.is_main():
@@ -105,6 +117,13 @@ def sample(
         _write_class_grid(out / "grid.png", paths, classes, class_names)
         print(f"{len(paths)} images ({len(paths) - sampled} already existed)")
         print(out)
+
+
+def _check_own(folder: Path) -> None:
+    """Raises UserError if a folder has pictures that are not an earlier call's."""
+    own = [RECORD, *(path.name for path in folder.glob(PICTURES))]
+    own = own if (folder / RECORD).exists() else []
+    refuse_foreign(folder, own, "the pictures of an earlier call of sample", hidden=False)
 
 
 def evaluate(
@@ -147,8 +166,9 @@ def evaluate(
     drawn = np.random.default_rng(seed).integers(len(generator.trained), size=count)
     classes = generator.trained[drawn]
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
+    options = {"seed": seed, "batch_size": batch_size}
     for file, images in _sample_missing(
-        generator, tokenizer, classes, settings, files, CHUNK, seed=seed, batch_size=batch_size
+        generator, tokenizer, classes, settings, files, CHUNK, zipfile.is_zipfile, **options
     ):
         if file == files[0]:
             rows = min(len(images), SHOWN) // COLUMNS
@@ -166,7 +186,10 @@ def evaluate(
                 samples.add_features(dict(features))
         metrics = fid.compare(samples, reference, extractor.distance)
         write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
-        shutil.rmtree(out / "features")
+        for file in files:
+            file.unlink()
+        with contextlib.suppress(OSError):
+            (out / "features").rmdir()
     distributed.barrier("metrics", working=True)
     return read_json(path, "the metrics")
 
@@ -302,20 +325,24 @@ def _sample_missing(
     settings: SamplingConfig,
     paths: Sequence[Path],
     per_file: int,
+    whole: Callable[[Path], bool],
     *,
     seed: int,
     batch_size: int,
 ) -> Iterator[tuple[Path, np.ndarray]]:
     """Yields the missing files of this process's share and their images, uint8 `[n, H, W, 3]`.
 
-    File i holds `per_file` images, starting with number i * per_file. A batch may span files.
+    File i holds `per_file` images, starting with number i * per_file. A batch may span files. A
+    file that is not `whole` counts as missing.
     """
     process, processes = distributed.place()
-    todo = {
-        paths[i]: range(i * per_file, min((i + 1) * per_file, len(classes)))
-        for i in range(process, len(paths), processes)
-        if not paths[i].exists()
-    }
+    todo = {}
+    for i in range(process, len(paths), processes):
+        if paths[i].exists():
+            if whole(paths[i]):
+                continue
+            logger.warning("%s: damaged, or of other images; it is made again", paths[i])
+        todo[paths[i]] = range(i * per_file, min((i + 1) * per_file, len(classes)))
     numbers = np.array([n for group in todo.values() for n in group], int)
     size = min(batch_size, len(numbers))
     key = jax.random.key(seed)

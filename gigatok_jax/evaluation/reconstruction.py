@@ -1,6 +1,7 @@
 """Reconstruction metrics of a tokenizer: PSNR, SSIM, LPIPS, codebook usage, rFID (paper, 4)."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
 import functools
 import logging
 import math
@@ -22,13 +23,14 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import print_metrics
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
-from gigatok_jax.files import printable, replacing, write_json
+from gigatok_jax.files import printable, read_json, refuse_foreign, replacing, write_json
 from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # of the grid
 SHOWN = 32  # images in the grid, evenly spaced
+RECORD = "reconstruction.json"  # in a folder of pictures: that, and how, this program made them
 
 Batch = dict[str, Any]
 
@@ -78,7 +80,8 @@ def evaluate(
             np.save(file, code_counts)
     real.gather()
     fake.gather()
-    distance = frechet_distance(real.gaussian(), fake.gaussian())
+    origin = data.path or data.source
+    distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
     return result | {f"r{extractor.distance}": distance}
 
 
@@ -106,16 +109,12 @@ def reconstruct(
       distance, and "each", one row of metrics per image.
 
     Raises:
-      UserError: no image can be read, or `out` has an `images/` that is not of an earlier call.
+      UserError: no image can be read, or `out` has an `images/` with more than an earlier call's.
     """
     paths, rows = image_paths(source), []
     root = source if source.is_dir() else source.parent
     names = _output_names([str(path.relative_to(root)) for path in paths])
-    mark = out / "images.json"  # says that images/ is ours to replace
-    if (out / "images").exists() and not mark.exists():
-        raise UserError(f"{out / 'images'}: expected no such folder, or that of an earlier call")
-
-    with replacing(out / "images") as aside:
+    with replacing(out / "images", _check_replaceable) as aside:
 
         def visit(keys, inputs, outputs, values):
             for i, key in enumerate(keys.tolist()):
@@ -126,7 +125,7 @@ def reconstruct(
         batches = _read(source, paths, tokenizer.config.image_size, batch_size)
         means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
-        write_json(mark, described)
+        write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
     skipped = len(paths) - means.pop("images")
     result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
     write_json(out / "metrics.json", result)
@@ -135,10 +134,19 @@ def reconstruct(
     return result
 
 
+def _check_replaceable(folder: Path) -> None:
+    """Raises UserError if a folder has pictures that are not an earlier call's."""
+    own = []
+    with contextlib.suppress(OSError, UserError, KeyError, TypeError):
+        own = [RECORD, *map(str, read_json(folder / RECORD, "pictures")["outputs"])]
+    refuse_foreign(folder, own, "the pictures of an earlier call of reconstruct")
+
+
 def _output_names(keys: Sequence[str]) -> dict[str, str]:
     """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
     names = {key: key for key in keys if key.endswith(".png")}
-    taken = set(names)
+    # A folder may have the name that a picture beside it would get: a.jpg.png/ beside a.jpg.
+    taken = {*names, *(str(folder) for key in keys for folder in Path(key).parents)}
     for key in keys:
         folder, base = os.path.split(key)
         number = 0

@@ -85,6 +85,7 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         stack.enter_context(distributed.locked(workdir))
         stack.enter_context(_full_disk(workdir))
         changed = _check_workdir(workdir, run)
+        distributed.in_main(lambda: bundles.check_replaceable(workdir / "bundle"))
         # Place frozen networks once; host arrays would be copied to the devices at every step.
         shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
         frozen = sharding.put(task.frozen, shardings)

@@ -148,8 +148,11 @@ def to_bundle(
       weights: see `torch_files.read`.
 
     Raises:
-      UserError: a file cannot be read or does not fit the architecture.
+      UserError: a file cannot be read or does not fit the architecture; or `directory` holds other
+        things than a bundle.
     """
+    directory = pathlib.Path(directory)
+    bundles.check_replaceable(directory)
     files, rule, config = [pathlib.Path(file) for file in files], find(kind), None
     if rule.model and not model:
         raise UserError(
@@ -165,7 +168,7 @@ def to_bundle(
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, files))}: {error}") from error
     made_by = {"converted_from": [file.name for file in files], "model": model}
-    bundles.save(pathlib.Path(directory), kind, config, converted, made_by)
+    bundles.save(directory, kind, config, converted, made_by)
 
 
 def to_file(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 import safetensors
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json, reason, replacing, write_safetensors
+from gigatok_jax.files import read_json, replacing, unwritable, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -184,7 +184,8 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     The write is atomic.
 
     Raises:
-      UserError: the suffix is unknown, or the file cannot be written.
+      UserError: the suffix is unknown.
+      OSError: the file cannot be written.
     """
     path = pathlib.Path(path)
     if path.suffix not in SUFFIXES:
@@ -192,11 +193,11 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
     torch = None if path.suffix == ".safetensors" else import_torch(path)
     # Copies read-only arrays, such as JAX's, which torch would warn about.
     tensors = {name: np.require(t, requirements=("C", "W")) for name, t in tensors.items()}
-    try:
-        with replacing(path) as aside:
-            if torch is None:
-                write_safetensors(aside, tensors)
-            else:
-                torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
-    except (OSError, RuntimeError) as error:  # torch raises RuntimeError
-        raise UserError(f"{path}: cannot be written ({reason(error)})") from error
+    with replacing(path) as aside:
+        if torch is None:
+            return write_safetensors(aside, tensors)
+        try:
+            torch.save({"model": {k: torch.from_numpy(v) for k, v in tensors.items()}}, aside)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError
+            size = sum(tensor.nbytes for tensor in tensors.values())
+            raise unwritable(aside, error, size) from error
