@@ -25,7 +25,14 @@ import safetensors.numpy
 from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import json_text, local_path, read_json, write_json, write_safetensors
+from gigatok_jax.files import (
+    json_text,
+    local_path,
+    read_index,
+    read_json,
+    write_json,
+    write_safetensors,
+)
 from gigatok_jax.models import generator, quantizer, tokenizer, vit
 
 FORMAT = 3
@@ -184,9 +191,9 @@ def load(
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
-            places = json.loads((directory / INDEX).read_text())["weight_map"]
-        for file in sorted(set(places.values())) or ["model.safetensors"]:
-            arrays |= safetensors.numpy.load_file(directory / file)
+            places = read_index(directory / INDEX)
+        for file in sorted(set(places.values())) or [directory / "model.safetensors"]:
+            arrays |= safetensors.numpy.load_file(file)
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)

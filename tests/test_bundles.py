@@ -95,7 +95,10 @@ def test_index_must_name_the_arrays_of_its_files(tmp_path, weights):
     index["weight_map"]["more"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
     assert refusal(directory) == f"{directory}: unreadable weights (more is missing)"
-    for content in ("{", "[]", "{}", '{"weight_map": {"x": "absent.safetensors"}}'):
+    for file in ("absent.safetensors", "../elsewhere.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"x": file}}))
+        assert re.search(f"unreadable weights .*{file}", refusal(directory))
+    for content in ("{", "[]", "{}"):
         path.write_text(content)
         assert refusal(directory).startswith(f"{directory}: unreadable weights (")
 
