@@ -405,6 +405,17 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
         start(tmp_path / "branch", codes_of_another(stored, tmp_path / "codes"), **place)
 
 
+@pytest.mark.parametrize(
+    "share, guidance, warned", [(0.0, 2.0, True), (0.0, 1.0, False), (0.1, 2.0, False)]
+)
+def test_run_warns_of_pictures_by_an_untrained_class(
+    directory, photos, caplog, share, guidance, warned
+):
+    settings = SamplingConfig(guidance=guidance)
+    run(photos, tokenizer=str(directory), class_dropout=share, sampling=settings).open_task()
+    assert ("which this generator was not trained on" in caplog.text) == warned
+
+
 # What is refused.
 
 

@@ -97,8 +97,7 @@ def param_shapes(module: nn.Module, *inputs: Any) -> dict:
     An input is a `jax.ShapeDtypeStruct` or the shape of a float32 array.
     """
     inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
-    shapes = jax.eval_shape(lambda *inputs: module.init(jax.random.key(0), *inputs), *inputs)
-    return nn.meta.unbox(shapes["params"])
+    return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
 
 def partitioned(init, *axes: str | None):
