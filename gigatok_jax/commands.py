@@ -280,17 +280,21 @@ def _class_numbers(items: list[str], count: int) -> list[int]:
     """Expands "all", or numbers and ranges such as "10-19", to class numbers."""
     if items == ["all"]:
         return list(range(count))
-    numbers = []
+    ranges = []
     for item in items:
         first, dash, last = item.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
-        numbers += range(int(first), int(last) + 1)
-    bad = [number for number in numbers if number >= count]
-    if bad or not numbers:
-        raise UserError(f"--classes: expected numbers in 0..{count - 1}, got {bad or items}")
-    return numbers
+        ranges.append(range(int(first), int(last) + 1))
+    # The first few of each range, which may be longer than memory.
+    bad = [number for some in ranges for number in some[max(count - some.start, 0) :][:6]]
+    if bad or not ranges:
+        more = " and more" if len(bad) > 5 else ""
+        raise UserError(
+            f"--classes: expected numbers in 0..{count - 1}, got {bad[:5] or items}{more}"
+        )
+    return [number for some in ranges for number in some]
 
 
 @verb(

@@ -259,6 +259,10 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     [
         (["--classes=3"], "--classes: expected numbers in 0..2, got [3]"),
         (["--classes=1-4"], "--classes: expected numbers in 0..2, got [3, 4]"),
+        (
+            ["--classes=0-99999999999"],
+            "--classes: expected numbers in 0..2, got [3, 4, 5, 6, 7] and",
+        ),
         (["--classes=cat"], "--classes: expected numbers and ranges such as 0,10-19, got 'cat'"),
         (["--classes=-1"], "--classes: expected numbers and ranges such as 0,10-19, got '-1'"),
         (["--classes=2-1"], "--classes: expected numbers and ranges such as 0,10-19, got '2-1'"),

@@ -8,7 +8,6 @@ processes share the work.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-import logging
 import math
 from pathlib import Path
 import shutil
@@ -33,8 +32,6 @@ from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer, validation_loss
 from gigatok_jax.training.task import held_out_means
-
-logger = logging.getLogger(__name__)
 
 COLUMNS = 8  # most images in a row of a grid
 CLASSES = 12  # most rows of a grid of classes
