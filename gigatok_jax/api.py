@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gigatok_jax import bundles, recipes, sampling, sharding
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import local_path
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
@@ -67,7 +67,7 @@ class Pretrained:
         return self._compiled[key](self.variables, *map(self._place, batches))
 
     def _codes(self, codes, length: int) -> jax.Array:
-        codes = _array(codes)
+        codes = _array("codes", codes)
         if codes.ndim != 2 or codes.shape[1] != length or not len(codes):
             raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
         if not jnp.issubdtype(codes.dtype, jnp.integer):
@@ -76,13 +76,14 @@ class Pretrained:
         return jnp.asarray(codes, jnp.int32)
 
     def _check_layer(self, layer: int, depth: int) -> None:
-        if not 1 <= layer <= depth:
+        if not isinstance(layer, int | np.integer) or not 1 <= layer <= depth:
             raise ValueError(f"layer: expected 1..{depth}, got {layer}")
 
 
 class PretrainedTokenizer(Pretrained):
     """A tokenizer and its weights; see `Pretrained`.
 
+    Arrays are those of NumPy or JAX, lists, or PyTorch's tensors on CPUs.
     `images` are `[B, H, W, 3]`, B at least 1: floats in [-1, 1], or integers in 0..255. Floats up
     to twice that range pass, because decoded images exceed it a little. `codes` are `[B, N]`
     integers in [0, K). Anything else raises ValueError.
@@ -103,7 +104,7 @@ class PretrainedTokenizer(Pretrained):
         self.history = weights["history"]
 
     def encode(self, images) -> jax.Array:
-        """Maps images `[B, H, W, 3]`, floats in [-1, 1] or uint8, to codes, int32 `[B, N]`."""
+        """Maps images `[B, H, W, 3]` to codes, int32 `[B, N]`."""
         return self._run(Tokenizer.encode, self._images(images))
 
     def latents(self, images) -> jax.Array:
@@ -131,7 +132,7 @@ class PretrainedTokenizer(Pretrained):
         return float(quantizer.codebook_usage(self.history, self.config.codebook_size))
 
     def _images(self, images):
-        images, size = _array(images), self.config.image_size
+        images, size = _array("images", images), self.config.image_size
         if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
             raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
         if jnp.issubdtype(images.dtype, jnp.floating):
@@ -141,7 +142,8 @@ class PretrainedTokenizer(Pretrained):
                 _check_range("images: expected integers in", images, 0, 255)
                 images = images.astype(np.uint8)
         else:
-            raise ValueError(f"images: expected floats in [-1, 1] or uint8, got {images.dtype}")
+            expected = "floats in [-1, 1] or integers in 0..255"
+            raise ValueError(f"images: expected {expected}, got {images.dtype}")
         images = self._place(images)
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
 
@@ -149,8 +151,9 @@ class PretrainedTokenizer(Pretrained):
 class PretrainedGenerator(Pretrained):
     """A generator and its weights; see `Pretrained`.
 
-    In all methods, `codes` are `[B, N]` integers in [0, K), and `classes` are `[B]` integers among
-    `trained`, or `config.null_class`, which means unconditional. Anything else raises ValueError.
+    Arrays are as for a tokenizer. In all methods, `codes` are `[B, N]` integers in [0, K), and
+    `classes` are `[B]` integers among `trained`, or `config.null_class`, which means unconditional.
+    Anything else raises ValueError.
 
     Attributes:
       made_by: provenance of the weights; "tokenizer" is the tokenizer's fingerprint, if known.
@@ -175,6 +178,7 @@ class PretrainedGenerator(Pretrained):
         # The table may have more rows than the data have classes.
         self.class_count = len(self.class_names) or config.classes
         self.trained = np.setdiff1d(np.arange(self.class_count), data.get("untrained", ()))
+        self._warned = False  # of guidance by an untrained class
 
     def logits(self, codes, classes=None) -> jax.Array:
         """Logits of each code, given the class and the preceding codes, float32 `[B, N, K]`.
@@ -213,12 +217,14 @@ class PretrainedGenerator(Pretrained):
           int32 `[B, N]`.
 
         Raises:
-          ValueError: a setting is unknown or outside its range.
+          ValueError: a setting is unknown or outside its range, or `classes` or `key` are not as
+            above.
         """
         settings = SamplingConfig(**settings)
-        classes = self._classes(classes)
-        if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-            key = jax.random.wrap_key_data(key)
+        if not self._warned:  # once, not in each batch
+            run = self.made_by.get("run") or {}
+            self._warned = sampling.check_null_class(settings, run.get("class_dropout"))
+        classes, key = self._classes(classes), _random_key(key)
         keys = key if key.ndim else jax.random.split(key, len(classes))
         if keys.shape != classes.shape:
             raise ValueError(f"key: expected 1 or {len(classes)} keys, got {list(keys.shape)}")
@@ -239,7 +245,7 @@ class PretrainedGenerator(Pretrained):
         return codes[:, :-1], classes
 
     def _classes(self, classes) -> np.ndarray:
-        classes, null = np.asarray(classes), self.config.null_class
+        classes, null = np.asarray(_array("classes", classes)), self.config.null_class
         if classes.ndim != 1 or not classes.size or classes.dtype.kind not in "iu":
             found = f"{list(classes.shape)} {classes.dtype}"
             raise ValueError(f"classes: expected integers [B], got {found}")
@@ -258,9 +264,24 @@ def class_list(classes: Sequence[int]) -> str:
     return ", ".join(parts if len(parts) < 9 else [*parts[:8], "..."])
 
 
-def _array(values):
-    """NumPy and JAX arrays as they are, lists as NumPy arrays."""
-    return values if hasattr(values, "dtype") else np.asarray(values)
+def _array(name: str, values):
+    """NumPy and JAX arrays as they are; lists, and PyTorch's tensors on CPUs, as NumPy arrays."""
+    if isinstance(values, jax.Array | np.ndarray):
+        return values
+    try:
+        return np.asarray(values)
+    except (RuntimeError, TypeError, ValueError) as error:
+        found = f"{type(values).__name__} ({first_line(error)})"
+        raise ValueError(f"{name}: expected an array, got a {found}") from error
+
+
+def _random_key(key) -> jax.Array:
+    try:
+        typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+        return key if typed else jax.random.wrap_key_data(key)
+    except (AttributeError, TypeError, ValueError) as error:
+        found = f"{type(key).__name__} ({first_line(error)})"
+        raise ValueError(f"key: expected jax.random.key(SEED), got a {found}") from error
 
 
 def _check_range(expected: str, array, low: int, high: int) -> None:
@@ -281,15 +302,15 @@ def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
         and bfloat16 elsewhere.
 
     Raises:
-      UserError: the directory holds no tokenizer.
+      UserError: the directory holds no tokenizer, or JAX finds no device of JAX_PLATFORMS.
     """
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    bundle = _load(directory, "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype, bundle.fingerprint)
 
 
 def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
     """Loads a generator; arguments and errors as for `load_tokenizer`."""
-    bundle = bundles.load(directory, "generator", GeneratorConfig)
+    bundle = _load(directory, "generator", GeneratorConfig)
     return PretrainedGenerator(
         bundle.config, bundle.weights, dtype, bundle.made_by, bundle.fingerprint
     )
@@ -326,7 +347,13 @@ def generator_from_torch(
     return PretrainedGenerator(config, weights, dtype)
 
 
+def _load(directory: Path, kind: str, config_type: type) -> bundles.Bundle:
+    sharding.require_accelerator(fallback=True)
+    return bundles.load(directory, kind, config_type)
+
+
 def _tensors(checkpoint) -> Mapping[str, np.ndarray]:
+    sharding.require_accelerator(fallback=True)
     if isinstance(checkpoint, Mapping):
         return checkpoint
     return torch_files.read(local_path(str(checkpoint), "checkpoint"))

@@ -7,7 +7,7 @@ models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..
 `model.safetensors.index.json` mapping arrays to files.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -30,16 +30,28 @@ from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import (
     json_text,
     local_path,
+    read_index,
     read_json,
     refuse_foreign,
     write_json,
     write_safetensors,
 )
+from gigatok_jax.models import generator, quantizer, tokenizer, vit
 
 FORMAT = 3
 INDEX = "model.safetensors.index.json"
 FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 FILE_BYTES = 5 * 10**9  # maximum, unless a single array is larger
+
+# What a network of an architecture consists of: nested dictionaries of shapes and types.
+CONTENT: dict[type, Callable[[Any], dict[str, Any]]] = {
+    tokenizer.TokenizerConfig: lambda config: {
+        "params": tokenizer.param_shapes(config),
+        "history": jax.ShapeDtypeStruct((quantizer.HISTORY_LENGTH,), jnp.int32),
+    },
+    generator.GeneratorConfig: lambda config: {"params": generator.param_shapes(config)},
+    vit.ViTConfig: lambda config: {"params": vit.param_shapes(config)},
+}
 
 
 class Bundle(NamedTuple):
@@ -190,15 +202,16 @@ def load(
       The bundle; floating-point arrays are float32.
 
     Raises:
-      UserError: the bundle is missing, damaged, or of another kind, or its weights are not finite.
+      UserError: the bundle is missing, damaged, or of another kind, or its weights are not finite
+        or not those of its architecture.
     """
     directory, config, record = _describe(directory, kind, config_type)
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
-            places = json.loads((directory / INDEX).read_text())["weight_map"]
-        for file in sorted(set(places.values())) or ["model.safetensors"]:
-            arrays |= safetensors.numpy.load_file(directory / file)
+            places = read_index(directory / INDEX)
+        for file in sorted(set(places.values())) or [directory / "model.safetensors"]:
+            arrays |= safetensors.numpy.load_file(file)
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)
@@ -211,12 +224,26 @@ def load(
         weights = unflatten_dict(arrays, sep="/")
     except Exception as error:  # damaged files raise many types
         raise UserError(f"{directory}: unreadable weights ({first_line(error)})") from error
+    if type(config) in CONTENT:
+        _check_content(directory, CONTENT[type(config)](config), weights)
     params = {
         name.removeprefix("params/"): digest
         for name, digest in digests.items()
         if name.startswith("params/")
     }
     return Bundle(config, weights, record["made_by"], _combine(params))
+
+
+def _check_content(directory: pathlib.Path, expected: Any, weights: Any) -> None:
+    """Rejects arrays that are missing, unknown, or of another shape or type."""
+    expected, found = (
+        {name: f"{x.dtype} {list(x.shape)}" for name, x in flatten_dict(tree, sep="/").items()}
+        for tree in (expected, weights)
+    )
+    for name in sorted(expected.keys() | found.keys()):
+        wanted, got = expected.get(name, "no such array"), found.get(name, "none")
+        if wanted != got:
+            raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
 def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:

@@ -94,7 +94,9 @@ def _run(arguments: list[str]) -> int:
         _join(values)
     else:
         if verb.devices:
-            _require_accelerator()
+            from gigatok_jax import sharding
+
+            sharding.require_accelerator()
         _log_to_terminal()
     from gigatok_jax import distributed
 
@@ -238,32 +240,14 @@ def _check_overrides(
 
 def _join(values: dict[str, Any]) -> None:
     """Joins the other processes of a run; all but process 0 then show only warnings."""
-    from gigatok_jax import distributed
+    from gigatok_jax import distributed, sharding
 
     names = ("coordinator", "processes", "process", "timeout")
     distributed.start(*(values.pop(name) for name in names))
-    _require_accelerator()
+    sharding.require_accelerator()
     if distributed.started() and not distributed.is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _log_to_terminal(logging.INFO if distributed.is_main() else logging.WARNING)
-
-
-def _require_accelerator() -> None:
-    """Rejects a machine without the first of JAX_PLATFORMS; on a CPU, a step may take a day."""
-    import jax
-
-    wanted, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
-    if wanted in ("", "cpu"):
-        return
-    try:
-        found = jax.default_backend() != "cpu"
-    except (AssertionError, RuntimeError):  # depending on what is missing
-        found = False
-    if not found:
-        raise UserError(
-            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: JAX finds no {wanted} device; its "
-            "libraries come with pip install -e '.[cuda]' or '.[tpu]'"
-        )
 
 
 class _TerminalHandler(logging.Handler):

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
 import fnmatch
+import itertools
 import pathlib
 import types
 from typing import Any
@@ -302,19 +303,23 @@ def _class_numbers(items: list[str], trained: Sequence[int]) -> list[int]:
 
     if items == ["all"]:
         return list(trained)
-    numbers = []
+    ranges = []
     for item in items:
         first, dash, last = item.partition("-")
         last = last if dash else first
         if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
             raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
-        numbers += range(int(first), int(last) + 1)
-    bad = sorted(set(numbers).difference(trained))
-    if bad or not numbers:
+        ranges.append(range(int(first), int(last) + 1))
+    known, numbers = set(trained), itertools.chain.from_iterable(ranges)
+    # The first few: a range may be longer than memory.
+    bad = list(itertools.islice((number for number in numbers if number not in known), 6))
+    if bad or not ranges:
+        more = " and more" if len(bad) > 5 else ""
         raise UserError(
-            f"--classes: expected trained classes, {class_list(trained)}, got {bad or items}"
+            f"--classes: expected trained classes, {class_list(trained)}, got "
+            f"{bad[:5] or items}{more}"
         )
-    return numbers
+    return [number for some in ranges for number in some]
 
 
 @verb(

@@ -208,6 +208,21 @@ def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
     return value
 
 
+def read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+    """The files of a Hugging Face index (`*.index.json`), which lie beside it, by tensor.
+
+    Raises:
+      UserError: the index is damaged, or names a file elsewhere.
+    """
+    places = read_json(path, "the shards of a checkpoint").get("weight_map")
+    if not isinstance(places, Mapping) or not places:
+        raise UserError(f"{path}: expected a weight_map of tensors to files, got {places!r}")
+    for file in places.values():
+        if not isinstance(file, str) or file in ("", "..") or pathlib.PurePath(file).name != file:
+            raise UserError(f"{path}: weight_map: expected files in its own folder, got {file!r}")
+    return {name: path.with_name(file) for name, file in places.items()}
+
+
 def claim(
     path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
 ) -> None:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import logging
 import math
 from typing import Annotated, Any, Literal
 
@@ -14,6 +15,8 @@ from gigatok_jax import sharding
 from gigatok_jax.config import configclass
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Decoder, GeneratorConfig
+
+logger = logging.getLogger(__name__)
 
 Schedule = Literal[
     "constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"
@@ -91,6 +94,17 @@ class SamplingConfig:
             scales = np.where((r >= first) & (r <= last), s, 1 + NEAR_ONE)
         scales[0] = s
         return scales.astype(np.float32)
+
+
+def check_null_class(settings: SamplingConfig, class_dropout: float | None) -> bool:
+    """Warns of guidance by a null class that was not trained; returns whether it did."""
+    untrained = settings.guidance > 1 and class_dropout == 0
+    if untrained:
+        logger.warning(
+            "guidance compares with the null class, which this generator was not trained on: its "
+            "run has class_dropout=0"
+        )
+    return untrained
 
 
 def truncate(logits: jax.Array, top_k: int, top_p: float) -> jax.Array:

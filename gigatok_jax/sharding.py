@@ -22,6 +22,7 @@ import contextlib
 import contextvars
 import functools
 import math
+import os
 from typing import Annotated, Any
 
 from flax import linen as nn
@@ -33,6 +34,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from gigatok_jax.config import configclass
+from gigatok_jax.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
 # Linen's logical constraints need Auto axes; jax.make_mesh makes Explicit ones by default.
@@ -95,6 +97,25 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """
     count = jax.device_count() if devices is None else len(devices)
     return jax.make_mesh(_mesh_shape(config, count), AXES, axis_types=TYPES, devices=devices)
+
+
+def require_accelerator(*, fallback: bool = False) -> None:
+    """Rejects a machine without the first of JAX_PLATFORMS; on a CPU, a step may take a day.
+
+    `fallback` accepts the others of JAX_PLATFORMS.
+    """
+    wanted, _, _ = os.environ.get("JAX_PLATFORMS", "").partition(",")
+    if wanted in ("", "cpu"):
+        return
+    try:
+        found = jax.default_backend() != "cpu" or fallback
+    except (AssertionError, RuntimeError):  # depending on what is missing
+        found = False
+    if not found:
+        raise UserError(
+            f"JAX_PLATFORMS={os.environ['JAX_PLATFORMS']}: JAX finds no {wanted} device; its "
+            "libraries come with pip install -e '.[cuda]' or '.[tpu]'"
+        )
 
 
 def local_mesh() -> Mesh:

@@ -10,6 +10,7 @@ import gigatok_jax as gt
 from gigatok_jax import bundles, recipes
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import quantizer
+from gigatok_jax.models.generator import GeneratorConfig, param_shapes
 from gigatok_jax.weights import convert, torch_files
 
 import synth
@@ -96,7 +97,7 @@ def test_codes_of_another_shape_are_rejected(tokenizer, shape):
         assert str(error.value) == f"codes: expected [B, 16], got {list(shape)}"
 
 
-@pytest.mark.parametrize("layer", [0, 3])
+@pytest.mark.parametrize("layer", [0, 3, 1.5, 1.0, "1", None])
 def test_unknown_layer_is_rejected(tokenizer, codes, layer):
     with pytest.raises(ValueError, match=rf"^layer: expected 1\.\.2, got {layer}"):
         tokenizer.decoder_features(codes, layer=layer)
@@ -147,7 +148,7 @@ def test_arrays_of_another_type_are_rejected(tokenizer):
     for images, message in (
         (
             np.zeros((1, 32, 32, 3), bool),
-            r"images: expected floats in \[-1, 1\] or uint8, got bool",
+            r"images: expected floats in \[-1, 1\] or integers in 0..255, got bool",
         ),
         (np.full((1, 32, 32, 3), 256), r"images: expected integers in 0..255, got 256"),
         (np.full((1, 32, 32, 3), 200.0), r"images: expected floats in \[-1, 1\], .*, got 200.0"),
@@ -164,6 +165,64 @@ def test_arrays_of_another_type_are_rejected(tokenizer):
     ):
         with pytest.raises(ValueError, match=f"^{message}$"):
             tokenizer.decode(codes)
+
+
+def test_tensors_of_pytorch_are_arrays(tokenizer, codes):
+    torch = pytest.importorskip("torch")
+    images = tiny.images(2)
+    np.testing.assert_array_equal(tokenizer.encode(torch.from_numpy(images)), codes)
+    pixels = np.random.default_rng(0).integers(0, 256, images.shape, dtype=np.uint8)
+    for kind in (torch.uint8, torch.int64):
+        encoded = tokenizer.encode(torch.from_numpy(pixels).to(kind))
+        np.testing.assert_array_equal(encoded, tokenizer.encode(pixels))
+    decoded = tokenizer.decode(torch.from_numpy(np.array(codes)))
+    np.testing.assert_array_equal(decoded, tokenizer.decode(codes))
+    shape = (2, 32, 32, 3)
+    for bad, message in (
+        (torch.zeros(shape, dtype=torch.bfloat16), "images: expected an array, got a Tensor"),
+        (torch.zeros(shape, device="meta"), "images: expected an array, got a Tensor"),
+        (torch.zeros(2, 3, 32, 32), r"images: expected \[B, 32, 32, 3\], got \[2, 3, 32, 32\]"),
+        (torch.zeros(shape, dtype=torch.bool), "images: .* or integers in 0..255, got bool"),
+        ([[1], [2, 3]], "images: expected an array, got a list"),
+        (None, r"images: expected \[B, 32, 32, 3\], got \[\]"),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            tokenizer.encode(bad)
+
+
+@pytest.fixture(scope="module")
+def generator():
+    config = GeneratorConfig(1, 2, 16, codes=4, codebook_size=64, classes=3)
+    weights = {"params": tiny.fill(param_shapes(config))}
+    return gt.api.PretrainedGenerator(config, weights, made_by={"run": {"class_dropout": 0.0}})
+
+
+@pytest.mark.parametrize("key", [None, 0, "0", np.zeros(3, np.float32), np.zeros(3, np.uint32)])
+def test_other_values_than_random_keys_are_rejected(generator, key):
+    with pytest.raises(ValueError, match=r"^key: expected jax\.random\.key"):
+        generator.sample([0], key)
+
+
+def test_sampling_warns_once_of_guidance_by_an_untrained_class(generator, caplog):
+    for guidance in (1.0, 2.0, 2.0):
+        generator.sample([0], jax.random.key(0), guidance=guidance)
+    (record,) = caplog.records
+    assert record.getMessage().startswith("guidance compares with the null class")
+
+
+def test_accelerator_that_is_not_there_is_named(directory, monkeypatch):
+    def missing():
+        raise AssertionError
+
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    monkeypatch.setattr(jax, "default_backend", missing)
+    tensors = convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
+    for load in (
+        lambda: gt.load_tokenizer(directory),
+        lambda: gt.tokenizer_from_torch(tensors, "b_l"),
+    ):
+        with pytest.raises(UserError, match=r"^JAX_PLATFORMS=cuda: JAX finds no cuda device"):
+            load()
 
 
 def test_integers_of_any_type_are_pixels(tokenizer):

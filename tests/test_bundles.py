@@ -16,7 +16,10 @@ import pytest
 
 from gigatok_jax import bundles
 from gigatok_jax.errors import UserError
-from gigatok_jax.models.tokenizer import TransformerSize
+from gigatok_jax.models import generator
+from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
+
+import tiny
 
 
 @pytest.fixture
@@ -92,7 +95,10 @@ def test_index_must_name_the_arrays_of_its_files(tmp_path, weights):
     index["weight_map"]["more"] = "model-00001-of-00003.safetensors"
     path.write_text(json.dumps(index))
     assert refusal(directory) == f"{directory}: unreadable weights (more is missing)"
-    for content in ("{", "[]", "{}", '{"weight_map": {"x": "absent.safetensors"}}'):
+    for file in ("absent.safetensors", "../elsewhere.safetensors"):
+        path.write_text(json.dumps({"weight_map": {"x": file}}))
+        assert re.search(f"unreadable weights .*{file}", refusal(directory))
+    for content in ("{", "[]", "{}"):
         path.write_text(content)
         assert refusal(directory).startswith(f"{directory}: unreadable weights (")
 
@@ -227,3 +233,47 @@ def test_fingerprint_depends_on_names_and_values():
     assert found == bundles.fingerprint(jax.tree.map(jnp.asarray, params))
     assert found != bundles.fingerprint({**params, "b": np.array([0, 1], np.float32)})
     assert found != bundles.fingerprint({"a": params["a"], "c": params["b"]})
+
+
+CONTENTS = {
+    "another size": (
+        lambda weights: tiny.weights(tiny.config(decoder=TransformerSize(2, 2, 32))),
+        "params/decoder/embed/bias: expected float32 [16] by config.json, got float32 [32]",
+    ),
+    "another codebook": (
+        lambda weights: tiny.weights(tiny.config(codebook_size=128)),
+        "params/codebook: expected float32 [64, 8] by config.json, got float32 [128, 8]",
+    ),
+    "missing": (
+        lambda weights: {"params": weights["params"]},
+        "history: expected int32 [65536] by config.json, got none",
+    ),
+    "unknown": (
+        lambda weights: weights | {"params": weights["params"] | {"x": np.ones(3, np.float32)}},
+        "params/x: expected no such array by config.json, got float32 [3]",
+    ),
+    "another type": (
+        lambda weights: weights | {"history": weights["history"].astype(np.int64)},
+        "history: expected int32 [65536] by config.json, got int64 [65536]",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CONTENTS)
+def test_weights_must_be_those_of_the_architecture(tmp_path, case):
+    change, message = CONTENTS[case]
+    bundles.save(tmp_path, "tokenizer", tiny.config(), change(tiny.weights(tiny.config())), {})
+    with pytest.raises(UserError) as error:
+        bundles.load(tmp_path, "tokenizer", TokenizerConfig)
+    assert str(error.value) == f"{tmp_path}: {message}"
+
+
+def test_weights_of_a_generator_must_be_those_of_its_architecture(tmp_path):
+    small, large = (
+        generator.GeneratorConfig(1, 2, 16, codes=4, codebook_size=codes, classes=3)
+        for codes in (8, 9)
+    )
+    weights = {"params": tiny.fill(generator.param_shapes(large))}
+    bundles.save(tmp_path, "generator", small, weights, {})
+    with pytest.raises(UserError, match=r": params/\S+: expected float32 \[.*8.*\] by config.json"):
+        bundles.load(tmp_path, "generator", generator.GeneratorConfig)

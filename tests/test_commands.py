@@ -268,6 +268,58 @@ def test_checkpoint_of_another_architecture(gigatok, tmp_path):
     assert not out.exists()
 
 
+def test_converted_model_is_that_of_a_run(gigatok, bundle, tmp_path):
+    """`--model` may be a workdir, with the bundle of a finished run, or without one."""
+    path, out, workdir = tmp_path / "weights.safetensors", tmp_path / "out", tmp_path / "run"
+    torch_files.write(
+        path, convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
+    )
+    command = ["convert", "tokenizer", f"--from={path}", f"--model={workdir}", f"--out={out}"]
+    (workdir / "checkpoints").mkdir(parents=True)
+    assert refused(gigatok(*command)).startswith(f"{workdir}: this run has not written a bundle")
+    shutil.copytree(bundle, workdir / "bundle")
+    assert gigatok(*command)[0] == 0
+    expected, found = (bundles.load(folder, "tokenizer") for folder in (bundle, out))
+    assert found.fingerprint == expected.fingerprint and found.config == expected.config
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_not_converted(gigatok, bundle, tmp_path, value):
+    path, out = tmp_path / "weights.safetensors", tmp_path / "out"
+    tensors = convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
+    tensors["quantize.embedding.weight"][3, 1] = value
+    torch_files.write(path, tensors)
+    command = ["convert", "tokenizer", f"--from={path}", f"--model={bundle}", f"--out={out}"]
+    message = f"{path}: codebook: expected finite values, found NaN or infinity"
+    assert refused(gigatok(*command)) == message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("seed", ["-1", "4294967296"])
+def test_seed_out_of_range(gigatok, tmp_path, seed):
+    workdir = tmp_path / "run"
+    command = ["train", f"--config={TOKENIZER}", f"--config.seed={seed}", f"--workdir={workdir}"]
+    assert refused(gigatok(*command)).startswith("config.seed: expected ")
+    assert not workdir.exists()
+
+
+def test_index_of_shards(gigatok, bundle, tmp_path):
+    tensors = convert.to_torch("tokenizer", tiny.weights(tiny.config()), tiny.config())
+    names = sorted(tensors)
+    parts = {"1.safetensors": names[::2], "2.safetensors": names[1::2]}
+    for file, part in parts.items():
+        torch_files.write(tmp_path / file, {name: tensors[name] for name in part})
+    index, out = tmp_path / "model.safetensors.index.json", tmp_path / "out"
+    command = ["convert", "tokenizer", f"--from={index}", f"--model={bundle}", f"--out={out}"]
+    places = {name: file for file, part in parts.items() for name in part}
+    index.write_text(json.dumps({"weight_map": places | {names[0]: "../1.safetensors"}}))
+    assert refused(gigatok(*command)).startswith(f"{index}: weight_map: expected files in its own")
+    index.write_text(json.dumps({"weight_map": places}))
+    assert gigatok(*command)[0] == 0
+    expected, found = (bundles.load(folder, "tokenizer") for folder in (bundle, out))
+    assert found.fingerprint == expected.fingerprint
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [

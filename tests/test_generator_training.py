@@ -327,6 +327,22 @@ def test_run_does_not_go_on_with_codes_of_another_tokenizer(stable, stored, tmp_
         start(workdir, codes_of_another(stored, tmp_path / "codes"), steps=24)
 
 
+def test_run_does_not_go_on_with_more_classes(stable, stored, tmp_path):
+    workdir = shutil.copytree(stable[0], tmp_path / "run")
+    path = shutil.copytree(stored.path, tmp_path / "codes")
+    names = ("ant", "bee", "cat", "dog")
+    codes.write_info(path, dataclasses.replace(codes.read_info(path), class_names=names))
+    more = DataConfig(source="codes", path=str(path))
+    # The number of classes is the data's, so that the state has another shape.
+    model = dataclasses.replace(MODEL, classes=0)
+    config_file = workdir / "config.json"
+    config_file.write_text(config_file.read_text().replace('"classes": 3', '"classes": 0'))
+    with pytest.raises(
+        UserError, match=r"^\S+: its checkpoint was trained with another list of classes$"
+    ):
+        start(workdir, more, model=model, steps=24)
+
+
 # Branches.
 
 
@@ -407,6 +423,17 @@ def test_branch_with_codes_of_another_tokenizer_is_refused(stable, stored, tmp_p
         UserError, match=r"^\S+: its checkpoint was trained with another tokenizer$"
     ):
         start(tmp_path / "branch", codes_of_another(stored, tmp_path / "codes"), **place)
+
+
+@pytest.mark.parametrize(
+    "share, guidance, warned", [(0.0, 2.0, True), (0.0, 1.0, False), (0.1, 2.0, False)]
+)
+def test_run_warns_of_pictures_by_an_untrained_class(
+    directory, photos, caplog, share, guidance, warned
+):
+    settings = SamplingConfig(guidance=guidance)
+    run(photos, tokenizer=str(directory), class_dropout=share, sampling=settings).open_task()
+    assert ("which this generator was not trained on" in caplog.text) == warned
 
 
 # What is refused.

@@ -146,6 +146,23 @@ def test_probe_rejects_a_reference_before_it_trains(tokenizer, tmp_path):
     assert not (tmp_path / "probe").exists()
 
 
+def test_probe_with_a_changed_reference_is_rejected(tokenizer, tmp_path, monkeypatch):
+    def die(probe, out):
+        raise Killed
+
+    monkeypatch.setattr(probing, "STEPS", {"reconstruction": die})
+    file = tmp_path / "real.npz"
+    other = dataclasses.replace(CONFIG, reference=str(file))
+    np.savez(file, mu=np.zeros(96), sigma=np.eye(96))
+    for _ in range(2):  # the second time as the first
+        with pytest.raises(Killed):
+            probing.probe(tokenizer, other, tmp_path / "probe")
+    np.savez(file, mu=np.ones(96), sigma=np.eye(96))
+    message = r"made with another config\.reference: 'real.npz \w{16}', not 'real.npz \w{16}'$"
+    with pytest.raises(UserError, match=message):
+        probing.probe(tokenizer, other, tmp_path / "probe")
+
+
 def test_report_holds_charts_pictures_and_settings(whole):
     html = (whole / "report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:)', html)  # nothing outside the file

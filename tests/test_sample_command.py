@@ -60,9 +60,8 @@ def saved(tmp_path_factory, tokenizer, generator) -> dict[str, Path]:
     bundles.save(paths["tokenizer"], "tokenizer", TOKENIZER, weights, {})
     params = weights["params"] | {"codebook": weights["params"]["codebook"] + 1}
     bundles.save(paths["other"], "tokenizer", TOKENIZER, weights | {"params": params}, {})
-    # Its weights are not looked at.
     short = dataclasses.replace(TOKENIZER, latents=2)
-    bundles.save(paths["short"], "tokenizer", short, {"params": {"x": np.ones(1)}}, {})
+    bundles.save(paths["short"], "tokenizer", short, tiny.weights(short), {})
     made_by = {"tokenizer": bundles.fingerprint(weights["params"])}
     bundles.save(paths["generator"], "generator", MODEL, generator.variables, made_by)
     return paths
@@ -273,6 +272,10 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     [
         (["--classes=3"], "--classes: expected trained classes, 0..2, got [3]"),
         (["--classes=1-4"], "--classes: expected trained classes, 0..2, got [3, 4]"),
+        (
+            ["--classes=0-99999999999"],
+            "--classes: expected trained classes, 0..2, got [3, 4, 5, 6, 7] and more",
+        ),
         (["--classes=cat"], "--classes: expected numbers and ranges such as 0,10-19, got 'cat'"),
         (["--classes=-1"], "--classes: expected numbers and ranges such as 0,10-19, got '-1'"),
         (["--classes=2-1"], "--classes: expected numbers and ranges such as 0,10-19, got '2-1'"),

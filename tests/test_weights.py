@@ -1,12 +1,16 @@
 """Checkpoints: names and shapes of every architecture, both directions, and files."""
 
 import argparse
+import collections
+import datetime
 import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 import re
+import types
 
 import jax
 import numpy as np
@@ -249,6 +253,23 @@ def test_weights_are_chosen_by_their_key(tmp_path, torch):
         torch_files.read(path, "ema")
 
 
+def test_shards_are_those_of_the_index(tmp_path):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": "2.pt", "b": "1.pt", "c": "2.pt"}}))
+    assert torch_files.shards(path) == [tmp_path / "1.pt", tmp_path / "2.pt"]
+    assert torch_files.shards(tmp_path / "1.pt") == [tmp_path / "1.pt"]
+
+
+@pytest.mark.parametrize("file", ["../../../etc/passwd", "/etc/passwd", "..", ".", "", "a/b.pt", 3])
+def test_index_of_files_elsewhere_is_refused(tmp_path, file):
+    path = tmp_path / "model.safetensors.index.json"
+    path.write_text(json.dumps({"weight_map": {"a": file}}))
+    with pytest.raises(UserError) as error:
+        torch_files.shards(path)
+    expected = f"weight_map: expected files in its own folder, got {file!r}"
+    assert str(error.value) == f"{path}: {expected}"
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 def test_every_floating_type_is_read_as_float32(tmp_path, torch, dtype, suffix):
@@ -281,6 +302,33 @@ def test_parameter_objects_are_read(tmp_path, torch):
     np.testing.assert_array_equal(torch_files.read(path)["w"], np.ones(2, np.float32))
 
 
+BESIDE = {
+    "scalar": np.float32(1),
+    "array": np.arange(3),
+    "objects": np.array([{}], object),
+    "path": pathlib.PurePosixPath("/x"),
+    "windows": pathlib.PureWindowsPath("c:/x"),
+    "own path": pathlib.Path("x"),
+    "empty": collections.defaultdict(list),
+    "history": collections.defaultdict(list, {"loss": [np.float64(1.0), 0.5]}),
+    "counts": collections.defaultdict(int, {1: 2}),
+    "last": collections.deque([1.0], maxlen=9),
+    "date": datetime.datetime(2024, 5, 1, tzinfo=datetime.UTC),
+    "took": datetime.timedelta(1),
+    "settings": types.SimpleNamespace(rate=1e-4, out=pathlib.Path("x")),
+    "random": np.random.get_state(),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_plain_objects_beside_the_weights_are_ignored(tmp_path, torch, name, zipped):
+    path = tmp_path / "file.pt"
+    content = {"first": BESIDE[name], "model": {"w": torch.ones(2)}, "last": [BESIDE[name]]}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    assert_identical(torch_files.read(path), {"w": np.ones(2, np.float32)})
+
+
 class Touch:
     """Unpickling it would create a file."""
 
@@ -291,10 +339,30 @@ class Touch:
         return (pathlib.Path.touch, (self.path,))
 
 
-def test_code_in_a_torch_file_does_not_run(tmp_path, torch):
+class System(Touch):
+    """The same, by a command of the shell."""
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.path}",))
+
+
+class Factory(Touch):
+    """The same, as an argument of an object that is ignored."""
+
+    def __reduce__(self):
+        return (collections.defaultdict, (System(self.path),))
+
+
+@pytest.mark.parametrize(
+    "attack, culprit", [(Touch, r"\S+"), (System, "posix.system"), (Factory, "posix.system")]
+)
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_code_in_a_torch_file_does_not_run(tmp_path, torch, attack, culprit, protocol):
     path, touched = tmp_path / "file.pt", tmp_path / "touched"
-    torch.save({"model": {"w": torch.ones(2)}, "extra": Touch(touched)}, path)
-    with pytest.raises(UserError, match=r"file\.pt: not a PyTorch checkpoint.*code of \S+"):
+    content = {"model": {"w": torch.ones(2)}, "extra": attack(touched)}
+    torch.save(content, path, pickle_protocol=protocol)
+    fault = f"it would run code of {culprit}" if protocol == 2 else "its pickle protocol is not 2"
+    with pytest.raises(UserError, match=rf"file\.pt: not a PyTorch checkpoint.*\({fault}; where"):
         torch_files.read(path)
     assert not touched.exists()
 

@@ -286,12 +286,18 @@ def load_reference(
     return distributed.in_main(load)
 
 
+def describe_npz(path: pathlib.Path) -> str:
+    """A file's name and digest, which identify a reference."""
+    with _readable(path), path.open("rb") as file:
+        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+
+
 def _npz_reference(
     path: pathlib.Path, extractor: Extractor, image_size: int, batch_size: int
 ) -> Reference:
-    with _readable(path), path.open("rb") as file:
-        name = f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
-        arrays = zipfile.ZipFile(file).namelist()
+    name = describe_npz(path)
+    with _readable(path):
+        arrays = zipfile.ZipFile(path).namelist()
     stored = _read_statistics(path)
     if "arr_0.npy" not in arrays:
         if "pool" in stored:

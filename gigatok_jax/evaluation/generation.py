@@ -346,11 +346,6 @@ def _sample_missing(
     numbers = np.array([n for group in todo.values() for n in group], int)
     size = min(batch_size, len(numbers))
     key = jax.random.key(seed)
-    if settings.guidance > 1 and generator.made_by.get("run", {}).get("class_dropout") == 0:
-        logger.warning(
-            "guidance compares with the null class, which this generator was not trained on: its "
-            "run had class_dropout=0"
-        )
 
     def images():
         for start in range(0, len(numbers), batch_size):

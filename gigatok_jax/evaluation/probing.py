@@ -74,6 +74,8 @@ class ProbeConfig:
     def identity(self) -> dict[str, Any]:
         """Fields that affect results, by dotted name; the others may change on a restart."""
         fields = dataclasses.asdict(self) | {"data": self.data.content()}
+        if self.reference:  # its content, wherever it lies
+            fields["reference"] = fid.describe_npz(Path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
         for run in (fields["generator"], fields["linear_probe"]):
             for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):

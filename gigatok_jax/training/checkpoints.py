@@ -1,6 +1,6 @@
 """Asynchronous checkpoints of a run: its state, position in the data, and unlogged metrics."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
@@ -68,20 +68,28 @@ class Checkpoints:
         if step == self.latest:
             return
         # Orbax detects files that are missing or cut, but not a changed byte.
-        progress = {"digests": _digests(state, progress)} | progress
+        digests = {"state": _state_digest(state), "progress": _progress_digest(progress)}
+        progress = {"digests": digests} | progress
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
         )
         with self._one_line():
             self._manager.save(step, args=items, force=True)
 
-    def restore(self, abstract_state: Any, step: int | None = None) -> Restored | None:
+    def restore(
+        self,
+        abstract_state: Any,
+        step: int | None = None,
+        check: Callable[[int, dict[str, Any]], None] | None = None,
+    ) -> Restored | None:
         """Restores a checkpoint; every process of the run calls this.
 
         Args:
           abstract_state: shapes, types and shardings to restore to; shardings may differ from the
             saved ones.
           step: which checkpoint; None: the newest.
+          check: called with the step and `progress` before the state is read; raises UserError if
+            the run cannot go on from there.
 
         Returns:
           The checkpoint, or None if it does not exist.
@@ -92,24 +100,32 @@ class Checkpoints:
         step = self.latest if step is None else step
         if step not in self.steps:
             return None
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract_state), progress=ocp.args.JsonRestore()
-        )
+        progress = dict(self._read(step, "progress", ocp.args.JsonRestore()))
+        digests = progress.pop("digests", None)
+        digests = digests if isinstance(digests, dict) else {}
+        self._compare(step, digests.get("progress"), _progress_digest(progress))
+        if check:
+            check(step, progress)
+        state = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
+        self._compare(step, digests.get("state"), _state_digest(state))
+        return Restored(step, state, progress)
+
+    def _read(self, step: int, name: str, how: Any) -> Any:
         try:
-            restored = self._manager.restore(step, args=items)
+            return self._manager.restore(step, args=ocp.args.Composite(**{name: how}))[name]
         except Exception as error:  # Orbax raises half a dozen types, bare ones too
             raise UserError(
                 f"{self._manager.directory / str(step)}: checkpoint is damaged or belongs to "
                 f"another model ({first_line(error)})"
             ) from error
-        state, progress = restored.state, dict(restored.progress)
-        if progress.pop("digests", None) != _digests(state, progress):
+
+    def _compare(self, step: int, saved: str | None, found: str) -> None:
+        if saved != found:
             raise UserError(
                 f"{self._manager.directory / str(step)}: checkpoint is damaged or of an older "
                 "version (the digest is not that of its content); without it, the run goes on from "
                 "the checkpoint before, or starts anew"
             )
-        return Restored(step, state, progress)
 
     def check(self) -> None:
         """Raises RunStopped if writing in the background has failed."""
@@ -143,13 +159,13 @@ class Checkpoints:
             raise RunStopped(f"{where}; {last_good(self._directory)}") from error
 
 
-def _digests(state: Any, progress: dict[str, Any]) -> dict[str, str]:
-    """Digests of what a checkpoint holds; they do not depend on how the state is sharded."""
-    text = json.dumps(progress, sort_keys=True).encode()
-    return {
-        "state": f"{int(_checksum(state)):08x}",
-        "progress": hashlib.sha256(text).hexdigest()[:16],
-    }
+def _progress_digest(progress: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _state_digest(state: Any) -> str:
+    """Does not depend on how the state is sharded."""
+    return f"{int(_checksum(state)):08x}"
 
 
 @jax.jit

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gigatok_jax import bundles, pictures, sampling, sharding
+from gigatok_jax import bundles, distributed, pictures, sampling, sharding
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.sources import missing_classes
@@ -114,6 +114,8 @@ class GeneratorRun(RunConfig):
             fingerprint = info.tokenizer
         if self.branch_from:
             _check_branch_point(self)
+        if tokenizer and distributed.is_main():  # the run draws pictures
+            sampling.check_null_class(self.sampling, self.class_dropout)
         return GeneratorTask(
             self,
             tokenizer.config if tokenizer else None,

@@ -93,17 +93,18 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         # The state comes from the newest checkpoint, from another run, or from initialization.
         abstract = abstract_state(task, mesh)
         origin = pathlib.Path(task.branch[0]) if task.branch and changed is None else workdir
-        branch = _restore_branch(task, abstract) if origin != workdir else None
+        # Before the state is read, whose shapes depend on what must be equal.
+        check_progress = functools.partial(_check_progress, task, origin)
+        branch = _restore_branch(task, abstract, check_progress) if origin != workdir else None
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
         stack.callback(checkpoints.close)
-        restored = branch or checkpoints.restore(abstract)
+        restored = branch or checkpoints.restore(abstract, check=check_progress)
         if restored is None:
             start, state, unlogged = 0, fresh_state(task, abstract, run.seed), []
         else:
             start, state, progress = restored
-            _check_progress(task, origin, start, progress)
             batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("resuming from step %d in %s", start, origin)
@@ -246,11 +247,11 @@ def jit_step(task: Task, state: Any, mesh: jax.sharding.Mesh) -> Callable:
     )
 
 
-def _restore_branch(task: Task, abstract: Any) -> Restored:
+def _restore_branch(task: Task, abstract: Any, check: Callable) -> Restored:
     """Restores the checkpoint of another run to start from, without its unlogged metrics."""
     workdir, step = task.branch
     checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
-    restored = checkpoints.restore(abstract, step)
+    restored = checkpoints.restore(abstract, step, check)
     steps = ", ".join(map(str, checkpoints.steps)) or "none"
     checkpoints.close()
     if restored is None:

@@ -1,13 +1,12 @@
 """Reading and writing PyTorch checkpoints: `.safetensors`, and `.pt`/`.pth` through PyTorch."""
 
-import argparse
-import collections
 from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import functools
 import pathlib
 import re
 from typing import Any
+import warnings
 import zipfile
 
 import jax.numpy as jnp
@@ -15,21 +14,55 @@ import numpy as np
 import safetensors
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json, replacing, unwritable, write_safetensors
+from gigatok_jax.files import read_index, replacing, unwritable, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+ADVICE = 'where it was made, call torch.save({"model": model.state_dict()}, FILE)'
 
-# What people store beside the weights, and what cannot run code: settings, paths and scalars.
+
+class Inert:
+    """Stands for an object that is not needed; nothing of the object's own class is called."""
+
+    def __new__(cls, *_):
+        return super().__new__(cls)
+
+    def __setstate__(self, state):
+        pass
+
+
+def _names(module: str, names: str) -> list[str]:
+    return [f"{module}.{name}" for name in names.split()]
+
+
+# What people store beside the weights: settings, paths, dates, histories and random states. The
+# file's names of these are given other meanings, so that nothing of the file is called.
+PATHS = "PosixPath WindowsPath PurePosixPath PureWindowsPath Path PurePath"
+NUMPY = "multiarray._reconstruct multiarray.scalar numeric._frombuffer"
+DTYPES = " ".join(name for name in dir(np.dtypes) if name.endswith("DType"))
+RANDOM = "_pickle.__randomstate_ctor _pickle.__bit_generator_ctor _pickle.__generator_ctor"
 HARMLESS = [
-    argparse.Namespace,
-    collections.defaultdict,
-    np.dtype,
-    *(getattr(np.dtypes, name) for name in dir(np.dtypes) if name.endswith("DType")),
-    *((kind, f"builtins.{kind.__name__}") for kind in (list, dict, set, int, float)),
-    *((pathlib.PurePath, f"pathlib.{kind}Path") for kind in ("Posix", "Windows", "PurePosix")),
-    (np._core.multiarray.scalar, "numpy._core.multiarray.scalar"),
-    (np._core.multiarray.scalar, "numpy.core.multiarray.scalar"),  # NumPy 1
+    (lambda *_: {}, "collections.defaultdict"),  # torch fills only plain dictionaries and lists
+    (lambda *_: [], "collections.deque"),
+    *(
+        (Inert, name)
+        for name in (
+            *_names("argparse", "Namespace"),
+            *_names("builtins", "list dict tuple frozenset int float bool str slice range"),
+            *_names("datetime", "datetime date time timedelta timezone"),
+            *_names("decimal", "Decimal"),
+            *_names("fractions", "Fraction"),
+            *_names("numpy", "ndarray dtype"),
+            *_names("numpy._core", NUMPY),
+            *_names("numpy.core", NUMPY),  # NumPy 1
+            *_names("numpy.dtypes", DTYPES),
+            *_names("numpy.random", f"{RANDOM} _mt19937.MT19937 _pcg64.PCG64"),
+            *_names("pathlib", PATHS),
+            *_names("pathlib._local", PATHS),  # Python 3.13
+            *_names("types", "SimpleNamespace"),
+            *_names("uuid", "UUID"),
+        )
+    ),
 ]
 
 
@@ -91,17 +124,8 @@ def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
 
 
 def shards(path: pathlib.Path) -> list[pathlib.Path]:
-    """The files that a Hugging Face index (`*.index.json`) lists; any other file stands alone.
-
-    Raises:
-      UserError: the index is damaged.
-    """
-    if not path.name.endswith(".index.json"):
-        return [path]
-    places = read_json(path, "the shards of a checkpoint").get("weight_map")
-    if not isinstance(places, Mapping) or not places:
-        raise UserError(f"{path}: expected a weight_map of tensors to files, got {places!r}")
-    return [path.with_name(str(name)) for name in sorted(set(map(str, places.values())))]
+    """The files that a Hugging Face index lists; any other file stands alone."""
+    return sorted(set(read_index(path).values())) if path.name.endswith(".index.json") else [path]
 
 
 def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]:
@@ -122,16 +146,21 @@ def _load_safetensors(path: pathlib.Path) -> dict[str, Callable[[], np.ndarray]]
 def _load_torch(path: pathlib.Path) -> Any:
     torch = import_torch(path)
     _check_sums(path)
+    # Mapping avoids reading optimizer states, which are twice the size of the weights. The format
+    # before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
+    mapped = zipfile.is_zipfile(path)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
-            # Mapping avoids reading optimizer states, which are twice the size of the weights. The
-            # format before PyTorch 1.6, which VGG-16 was published in, cannot be mapped.
-            mapped = zipfile.is_zipfile(path)
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the protocol: the error says it
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch raises many types for files of other kinds
-        code = re.search(r"Unsupported (?:global: GLOBAL|class) (\S+)", str(error))
-        reason = f"it would run code of {code[1]}" if code else "another format, or truncated"
-        raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({reason})") from error
+        code = re.search(r"nsupported (?:global: GLOBAL|GLOBAL|class) (\S+)", str(error))
+        fault = "another format, or truncated"
+        if code:
+            fault = f"it would run code of {code[1]}; {ADVICE}"
+        elif mapped and "Unsupported operand" in str(error):  # the file is whole
+            fault = f"its pickle protocol is not 2; {ADVICE}"
+        raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({fault})") from error
 
 
 def _check_sums(path: pathlib.Path) -> None:
