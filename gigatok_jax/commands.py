@@ -635,5 +635,7 @@ def demo(workdir: str, tokenizer, probe) -> None:
     from gigatok_jax import locks
 
     folder = pathlib.Path(workdir)
+    for data in (tokenizer.data, probe.data):
+        _check_data("workdir", folder, data, *demonstration.FOLDERS)
     with locks.hold(folder):
         demonstration.demo(folder, tokenizer, probe)
