@@ -144,8 +144,8 @@ def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable
         name = place.relative_to(folder).parts[0] if place.is_relative_to(folder) else ""
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in written):
             raise UserError(
-                f"--{flag}: expected another folder, because {name} in this one is written to, "
-                f"and {images} has images of {place}"
+                f"--{flag}: expected a folder whose {name!r}, which is written to, has none of "
+                f"the images, got those in {place}"
             )
 
 
@@ -644,5 +644,7 @@ def demo(workdir: str, tokenizer, probe) -> None:
     from gigatok_jax import locks
 
     folder = pathlib.Path(workdir)
+    for data in (tokenizer.data, probe.data):
+        _check_data("workdir", folder, data, *demonstration.FOLDERS)
     with locks.hold(folder):
         demonstration.demo(folder, tokenizer, probe)

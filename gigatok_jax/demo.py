@@ -18,6 +18,7 @@ from gigatok_jax.models import vit
 from gigatok_jax.training.loop import train
 from gigatok_jax.training.tokenizer import TokenizerRun
 
+FOLDERS = ("tokenizer", "drawings", "reconstructions", "probe", "samples")  # in the workdir
 HELD_OUT = 96  # drawings to reconstruct
 PER_CLASS = 40  # samples per class
 REAL = 2_000  # drawings to train the classifier of samples on

@@ -195,11 +195,11 @@ def test_results_and_images_that_meet_by_links_or_the_other_way_are_rejected(
     assert refusal(root, far / "out") == f"--out: {outside}"
     assert training(root, far / "out") == f"--workdir: {outside}"
     for images in (run / "images", run / "images" / "a" / "1.png"):
-        assert "--out: expected another folder, because images in" in refusal(images, run)
-    assert "expected another folder, because pictures in" in training(run / "pictures", run)
+        assert "--out: expected a folder whose 'images', which is" in refusal(images, run)
+    assert "a folder whose 'pictures', which is written" in training(run / "pictures", run)
     (root / "a").unlink()
     (root / "a").symlink_to(run / "pictures")
-    assert "expected another folder, because pictures in" in training(root, run)
+    assert "a folder whose 'pictures', which is written" in training(root, run)
     made = set(tmp_path.rglob("*")) - set(before)
     assert not [path for path in made if path.relative_to(tmp_path).parts[0] in ("far", "run")]
 
