@@ -68,8 +68,7 @@ class Checkpoints:
         if step == self.latest:
             return
         # Orbax detects files that are missing or cut, but not a changed byte.
-        digests = {"state": _state_digest(state), "progress": _progress_digest(progress)}
-        progress = {"digests": digests} | progress
+        progress = {"digests": _digests(state, progress)} | progress
         items = ocp.args.Composite(
             state=ocp.args.StandardSave(state), progress=ocp.args.JsonSave(progress)
         )
@@ -107,7 +106,7 @@ class Checkpoints:
         if check:
             check(step, progress)
         state = self._read(step, "state", ocp.args.StandardRestore(abstract_state))
-        self._compare(step, digests.get("state"), _state_digest(state))
+        self._compare(step, digests, _digests(state, progress))
         return Restored(step, state, progress)
 
     def _read(self, step: int, name: str, how: Any) -> Any:
@@ -119,7 +118,7 @@ class Checkpoints:
                 f"another model ({first_line(error)})"
             ) from error
 
-    def _compare(self, step: int, saved: str | None, found: str) -> None:
+    def _compare(self, step: int, saved: Any, found: Any) -> None:
         if saved != found:
             raise UserError(
                 f"{self._manager.directory / str(step)}: checkpoint is damaged or of an older "
@@ -159,13 +158,13 @@ class Checkpoints:
             raise RunStopped(f"{where}; {last_good(self._directory)}") from error
 
 
+def _digests(state: Any, progress: dict[str, Any]) -> dict[str, str]:
+    """Digests of what a checkpoint holds; they do not depend on how the state is sharded."""
+    return {"state": f"{int(_checksum(state)):08x}", "progress": _progress_digest(progress)}
+
+
 def _progress_digest(progress: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(progress, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _state_digest(state: Any) -> str:
-    """Does not depend on how the state is sharded."""
-    return f"{int(_checksum(state)):08x}"
 
 
 @jax.jit
