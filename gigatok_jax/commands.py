@@ -151,8 +151,10 @@ def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable
 
 def _check_data(flag: str, folder: pathlib.Path, data: Any, *written: str) -> None:
     """`_check_apart` for the data of a configuration."""
+    from gigatok_jax import distributed
+
     if data.source == "folder":
-        _check_apart(flag, folder, data.path, written)
+        distributed.in_main(lambda: _check_apart(flag, folder, data.path, written))
 
 
 @verb(

@@ -49,7 +49,7 @@ def reason(error: BaseException) -> str:
 def unwritable(path: pathlib.Path, error: Exception, size: int) -> OSError:
     """The error of a file of about `size` bytes that a library failed to write."""
     number, text = getattr(error, "errno", None) or errno.EIO, reason(error)
-    if text == DISK_FULL:
+    if text == DISK_FULL:  # with another number, because `reason` words ENOSPC without the size
         number, text = errno.EIO, f"{text}; this file takes {size:,} bytes"
     return OSError(number, text, str(path))
 
@@ -80,21 +80,21 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def refuse_foreign(
-    folder: pathlib.Path, own: Iterable[str], describes: str, *, hidden: bool = True
-) -> None:
+def refuse_foreign(folder: pathlib.Path, own: Iterable[str], describes: str) -> None:
     """Raises UserError if `folder` is a file, or holds one that this program did not write there.
 
+    Hidden files, such as a lock or what file managers leave, do not count.
+
     Args:
-      own: relative paths of what it wrote; locks are always its own.
+      own: relative paths of what it wrote.
       describes: these files together, for messages.
-      hidden: count hidden files too; those of file managers do no harm if nothing is removed.
     """
-    known = {LOCK, *own}
+    known = {*own, "Thumbs.db"}  # Windows hides the latter
     found = [] if folder.is_dir() or not folder.exists() else ["a file"]
     for path in folder.rglob("*"):
         name = printable(str(path.relative_to(folder)))
-        counts = (hidden or name[0] != ".") and (path.is_symlink() or not path.is_dir())
+        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
+        counts = not hidden and (path.is_symlink() or not path.is_dir())
         if counts and name not in known:
             found.append(name)
     if found:

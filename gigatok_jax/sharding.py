@@ -197,10 +197,11 @@ def row_major(x: jax.Array) -> jax.Array:
 
 
 def row_major_gradients(gradients: Any) -> Any:
-    """Makes the compiler store the gradients of convolutions in row-major order on GPUs.
+    """Makes the compiler store gradients of four axes in row-major order on GPUs.
 
-    cuDNN's order would spread to the optimizer, which would then transpose parameters and moments
-    as well, before and after each update. It does so still where parameters are sharded.
+    cuDNN's order of convolutions would spread to the optimizer, which would then transpose
+    parameters and moments as well, before and after each update. It still does so where parameters
+    are sharded, whose gradients this would gather.
     """
     mesh = _mesh.get()
     if platform() != "gpu" or mesh is None or mesh.shape["fsdp"] * mesh.shape["tensor"] > 1:

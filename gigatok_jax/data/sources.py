@@ -24,6 +24,7 @@ from gigatok_jax.data.folders import open_folder
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import stamp
 
+MOST_LABELS = 100_000  # examples to look at for `missing_classes`
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
 
 # Changing any field but these makes stored codes and results of probes stale.
@@ -275,12 +276,16 @@ def open_source(config: DataConfig, *, train: bool, image_size: int) -> Source:
 
 
 def missing_classes(source: Source) -> tuple[int, ...]:
-    """The labels of which a source has no example; reads examples until it has seen all others."""
+    """The labels of which a source has no example.
+
+    Reads examples until it has seen all labels. Of a source of which `MOST_LABELS` examples do not
+    show them all, none counts as missing: to read the others would take too long.
+    """
     missing = set(range(len(source.class_names)))
-    order = np.random.default_rng(0).permutation(len(source))
+    order = np.random.default_rng(0).permutation(len(source))[:MOST_LABELS]
     with ThreadPoolExecutor(16) as threads:
         for start in range(0, len(order), 1024):
             if missing:
                 some = order[start : start + 1024].tolist()
                 missing.difference_update(threads.map(source.label, some))
-    return tuple(sorted(missing))
+    return tuple(sorted(missing)) if len(order) == len(source) else ()

@@ -12,6 +12,7 @@ import functools
 import logging
 import math
 from pathlib import Path
+import re
 from typing import Any
 import zipfile
 
@@ -43,7 +44,7 @@ NAME_LENGTH = 24  # letters of a class name that fit beside the grid
 CHUNK = 512  # images whose features are stored in one file
 GUIDANCE_STEP = 0.25
 RECORD = "sampling.json"  # in a folder of pictures: that, and how, this program made them
-PICTURES = "??????_class????.png"
+PICTURE = re.compile(r"\d{6,}_class\d{4,}\.png")
 
 
 def load_matching_tokenizer(
@@ -109,7 +110,7 @@ def sample(
         sampled += 1
     distributed.barrier("images", working=True)
     if distributed.is_main():  # whoever measures the folder expects the images of this call alone
-        for stale in set(folder.glob(PICTURES)) - set(paths):
+        for stale in set(_pictures(folder)) - set(paths):
             stale.unlink()
     sampled = int(distributed.sums({"sampled": sampled})["sampled"])
     if distributed.is_main():
@@ -119,11 +120,24 @@ def sample(
         print(out)
 
 
+def _pictures(folder: Path) -> list[Path]:
+    return [path for path in folder.glob("*.png") if PICTURE.fullmatch(path.name)]
+
+
 def _check_own(folder: Path) -> None:
     """Raises UserError if a folder has pictures that are not an earlier call's."""
-    own = [RECORD, *(path.name for path in folder.glob(PICTURES))]
+    own = [RECORD, *(path.name for path in _pictures(folder))]
     own = own if (folder / RECORD).exists() else []
-    refuse_foreign(folder, own, "the pictures of an earlier call of sample", hidden=False)
+    refuse_foreign(folder, own, "the pictures of an earlier call of sample")
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a zip file has all that was written to it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 def evaluate(
@@ -168,7 +182,7 @@ def evaluate(
     files = [out / "features" / f"{start:06d}.npz" for start in range(0, count, CHUNK)]
     options = {"seed": seed, "batch_size": batch_size}
     for file, images in _sample_missing(
-        generator, tokenizer, classes, settings, files, CHUNK, zipfile.is_zipfile, **options
+        generator, tokenizer, classes, settings, files, CHUNK, _is_whole, **options
     ):
         if file == files[0]:
             rows = min(len(images), SHOWN) // COLUMNS

@@ -36,7 +36,7 @@ KEPT, INPUTS = "statistics", "inputs of products"
 
 
 def _dots(primitive: Any, *args: Any, **kwargs: Any) -> bool:
-    """Keeps products with weights, and the results of cuDNN's attention, which is as dear."""
+    """Keeps products with weights, and the results of flash attention, which is as dear."""
     if primitive.name == "name" and kwargs["name"] in (INPUTS, splash.RESIDUALS):
         return True
     if primitive.name.startswith("dot_product_attention_fwd"):
@@ -119,7 +119,7 @@ def remat(module: type[nn.Module], policy: str, *, barrier: bool = True) -> type
     """Wraps a module class so that the backward pass recomputes activations.
 
     The policy "none" keeps all activations; "dots" keeps products with weights, the results of
-    cuDNN's attention, and what `keep_product` marks; "full" keeps only inputs and the arrays that
+    flash attention, and what `keep_product` marks; "full" keeps only inputs and the arrays that
     `keep` marks. Without a `barrier`, and outside a scan, the compiler may merge what is recomputed
     with its first computation, and so store it after all.
     """
@@ -137,23 +137,23 @@ def keep_product(x: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def shared(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
+def fan_out(x: jax.Array, count: int) -> tuple[jax.Array, ...]:
     """The same array for `count` products.
 
-    The order of the sum of their gradients lets cuBLAS add each product to the sum so far.
+    The sum of their gradients has the newest product first, so that cuBLAS adds the sum so far.
     """
     return (x,) * count
 
 
-def _shared_forward(x, count):
-    return shared(x, count), None
+def _fan_out_forward(x, count):
+    return fan_out(x, count), None
 
 
-def _shared_backward(count, _, gradients):
+def _fan_out_backward(count, _, gradients):
     return (functools.reduce(lambda total, gradient: gradient + total, gradients),)
 
 
-shared.defvjp(_shared_forward, _shared_backward)
+fan_out.defvjp(_fan_out_forward, _fan_out_backward)
 
 
 def keep(arrays: Any) -> Any:
@@ -408,7 +408,7 @@ class Attention(nn.Module):
 
     def _project(self, query, key, value, rotation):
         if query is key is value:
-            query, key, value = shared(query, 3)
+            query, key, value = fan_out(query, 3)
         if self.joined:
             q, k, v = jnp.moveaxis(self.qkv(query), -3, 0)
         else:

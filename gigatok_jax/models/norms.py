@@ -161,10 +161,10 @@ def _rms_normalize_forward(x):
 
 
 def _rms_normalize_backward(x, gradient):
-    kind, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
+    dtype, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
     inverse = _inverse_rms(x)
     along = (gradient * x).mean(-1, keepdims=True) * inverse**3
-    return ((gradient * inverse - x * along).astype(kind),)
+    return ((gradient * inverse - x * along).astype(dtype),)
 
 
 rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
@@ -173,7 +173,7 @@ rms_normalize.defvjp(_rms_normalize_forward, _rms_normalize_backward)
 def defer_rms(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What a product takes, and what its result is to be multiplied with, instead of an RMSNorm.
 
-    Saves the normalized array. Linear products of the first result are all that it may be used for:
+    The normalized array is never stored. Only linear products may take the first result, because
     its gradient includes the one through the second.
     """
     return _deferred(x), lax.stop_gradient(_inverse_rms(x.astype(jnp.float32)))
@@ -186,9 +186,9 @@ def _deferred(x):
 
 def _deferred_backward(x, gradient):
     # What arrives is the gradient of the normalized array, times the inverse.
-    kind, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
+    dtype, x, gradient = x.dtype, x.astype(jnp.float32), gradient.astype(jnp.float32)
     along = (gradient * x).mean(-1, keepdims=True) * jnp.square(_inverse_rms(x))
-    return ((gradient - x * along).astype(kind),)
+    return ((gradient - x * along).astype(dtype),)
 
 
 _deferred.defvjp(lambda x: (x, x), _deferred_backward)

@@ -11,8 +11,6 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from gigatok_jax import sharding
-
 ENTROPY_TEMPERATURE = 0.01
 HISTORY_LENGTH = 65_536  # assignments over which codebook usage is measured
 CHUNK_ELEMENTS = 2**24  # maximum elements of the distance matrix at a time: 64 MiB in float32
@@ -135,21 +133,6 @@ def _search_with_entropy_backward(residuals, gradients):
 
 
 _search_with_entropy.defvjp(_search_with_entropy_forward, _search_with_entropy_backward)
-
-
-def logsumexp(x: jax.Array) -> jax.Array:
-    """Of the last axis, in float32, and in a single pass where passes over memory count."""
-    x = x.astype(jnp.float32)
-    if sharding.platform() == "cpu":
-        return jax.nn.logsumexp(x, axis=-1)
-
-    def combine(first, second):
-        largest = jnp.maximum(first[0], second[0])
-        return largest, sum(total * jnp.exp(top - largest) for top, total in (first, second))
-
-    start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
-    largest, total = lax.reduce((x, jnp.ones_like(x)), start, combine, (x.ndim - 1,))
-    return largest + jnp.log(total)
 
 
 def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:

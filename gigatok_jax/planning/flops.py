@@ -47,6 +47,10 @@ def _count(jaxpr: Any) -> float:
             total += max(inner)
         elif name == "while" and sum(inner):
             raise NotImplementedError("a while loop with products in it has no known length")
+        elif name == "shard_map":
+            total += equation.params["mesh"].size * sum(inner)
+        elif name == "pallas_call":
+            total += math.prod(equation.params["grid_mapping"].grid) * sum(inner)
         else:
             total += sum(inner)
     return total

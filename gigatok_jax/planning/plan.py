@@ -56,7 +56,8 @@ class Plan:
     def step_seconds(self, utilisation: float) -> float:
         """The longer of FLOPs at this share of the peak, and bytes at full bandwidth."""
         chip = self.topology.chip
-        device_flops = self.compiled_flops or self.traced_flops / self.topology.count
+        # The compiler does not tell the FLOPs of Pallas' kernels.
+        device_flops = max(self.compiled_flops or 0, self.traced_flops / self.topology.count)
         return max(device_flops / (utilisation * chip.flops), self.bytes_moved / chip.bandwidth)
 
 

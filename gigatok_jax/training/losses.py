@@ -9,7 +9,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from gigatok_jax.models.quantizer import logsumexp, normalize
+from gigatok_jax import sharding
+from gigatok_jax.models.quantizer import normalize
 
 
 def hinge_discriminator(logits_real: jax.Array, logits_fake: jax.Array) -> jax.Array:
@@ -65,6 +66,21 @@ def _cross_entropy(logits, targets):
     normalizer = logsumexp(logits)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     return normalizer - picked.astype(jnp.float32), (logits, targets, normalizer)
+
+
+def logsumexp(x: jax.Array) -> jax.Array:
+    """Of the last axis, in float32, and in a single pass where passes over memory count."""
+    x = x.astype(jnp.float32)
+    if sharding.platform() == "cpu":
+        return jax.nn.logsumexp(x, axis=-1)
+
+    def combine(first, second):
+        largest = jnp.maximum(first[0], second[0])
+        return largest, sum(total * jnp.exp(top - largest) for top, total in (first, second))
+
+    start = (jnp.float32(jnp.finfo(jnp.float32).min), jnp.float32(0))
+    largest, total = jax.lax.reduce((x, jnp.ones_like(x)), start, combine, (x.ndim - 1,))
+    return largest + jnp.log(total)
 
 
 def _cross_entropy_gradient(residuals, gradient):
