@@ -167,6 +167,13 @@ def test_other_things_than_a_bundle_are_not_replaced(bundle, other):
     assert sorted(bundle.rglob("*")) == before and [*bundle.parent.iterdir()] == [bundle]
 
 
+def test_a_bundle_with_files_of_file_managers_is_replaced(bundle):
+    for name in (".DS_Store", "Thumbs.db"):
+        (bundle / name).touch()
+    bundles.save(bundle, "other", None, {"x": np.ones(2)}, {})
+    assert {path.name for path in bundle.iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_failed_save_leaves_the_old_bundle(bundle, weights):
     with pytest.raises(TypeError):
         bundles.save(bundle, "thing", None, weights, {"not": object()})

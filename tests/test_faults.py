@@ -282,6 +282,27 @@ def test_samples_go_to_no_folder_of_other_pictures(networks, tmp_path):
     assert names == {"a.png", "reconstruction.json"}
 
 
+def test_pictures_of_many_classes_and_samples_are_an_earlier_calls(tmp_path):
+    for name in ("sampling.json", "000003_class12345.png", "1000000_class0001.png", ".DS_Store"):
+        (tmp_path / name).touch()
+    generation._check_own(tmp_path)
+    (tmp_path / "cat.png").touch()
+    with pytest.raises(UserError, match=r"earlier call of sample, or an empty folder, found cat"):
+        generation._check_own(tmp_path)
+
+
+def test_damaged_features_are_not_whole(tmp_path):
+    file = tmp_path / "features.npz"
+    np.savez(file, x=np.arange(100))
+    assert generation._is_whole(file)
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    assert not generation._is_whole(file)
+    file.write_bytes(content[:100])
+    assert not generation._is_whole(file) and not generation._is_whole(tmp_path / "none.npz")
+
+
 def test_guidance_by_a_null_class_that_was_not_trained_is_a_warning(networks, tmp_path, caplog):
     generator = api.load_generator(networks["generator"])
     tokenizer = generation.load_matching_tokenizer(networks["tokenizer"], generator)

@@ -11,6 +11,7 @@ import pytest
 
 from gigatok_jax import cli, sharding
 from gigatok_jax.errors import RunStopped, UserError
+from gigatok_jax.models import splash
 from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.layers import dot_product_attention
 from gigatok_jax.planning import chips, flops, hlo, ledger, plan, programs
@@ -64,6 +65,14 @@ def gradient(scanned):
 @pytest.mark.parametrize("scanned", [True, False])
 def test_traced_flops_count_every_turn_of_a_scan(scanned):
     assert flops.count(jax.make_jaxpr(gradient(scanned))(*SHAPES).jaxpr) == 3 * FORWARD
+
+
+def test_traced_flops_count_all_devices_and_blocks_of_splash_attention(monkeypatch):
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    q = jax.ShapeDtypeStruct((8, 256, 2, 64), jnp.bfloat16)
+    with sharding.use(sharding.make_mesh(sharding.MeshConfig())):
+        jaxpr = jax.make_jaxpr(splash.attention)(q, q, q)
+    assert flops.count(jaxpr) == 2 * 2 * 8 * 2 * 256 * 256 * 64
 
 
 @pytest.mark.parametrize("scanned", [True, False])

@@ -11,6 +11,7 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from gigatok_jax.data import sources
 from gigatok_jax.data.crops import BadImage
 from gigatok_jax.data.sources import DataConfig, missing_classes, open_source
 from gigatok_jax.errors import UserError
@@ -257,6 +258,13 @@ def test_array_records_give_what_their_folder_gives(prepared):
     assert _keys(some) == keys[5:8]
     assert [some.label(i) for i in range(3)] == [some[i]["label"] for i in range(3)] == [0, 0, 1]
     assert missing_classes(some) == (2,)
+
+
+def test_classes_count_as_there_if_there_are_too_many_examples_to_read(tmp_path, monkeypatch):
+    image_folders.make(tmp_path, {"ant": 10, "bee": 10})
+    source = _open(_folder(tmp_path))
+    monkeypatch.setattr(sources, "MOST_LABELS", 1)
+    assert missing_classes(source) == ()
 
 
 def test_array_records_are_read_without_tensorflow_or_jax(prepared):
