@@ -265,7 +265,8 @@ def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_t
     try:
         record = read_json(path, "a bundle")
     except OSError:
-        raise UserError(f"{directory}: not a bundle: it has no config.json") from None
+        fault = "not a bundle: it has no config.json" if directory.exists() else "no such folder"
+        raise UserError(f"{directory}: {fault}") from None
     whole = record.keys() >= {"kind", "config", "made_by", "digest"}
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")

@@ -76,6 +76,7 @@ def batch_size(default: int, text: str = "images per batch") -> Define:
     return flag("integer", "batch_size", default, text, lower_bound=1)
 
 
+MEASURED = "evaluation.json"  # in a folder of results of `evaluate`: what was measured
 SEED = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
 PROCESSES = (
@@ -149,6 +150,12 @@ def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable
             )
 
 
+def _check_no_evaluation(folder: pathlib.Path) -> None:
+    """Rejects a folder with the results of `evaluate`, whose files have the same names."""
+    if (folder / MEASURED).exists():
+        raise UserError(f"--out: expected a folder without results of evaluate, got {folder}")
+
+
 def _check_data(flag: str, folder: pathlib.Path, data: Any, *written: str) -> None:
     """`_check_apart` for the data of a configuration."""
     from gigatok_jax import distributed
@@ -197,6 +204,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     from gigatok_jax.evaluation import reconstruction
 
     source, folder = pathlib.Path(images), pathlib.Path(out)
+    _check_no_evaluation(folder)
     _check_apart("out", folder, images, ("images", "grid.png"))
     loaded = api.load_tokenizer(tokenizer)
     with locks.hold(folder):
@@ -278,6 +286,7 @@ def sample(
     from gigatok_jax.evaluation import generation
 
     settings = _sampling(sampling)
+    _check_no_evaluation(pathlib.Path(out))
     loaded = api.load_generator(generator)
     numbers = _class_numbers(classes, loaded.trained)
     count = count or generation.COLUMNS * len(numbers)
@@ -382,7 +391,11 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     args = types.SimpleNamespace(**values, sampling=sampling, out=folder)
     if args.config is not None:
         _check_data("out", folder, _data(args.config), "guidance_*")
+    if (folder / "images").exists():
+        raise UserError(f"--out: expected a folder without the images/ of another verb, got {out}")
     with distributed.locked(folder):
+        # Results of all measures have the same names.
+        distributed.claim(folder / MEASURED, {"measure": measure[0]}, "results")
         result = measures[measure[0]](args)
         print_metrics(result)
         if distributed.is_main():
@@ -498,6 +511,8 @@ def probe(tokenizer: str, workdir: str, config) -> None:
     if not isinstance(config, probing.ProbeConfig):
         raise UserError("--config: expected that of AR probing, such as --config=probe")
     folder = pathlib.Path(workdir)
+    if (folder / "config.json").exists():
+        raise UserError(f"--workdir: expected a folder without a training run, got {workdir}")
     _check_data("workdir", folder, config.data, *probing.STEPS)
     with distributed.locked(folder):
         probing.probe(tokenizer, config, folder)
@@ -522,6 +537,8 @@ def report(workdirs: list[str], out: str) -> None:
         raise UserError("expected workdirs of probes or of training runs")
     folders = [pathlib.Path(workdir) for workdir in workdirs]
     path = pathlib.Path(out) if out else folders[0] / "report.html"
+    if path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out: expected a file name that ends with .html, got {out}")
     reports.write(folders, path)
     print(path)
 

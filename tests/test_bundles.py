@@ -186,8 +186,8 @@ def test_another_kind_is_rejected(bundle):
 
 
 def test_directory_without_a_bundle_is_rejected(tmp_path):
-    for directory in (tmp_path, tmp_path / "missing"):
-        assert refusal(directory) == f"{directory}: not a bundle: it has no config.json"
+    assert refusal(tmp_path) == f"{tmp_path}: not a bundle: it has no config.json"
+    assert refusal(tmp_path / "missing") == f"{tmp_path / 'missing'}: no such folder"
 
 
 @pytest.mark.parametrize(

@@ -337,3 +337,32 @@ def test_index_of_shards(gigatok, bundle, tmp_path):
 )
 def test_unknown_names(gigatok, arguments, message):
     assert refused(gigatok(*arguments)).startswith(message)
+
+
+def test_results_of_different_verbs_stay_apart(gigatok, bundle, tmp_path):
+    image_folders.save(tmp_path / "photos" / "a.png", seed=1)
+    photos = f"--images={tmp_path / 'photos'}"
+    out, config = tmp_path / "out", f"--config={train_config.__file__}"
+    assert gigatok("reconstruct", f"--tokenizer={bundle}", photos, f"--out={out}")[0] == 0
+    cost = ["evaluate", "cost", f"--tokenizer={bundle}", config]
+    message = refused(gigatok(*cost, f"--out={out}"))
+    assert message == f"--out: expected a folder without the images/ of another verb, got {out}"
+
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "evaluation.json").write_text('{"measure": "generation"}')
+    message = refused(gigatok(*cost, f"--out={tmp_path / 'other'}"))
+    assert message.endswith("made with another measure: 'generation', not 'cost'")
+    for verb in (
+        ["reconstruct", f"--tokenizer={bundle}", photos],
+        ["sample", f"--tokenizer={bundle}", f"--generator={bundle}"],
+    ):
+        message = refused(gigatok(*verb, f"--out={tmp_path / 'other'}"))
+        assert message.startswith("--out: expected a folder without results of evaluate, got ")
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text("{}")
+    probe = ["probe", f"--tokenizer={bundle}", "--config=demo:probe"]
+    message = refused(gigatok(*probe, f"--workdir={tmp_path / 'run'}"))
+    assert message.startswith("--workdir: expected a folder without a training run, got ")
+    message = refused(gigatok("report", tmp_path / "run", f"--out={tmp_path / 'photo.jpg'}"))
+    assert message.startswith("--out: expected a file name that ends with .html, got ")

@@ -169,7 +169,7 @@ def evaluate(
       UserError: `out` holds the results of another evaluation.
     """
     identity = _identity(generator, tokenizer, settings, seed)
-    identity |= {"count": count, "features": extractor.fingerprint}
+    identity |= {"measure": "generation", "count": count, "features": extractor.fingerprint}
     if reference is not None:
         identity["reference"] = reference.name
     distributed.claim(out / "evaluation.json", identity, "results")

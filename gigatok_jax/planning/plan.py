@@ -225,7 +225,9 @@ def alternatives(run: RunConfig, topology: Topology) -> list[tuple[RunConfig, in
 def describe(made: Plan, utilisation: float, steps: int) -> str:
     """A plan as text; `steps` is the length of the run."""
     chip, count = made.topology.chip, made.topology.count
-    how, total = "estimated from shapes", "total"
+    extra = "tpu" if chip.axes else "cuda"
+    how = f"estimated from shapes, mostly too high; pip install 'gigatok_jax[{extra}]' compiles"
+    total = "total"
     if made.compile_seconds is not None:
         how = f"compiled in {made.compile_seconds:.0f} s"
     elif made.rejection:

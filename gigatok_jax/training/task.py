@@ -76,8 +76,7 @@ class RunConfig:
         if self.resolved_optimizer.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps: expected fewer than the run's {self.total_steps} steps, "
-                f"got {self.resolved_optimizer.warmup_steps}; set it with "
-                "--config.optimizer.warmup_steps"
+                f"got {self.resolved_optimizer.warmup_steps}"
             )
         return self
 
