@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import importlib.metadata
 import inspect
 import logging
 import os
@@ -82,10 +83,13 @@ def _run(arguments: list[str]) -> int:
     from gigatok_jax import commands
 
     if not arguments or arguments[0] in HELP:
-        print("usage: gigatok VERB [--help] ...\n")
+        print("usage: gigatok VERB [--help] ...\n       gigatok --version\n")
         print("\n".join(f"  {name:<12} {verb.summary}" for name, verb in commands.VERBS.items()))
         return 0
     name, *rest = arguments
+    if name == "--version":
+        print(f"gigatok_jax {importlib.metadata.version('gigatok_jax')}")
+        return 0
     verb = lookup(name, commands.VERBS, "verb")
     values = parse(name, verb, rest)
     if values is None:
@@ -126,6 +130,8 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         print(inspect.getdoc(verb.run))
         print(flag_values.module_help(commands.__name__))
         return None
+    if name == "config" and arguments[:1] == ["show"] and len(arguments) > 1:
+        arguments = ["show", f"--config={arguments[1]}", *arguments[2:]]
     arguments, files = _take_config_files(arguments, verb.configs)
     loaded, unset = {}, {}
     for flag, default in verb.configs.items():

@@ -15,7 +15,7 @@ from typing import Any
 
 from absl import flags
 
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import UserError, first_line
 
 Define = Callable[[flags.FlagValues], Any]
 
@@ -255,7 +255,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     required("generator", "bundle or workdir"),
     required("tokenizer", "bundle or workdir"),
     required("out", "folder for the images"),
-    flag("list", "classes", ["all"], "numbers and ranges such as 0,7,10-19, or all"),
+    flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,cat, or all"),
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
@@ -288,7 +288,7 @@ def sample(
     settings = _sampling(sampling)
     _check_no_evaluation(pathlib.Path(out))
     loaded = api.load_generator(generator)
-    numbers = _class_numbers(classes, loaded.trained)
+    numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
     if random_classes:
         order = np.random.default_rng(seed).choice(numbers, count)
@@ -308,19 +308,31 @@ def sample(
         )
 
 
-def _class_numbers(items: list[str], trained: Sequence[int]) -> list[int]:
-    """Expands "all", or numbers and ranges such as "10-19", to numbers of trained classes."""
+def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str]) -> list[int]:
+    """Expands "all", or numbers, ranges such as "10-19" and names, to numbers of classes."""
+    import difflib
+
     from gigatok_jax.api import class_list
 
     if items == ["all"]:
         return list(trained)
-    ranges = []
+    numbers_of, ranges = {name.lower(): number for number, name in enumerate(names)}, []
     for item in items:
         first, dash, last = item.partition("-")
         last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last)):
-            raise UserError(f"--classes: expected numbers and ranges such as 0,10-19, got {item!r}")
-        ranges.append(range(int(first), int(last) + 1))
+        if first.isdecimal() and last.isdecimal() and int(first) <= int(last):
+            ranges.append(range(int(first), int(last) + 1))
+        elif (number := numbers_of.get(item.strip().lower())) is not None:
+            ranges.append(range(number, number + 1))
+        else:
+            near = difflib.get_close_matches(item.lower(), numbers_of, 3, 0.5)
+            hint = (
+                f"; is it {' or '.join(repr(names[numbers_of[n]]) for n in near)}?" if near else ""
+            )
+            raise UserError(
+                "--classes: expected numbers, ranges and names of classes, such as 0,10-19, got "
+                f"{item!r}{hint}"
+            )
     known, numbers = set(trained), itertools.chain.from_iterable(ranges)
     # The first few: a range may be longer than memory.
     bad = list(itertools.islice((number for number in numbers if number not in known), 6))
@@ -629,6 +641,65 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
         with locks.hold(folder) if folder.is_dir() else contextlib.nullcontext():
             converters.to_bundle(kind[0], sources, folder, model=model, weights=weights)
     print(out)
+
+
+@verb("print versions, devices and the cache, for a report of a problem", devices=False)
+def env() -> None:
+    """Prints the versions of Python and libraries, the devices that JAX finds, and the cache."""
+    import importlib.metadata
+    import platform
+
+    import jax
+
+    from gigatok_jax.files import cache_dir
+
+    names = ["gigatok_jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy"]
+    names += ["array_record", "pillow", "tensorflow-datasets", "torch", "libtpu"]
+    names += [f"jax-cuda{n}-plugin" for n in (12, 13)]
+    found = {"python": platform.python_version(), "platform": platform.platform()}
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    try:
+        kinds = [device.device_kind for device in jax.devices()]
+        found["devices"] = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(kinds))
+    except (RuntimeError, AssertionError) as error:
+        found["devices"] = f"none ({first_line(error)})"
+    found["cache"] = cache_dir()
+    print("\n".join(f"{name:<20} {value}" for name, value in found.items()))
+
+
+@verb(
+    "list the installed configurations, or show all fields of one",
+    configs={"config": OPTIONAL},
+    positional="words",
+    devices=False,
+)
+def config(words: list[str], config) -> None:
+    """Lists configurations (`config list`), or shows one (`config show NAME [--config.a.b=c ...]`).
+
+    Each field is printed as the flag that sets it. Those that follow from others, such as the
+    number of steps, are filled in.
+    """
+    import inspect
+    import shlex
+
+    from flax.traverse_util import flatten_dict
+
+    from gigatok_jax.config import installed
+
+    match words:
+        case ["list"] if config is None:
+            for name, module in installed().items():
+                print(f"{name}: {inspect.getdoc(module)}\n")
+        case ["show"] if config is not None:
+            if hasattr(config, "resolved_optimizer"):
+                resolved = {"steps": config.total_steps, "optimizer": config.resolved_optimizer}
+                config = dataclasses.replace(config, **resolved)
+            for name, value in flatten_dict(dataclasses.asdict(config), sep=".").items():
+                print(f"--config.{name}={shlex.quote(str(value))}")
+        case _:
+            raise UserError(f"expected list, or show NAME, got {' '.join(words) or 'nothing'}")
 
 
 @verb("download and convert published weights", positional="names")

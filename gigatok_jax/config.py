@@ -129,6 +129,22 @@ def to_config_dict(config: Any) -> ConfigDict:
     return ConfigDict(values)
 
 
+def installed() -> dict[str, types.ModuleType]:
+    """The modules of the installed configurations, by name."""
+    return {name: _import(path) for name, path in _installed().items()}
+
+
+def _installed() -> dict[str, pathlib.Path]:
+    return {path.stem: path for path in sorted(CONFIGS.glob("*.py")) if path.stem[0] != "_"}
+
+
+def _import(path: pathlib.Path) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def load(name: str) -> Any:
     """Calls `get_config` of a config file and returns the result.
 
@@ -144,16 +160,14 @@ def load(name: str) -> Any:
     if not path.is_file():
         installed = CONFIGS / f"{path.stem}.py"
         if path.parent not in (pathlib.Path(), pathlib.Path("configs")) or not installed.is_file():
-            known = ", ".join(sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem[0] != "_"))
+            known = ", ".join(_installed())
             raise UserError(f"--config: {file}: no such file; installed configs: {known}")
         path = installed
     if path.suffix != ".py":
         raise UserError(
             f"--config: {path}: expected a Python file, got {path.suffix or 'no suffix'}"
         )
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_config", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = _import(path)
     if not hasattr(module, "get_config"):
         raise UserError(f"--config: {path}: expected a function get_config, found none")
     try:

@@ -1,12 +1,15 @@
 """The command line: what it writes, and one line for whatever cannot work."""
 
 import dataclasses
+import importlib.metadata
 import json
 import logging
 import pathlib
+import shlex
 import shutil
 import sys
 
+import jax
 import numpy as np
 from PIL import Image
 import pytest
@@ -366,3 +369,44 @@ def test_results_of_different_verbs_stay_apart(gigatok, bundle, tmp_path):
     assert message.startswith("--workdir: expected a folder without a training run, got ")
     message = refused(gigatok("report", tmp_path / "run", f"--out={tmp_path / 'photo.jpg'}"))
     assert message.startswith("--out: expected a file name that ends with .html, got ")
+
+
+def test_version_and_environment(gigatok, tmp_path):
+    version = importlib.metadata.version("gigatok_jax")
+    assert gigatok("--version") == (0, f"gigatok_jax {version}\n", [])
+    code, out, _ = gigatok("env")
+    found = {line.split()[0]: line.split(maxsplit=1)[1] for line in out.splitlines()}
+    assert code == 0 and found["gigatok_jax"] == version and found["jax"] == jax.__version__
+    assert found["devices"].endswith(" cpu") and found["cache"] == str(tmp_path / "cache")
+
+
+def test_configurations_are_listed(gigatok):
+    code, out, _ = gigatok("config", "list")
+    assert code == 0
+    for text in ("demo: ", "generator: ", "probe: ", "tokenizer: ", "s_s s_b s_l"):
+        assert text in out
+
+
+def test_what_config_shows_sets_the_same_configuration(gigatok):
+    flags = ["--config.batch_size=64", "--config.data.path=my photos", "--config.epoch_images=640"]
+    code, out, _ = gigatok("config", "show", "generator:tiny,2d", *flags)
+    shown = [shlex.split(line)[0] for line in out.splitlines()]
+    assert code == 0
+    assert "--config.batch_size=64" in shown and "--config.data.path=my photos" in shown
+    assert "--config.steps=3000" in shown  # 300 epochs of ten
+    assert "--config.optimizer.warmup_steps=10" in shown  # an epoch
+    assert gigatok("config", "show", "generator:tiny,2d", *shown)[1] == out
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([], "expected list, or show NAME, got nothing"),
+        (["show"], "expected list, or show NAME, got show"),
+        (["list", "tokenizer"], "expected list, or show NAME, got list tokenizer"),
+        (["show", "nothing"], "--config: nothing: no such file; installed configs: demo, "),
+        (["show", "generator:b", "--config.nothing=1"], "--config.nothing: no such field; known: "),
+    ],
+)
+def test_config_says_what_is_wrong(gigatok, words, message):
+    assert refused(gigatok("config", *words)).startswith(message)

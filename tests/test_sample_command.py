@@ -1,6 +1,7 @@
 """`gigatok sample`: which images it samples, that a restart changes none, and what it rejects."""
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
@@ -267,6 +268,21 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
     assert len(set(first[::2].tolist())) == 2  # not in turn
 
 
+KINDS = "--classes: expected numbers, ranges and names of classes, such as 0,10-19, got "
+
+
+def test_classes_may_be_named():
+    names = ("tench", "golden retriever", "11")
+    numbers = functools.partial(commands._class_numbers, trained=[0, 1, 2], names=names)
+    assert numbers(["Golden Retriever", "0", "1-2"]) == [1, 0, 1, 2]
+    with pytest.raises(UserError, match=r"trained classes, 0\.\.2, got \[11\]"):
+        numbers(["11"])  # a number before a name
+    with pytest.raises(UserError, match="got 'goldn retriever'; is it 'golden retriever'\\?"):
+        numbers(["goldn retriever"])
+    with pytest.raises(UserError, match=r"trained classes, 0, 2, got \[1\]"):
+        commands._class_numbers(["golden retriever"], [0, 2], names)
+
+
 @pytest.mark.parametrize(
     "others, message",
     [
@@ -276,12 +292,12 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
             ["--classes=0-99999999999"],
             "--classes: expected trained classes, 0..2, got [3, 4, 5, 6, 7] and more",
         ),
-        (["--classes=cat"], "--classes: expected numbers and ranges such as 0,10-19, got 'cat'"),
-        (["--classes=-1"], "--classes: expected numbers and ranges such as 0,10-19, got '-1'"),
-        (["--classes=2-1"], "--classes: expected numbers and ranges such as 0,10-19, got '2-1'"),
-        (["--classes=0-1-2"], "--classes: expected numbers and ranges such as 0,10-19, got '0-1-"),
+        (["--classes=cat"], KINDS + "'cat'"),
+        (["--classes=-1"], KINDS + "'-1'"),
+        (["--classes=2-1"], KINDS + "'2-1'"),
+        (["--classes=0-1-2"], KINDS + "'0-1-"),
         (["--classes="], "--classes: expected "),
-        (["--classes=all,1"], "--classes: expected numbers and ranges such as 0,10-19, got 'all'"),
+        (["--classes=all,1"], KINDS + "'all'"),
         (["--guidance=0.5"], "--guidance: expected greater than or equal to 1, got 0.5"),
         (["--guidance=nan"], "--guidance: expected a finite number, got nan"),
         (["--schedule=step"], "--guidance: expected more than 1 with schedule=step, got 1"),
