@@ -645,7 +645,10 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
 
 @verb("print versions, devices and the cache, for a report of a problem", devices=False)
 def env() -> None:
-    """Prints the versions of Python and libraries, the devices that JAX finds, and the cache."""
+    """gigatok env
+
+    Prints the versions of Python and libraries, the devices that JAX finds, and the cache.
+    """
     import importlib.metadata
     import platform
 
@@ -676,10 +679,10 @@ def env() -> None:
     devices=False,
 )
 def config(words: list[str], config) -> None:
-    """Lists configurations (`config list`), or shows one (`config show NAME [--config.a.b=c ...]`).
+    """gigatok config list, or gigatok config show NAME [--config.a.b=c ...]
 
-    Each field is printed as the flag that sets it. Those that follow from others, such as the
-    number of steps, are filled in.
+    Lists the installed configurations, or shows one. Each field is printed as the flag that sets
+    it. Those that follow from others, such as the number of steps, are filled in.
     """
     import inspect
     import shlex

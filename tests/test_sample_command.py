@@ -224,7 +224,9 @@ def test_folder_with_images_of_other_settings_is_rejected(
     [("all", [0, 1, 2, 3, 4]), ("3", [3]), ("0,4,1-3", [0, 4, 1, 2, 3]), ("2-2,2", [2, 2])],
 )
 def test_classes_are_numbers_and_ranges(text, expected):
-    np.testing.assert_array_equal(commands._class_numbers(text.split(","), np.arange(5)), expected)
+    np.testing.assert_array_equal(
+        commands._class_numbers(text.split(","), np.arange(5), ()), expected
+    )
 
 
 def arguments(saved, out, *others) -> list[str]:
