@@ -387,9 +387,8 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     --features=inception is FID's network. A teacher (dinov2_vitb14, embedded) replaces it; the
     distance is then called fd_dinov2 or fd_teacher. Writes metrics.json and pictures to OUT.
     """
-    from gigatok_jax import distributed
+    from gigatok_jax import distributed, files
     from gigatok_jax.evaluation import print_metrics
-    from gigatok_jax.files import write_json
 
     measures = {
         "reconstruction": _evaluate_reconstruction,
@@ -407,11 +406,14 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
         raise UserError(f"--out: expected a folder without the images/ of another verb, got {out}")
     with distributed.locked(folder):
         # Results of all measures have the same names.
-        distributed.claim(folder / MEASURED, {"measure": measure[0]}, "results")
+        mark, record = folder / MEASURED, {"measure": measure[0]}
+        distributed.in_main(lambda: files.claim(mark, record, "results", write=False))
         result = measures[measure[0]](args)
         print_metrics(result)
         if distributed.is_main():
-            write_json(folder / "metrics.json", result)
+            files.write_json(folder / "metrics.json", result)
+            if not mark.exists():
+                files.write_json(mark, record)
     print(folder)
 
 

@@ -59,7 +59,7 @@ def test_only_trained_classes_are_drawn():
     with pytest.raises(ValueError, match=r"^classes: expected 0, 2, or 6 for none, got 1$"):
         generator.logits(codes, [1])
     with pytest.raises(UserError, match=r"^--classes: expected trained classes, 0, 2, got \[1\]$"):
-        commands._class_numbers(["0-2"], generator.trained)
+        commands._class_numbers(["0-2"], generator.trained, ())
     assert commands._class_numbers(["all"], generator.trained) == [0, 2]
 
 
