@@ -60,7 +60,7 @@ def test_only_trained_classes_are_drawn():
         generator.logits(codes, [1])
     with pytest.raises(UserError, match=r"^--classes: expected trained classes, 0, 2, got \[1\]$"):
         commands._class_numbers(["0-2"], generator.trained, ())
-    assert commands._class_numbers(["all"], generator.trained) == [0, 2]
+    assert commands._class_numbers(["all"], generator.trained, ()) == [0, 2]
 
 
 def test_a_run_on_changed_data_says_so(tmp_path, caplog, monkeypatch):
