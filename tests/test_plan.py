@@ -289,13 +289,21 @@ def test_ledger_without_a_compiler_is_rejected(capsys):
 def test_implementations_follow_the_devices_of_the_mesh(target):
     device = mock.Mock(platform=target, compute_capability="9.0", spec=jax.Device)
     mesh = mock.Mock(spec=jax.sharding.Mesh)
-    mesh.devices = np.array([device])
+    mesh.devices, mesh.shape = np.array([device]), {"data": 1, "fsdp": 1, "tensor": 1}
     q = jnp.zeros((1, 8, 2, 64), jnp.bfloat16)
     with sharding.use(mesh), mock.patch("jax.nn.dot_product_attention") as attention:
         assert sharding.platform() == target
         dot_product_attention(q, q, q)
     expected = "cudnn" if target == "gpu" else "xla"
     assert attention.call_args.kwargs["implementation"] == expected
+    blocks = jnp.zeros((1, 256, 2, 64), jnp.bfloat16)
+    with (
+        sharding.use(mesh),
+        mock.patch.object(splash, "attention") as attention,
+        mock.patch("jax.nn.dot_product_attention"),
+    ):
+        dot_product_attention(blocks, blocks, blocks)
+    assert attention.called == (target == "tpu")
     with sharding.use(sharding.abstract_mesh(MeshConfig(), 1)):
         assert sharding.platform() == ""
     assert sharding.platform() == jax.default_backend()
