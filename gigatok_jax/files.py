@@ -28,8 +28,6 @@ def cache_dir() -> pathlib.Path:
     return pathlib.Path("~/.cache/gigatok_jax").expanduser()
 
 
-LOCK = ".lock"  # in a folder that a process writes to, see `locks.hold`
-
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EIO)
 DISK_FULL = "the disk is full"

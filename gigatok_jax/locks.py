@@ -21,6 +21,7 @@ except ImportError:  # Windows
 
 logger = logging.getLogger(__name__)
 
+NAME = ".lock"
 BEAT = 10.0  # seconds between signs of life
 LOST = 45.0  # seconds without a sign of life after which the owner on another machine is lost
 OLD = 3600.0  # seconds after which no wait is needed, even if the machines' clocks disagree
@@ -38,7 +39,7 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
     """
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / files.LOCK
+    path = folder / NAME
     done = threading.Event()
     try:
         with _acquire(path) as file:

@@ -285,7 +285,8 @@ def missing_classes(source: Source) -> tuple[int, ...]:
     order = np.random.default_rng(0).permutation(len(source))[:MOST_LABELS]
     with ThreadPoolExecutor(16) as threads:
         for start in range(0, len(order), 1024):
-            if missing:
-                some = order[start : start + 1024].tolist()
-                missing.difference_update(threads.map(source.label, some))
+            if not missing:
+                break
+            some = order[start : start + 1024].tolist()
+            missing.difference_update(threads.map(source.label, some))
     return tuple(sorted(missing)) if len(order) == len(source) else ()
