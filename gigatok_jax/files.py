@@ -12,6 +12,7 @@ import pathlib
 import re
 import shutil
 from typing import Any
+import zipfile
 
 import numpy as np
 import safetensors
@@ -204,6 +205,15 @@ def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
         found = type(value).__name__
         raise UserError(f"{path}: expected a JSON object that describes {describes}, got a {found}")
     return value
+
+
+def damaged_member(path: pathlib.Path) -> str | None:
+    """The first member of a zip file that is not as it was written, or None."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.testzip()
+    except Exception:  # a damaged one raises many types
+        return "its directory"
 
 
 def read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:

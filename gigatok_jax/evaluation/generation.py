@@ -29,7 +29,14 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import FeatureSet, Reference
-from gigatok_jax.files import read_json, refuse_foreign, replacing, write_json, write_npz
+from gigatok_jax.files import (
+    damaged_member,
+    read_json,
+    refuse_foreign,
+    replacing,
+    write_json,
+    write_npz,
+)
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer, validation_loss
@@ -132,12 +139,7 @@ def _check_own(folder: Path) -> None:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a zip file has all that was written to it."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            return archive.testzip() is None
-    except (OSError, zipfile.BadZipFile):
-        return False
+    return damaged_member(file) is None
 
 
 def evaluate(

@@ -283,12 +283,9 @@ def _drop_forward(x, words, rate):
 
 
 def _drop_backward(rate, words, gradient):
-    if sharding.platform() == "cpu":
-        bits = _hash(gradient.shape, words)
-    else:
-        # The same bits by another expression: for one that it meets twice, the compiler would
-        # store the masks after all.
-        bits = _hash(gradient.shape, words, factor_first=False)
+    # Except on CPUs, the same bits by another expression: for one that it meets twice, the compiler
+    # would store the masks after all.
+    bits = _hash(gradient.shape, words, factor_first=sharding.platform() == "cpu")
     return _masked(gradient, bits, rate), None
 
 

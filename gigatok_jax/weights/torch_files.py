@@ -1,7 +1,6 @@
 """Reading and writing PyTorch checkpoints: `.safetensors`, and `.pt`/`.pth` through PyTorch."""
 
 from collections.abc import Callable, Iterator, Mapping
-import contextlib
 import functools
 import pathlib
 import re
@@ -14,7 +13,7 @@ import numpy as np
 import safetensors
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_index, replacing, unwritable, write_safetensors
+from gigatok_jax.files import damaged_member, read_index, replacing, unwritable, write_safetensors
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -165,12 +164,7 @@ def _load_torch(path: pathlib.Path) -> Any:
 
 def _check_sums(path: pathlib.Path) -> None:
     """Rejects a damaged file; PyTorch writes checksums, but does not compare them."""
-    if not zipfile.is_zipfile(path):
-        return
-    damaged = "its directory"
-    with contextlib.suppress(Exception), zipfile.ZipFile(path) as file:
-        damaged = file.testzip()
-    if damaged:
+    if zipfile.is_zipfile(path) and (damaged := damaged_member(path)):
         raise UserError(f"{path}: not a PyTorch checkpoint of plain tensors ({damaged} is damaged)")
 
 
