@@ -216,6 +216,9 @@ def damaged_member(path: pathlib.Path) -> str | None:
         return "its directory"
 
 
+INDEX = "model.safetensors.index.json"  # in a folder whose model is divided into several files
+
+
 def read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     """The files of a Hugging Face index (`*.index.json`), which lie beside it, by tensor.
 
