@@ -6,6 +6,7 @@ import os
 import pathlib
 from typing import Any
 
+from gigatok_jax import distributed
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import local_path
 from gigatok_jax.weights import fetch, hub
@@ -36,16 +37,20 @@ def find(
       others: what the flag or field takes besides models, for messages.
       weights: False does not download the weights of models on the Hub.
 
+    All processes of a run must call this, unless the name is a folder's. One process of each
+    machine downloads.
+
     Raises:
       UserError: no model has this name, or it cannot be downloaded.
     """
     name = str(name)
     if name.startswith(hub.SCHEME):
-        return hub.download(name, weights=weights)
+        return _together(hub.download(name, weights=weights))
     folder = pathlib.Path(local_path(name, where or "bundle"))
     if name in fetch.PUBLISHED or name in INCLUDED:
         if not _holds_model(folder):
-            return _fetch(name, kinds)
+            _check_kind(name, kinds)
+            return _together(_fetch(name))
         logger.info("%s: taking the folder of this name, not the published weights", name)
     elif not folder.exists() and (where or not os.path.dirname(name)):
         known = [*others, *(known for known, kind in _kinds().items() if kind in kinds)]
@@ -72,11 +77,16 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
     return convert.architecture(published)
 
 
-def _fetch(name: str, kinds: Sequence[str]) -> pathlib.Path:
+def _fetch(name: str) -> pathlib.Path:
     from gigatok_jax.weights import convert
 
-    _check_kind(name, kinds)
     return INCLUDED[name][1] if name in INCLUDED else convert.fetch_bundle(name)
+
+
+def _together(folder: pathlib.Path) -> pathlib.Path:
+    """Waits until the other processes of a run have the model: each machine may download it."""
+    distributed.barrier("the download of a model", working=True)
+    return folder
 
 
 def _kinds() -> dict[str, str]:

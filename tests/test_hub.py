@@ -7,6 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 from huggingface_hub import constants
 import jax
@@ -68,7 +69,6 @@ def load(name) -> bundles.Bundle:
 LOAD = """
 import sys
 
-sys.modules["torch"] = None  # importing it fails
 import gigatok_jax as gt
 
 print(*(gt.load_tokenizer(name).fingerprint for name in sys.argv[1:]))
@@ -89,8 +89,9 @@ def test_what_is_pushed_is_loaded_from_a_mirror_then_offline(server, bundle, tmp
     bundles.save(bundle, "tokenizer", CONFIG, weights, {})
     assert gigatok("push", bundle, f"hf://{REPO}")[0] == 0
     new = load(bundle).fingerprint
+    (tmp_path / "torch.py").write_text("raise ImportError")
     environment = os.environ | {
-        "PYTHONPATH": str(pathlib.Path(__file__).parents[1]),
+        "PYTHONPATH": f"{tmp_path}:{pathlib.Path(__file__).parents[1]}",
         "HF_ENDPOINT": server.url,
         "HF_HOME": str(tmp_path / "home"),
         "HF_HUB_DISABLE_XET": "1",
@@ -224,6 +225,7 @@ def test_offline_without_a_copy_is_one_line(server, monkeypatch):
 
 
 def test_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between attempts
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     template = "http://127.0.0.1:9/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -232,26 +234,35 @@ def test_hub_that_cannot_be_reached_is_one_line(server, monkeypatch):
     assert "\n" not in str(e.value)
 
 
-@pytest.mark.parametrize("flag", ["--out", "--images"])
-def test_addresses_are_taken_where_models_are_named_and_nowhere_else(gigatok, tmp_path, flag):
-    command = [
-        "reconstruct",
-        f"--tokenizer={tmp_path}",
-        f"--images={tmp_path}",
-        f"--out={tmp_path}",
-    ]
-    assert refused(gigatok(*command, f"{flag}=hf://a/b")).startswith(
-        f"{flag}: expected a local path"
-    )
-    train = [
-        "train",
-        "--config=generator:tiny",
-        "--config.tokenizer=hf://a",
-        f"--workdir={tmp_path}",
-    ]
-    assert refused(gigatok(*train)).startswith("'hf://a': expected hf://OWNER/REPO")
-    assert refused(gigatok(*train, "--workdir=hf://a/b")).startswith("--workdir: expected a local")
-    assert refused(gigatok(*train, "--config.data.path=hf://a/b")).startswith("config.data.path: ")
+FLAGS = ("tokenizer", "images", "out")
+
+
+@pytest.mark.parametrize(
+    "flag, where",
+    [
+        ("--out", "--out: expected a local path"),
+        ("--images", "--images: expected a local path"),
+        ("--tokenizer", "hf://a/b: not in the Hub's cache"),
+    ],
+)
+def test_flags_of_models_take_addresses_and_others_do_not(gigatok, tmp_path, flag, where):
+    command = ["reconstruct", *(f"--{name}={tmp_path / name}" for name in FLAGS)]
+    assert refused(gigatok(*command, f"{flag}=hf://a/b")).startswith(where)
+
+
+@pytest.mark.parametrize(
+    "field, where",
+    [
+        ("config.data.path", "config.data.path: expected a local path"),
+        ("workdir", "--workdir: expected a local path"),
+        ("config.tokenizer", "hf://a/b: not in the Hub's cache"),
+    ],
+)
+def test_fields_of_models_take_addresses_and_others_do_not(gigatok, tmp_path, field, where):
+    command = ["train", "--config=generator:tiny", f"--workdir={tmp_path / 'run'}"]
+    code, _, lines = gigatok(*command, "--config.tokenizer=x", f"--{field}=hf://a/b")
+    assert code == 2 and lines[-1].removeprefix("gigatok: error: ").startswith(where)
+    assert not (tmp_path / "run").exists()
 
 
 MODEL = generator.GeneratorConfig(1, 2, 16, codes=16, codebook_size=64, classes=3)
@@ -277,7 +288,7 @@ def published(monkeypatch, server, tmp_path):
         file = fetch.File(f"https://huggingface.co/{AUTHORS}/resolve/main/{path.name}")
         entry = fetch.Published(kind, "tiny", (file,), **more)
         monkeypatch.setitem(fetch.PUBLISHED, name, entry)
-    monkeypatch.setitem(sys.modules, "torch", None)  # importing it fails
+    monkeypatch.setattr(torch_files, "import_torch", None)  # safetensors do not need it
     return made
 
 
