@@ -762,14 +762,15 @@ def weights(words: list[str]) -> None:
 
     match words:
         case ["list"]:
+            print(
+                f"{'name':<28} {'kind':<10} {'params':>7} {'size':>8}  {'as published':<12} folder"
+            )
             for name, published in fetch.PUBLISHED.items():
-                millions, folder = (
-                    converters.parameter_count(published) / 1e6,
-                    fetch.bundle_path(name),
-                )
+                folder = fetch.bundle_path(name)
                 where = folder if folder.exists() else "not fetched"
-                size = f"{millions:>6,.0f}M {4 * millions / 1000:>6.2f} GB"  # float32
-                print(f"{name:<28} {published.kind:<10} {size} {published.figure:<10} {where}")
+                count = converters.parameter_count(published.kind, published.model)
+                size = f"{count / 1e6:>6,.0f}M {4 * count / 1e9:>5.2f} GB"  # float32
+                print(f"{name:<28} {published.kind:<10} {size}  {published.figure:<12} {where}")
         case ["fetch", name]:
             print(converters.fetch_bundle(name))
         case _:

@@ -74,7 +74,8 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
     if not published or _holds_model(pathlib.Path(name)) or fetch.bundle_path(name).exists():
         return None
     _check_kind(name, kinds)
-    return convert.architecture(published)
+    model = convert.KINDS[published.kind].model
+    return model(published.model) if model else None
 
 
 def _fetch(name: str) -> pathlib.Path:

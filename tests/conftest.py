@@ -4,6 +4,8 @@ from importlib import metadata
 import os
 import pathlib
 
+import pytest
+
 # Compiled programs are kept, for pytest's workers, for the processes that tests start, and for the
 # next run.
 CACHE = pathlib.Path(__file__).parents[1] / ".pytest_cache" / "compilations"
@@ -19,12 +21,16 @@ if metadata.version("jaxlib").startswith(("0.10.", "0.11.")):  # later ones end 
 if os.environ.get("PARITY") != "whole":  # whole models run for longer than they compile
     os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
-# Tests reach no server but their own. `huggingface_hub` reads its variable when it is imported.
-os.environ["https_proxy"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
-os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests reach no Hub but their own; read at import
 
 # Files that take minutes start first, so that none runs alone at the end.
 LONG = ("test_processes", "test_parity", "test_training", "test_meshes", "test_loop")
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    """A machine without a connection."""
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
 
 
 def pytest_configure(config):

@@ -136,7 +136,9 @@ def test_unknown_verb(gigatok):
     assert refused(gigatok("trian")).startswith("'trian': no such verb; known: train, ")
 
 
-def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigatok, tmp_path):
+def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(
+    gigatok, tmp_path, offline
+):
     with pytest.raises(UserError, match=r"dino_deitsmall16_pretrain\.pth"):
         frozen_networks.load_dino()
     source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"

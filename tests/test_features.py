@@ -44,7 +44,7 @@ def test_inception_matches_reference():
             np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
-def test_missing_inception_names_its_file_and_offers_a_teacher(tmp_path, monkeypatch):
+def test_missing_inception_names_its_file_and_offers_a_teacher(tmp_path, monkeypatch, offline):
     monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"pt_inception-.*\.pth.*--features=embedded"):
         features.load("inception")

@@ -131,7 +131,7 @@ def test_probe_of_other_images_is_rejected(tokenizer, whole, monkeypatch):
         probing.probe(tokenizer, CONFIG, whole)
 
 
-def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path):
+def test_probe_that_cannot_start_leaves_nothing(tokenizer, tmp_path, offline):
     missing = dataclasses.replace(CONFIG, features="inception")
     with pytest.raises(UserError, match="pt_inception-"):
         probing.probe(tokenizer, missing, tmp_path)

@@ -7,6 +7,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
 import dataclasses
 import fnmatch
+import functools
 import pathlib
 from typing import Any
 
@@ -190,15 +191,11 @@ def find(kind: str) -> Kind:
     return lookup(kind, KINDS, "kind of weights")
 
 
-def architecture(published: fetch.Published) -> Any:
-    """The config of published weights, which need not be there; None if the kind has only one."""
-    rule = KINDS[published.kind]
-    return rule.model(published.model) if rule.model else None
-
-
-def parameter_count(published: fetch.Published) -> int:
-    """Exact number of parameters of published weights, which need not be there."""
-    shapes = KINDS[published.kind].shapes(architecture(published))
+@functools.cache
+def parameter_count(kind: str, model: str) -> int:
+    """Exact number of parameters of a named architecture."""
+    rule = find(kind)
+    shapes = rule.shapes(rule.model(model) if rule.model else None)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
