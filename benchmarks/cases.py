@@ -215,6 +215,7 @@ def tokenizer_step(model: str, batch: int, *, adversarial: bool = False) -> Case
 
 def generator_step(model: str, batch: int) -> Case:
     run = dataclasses.replace(configs.load(f"generator:{model}"), **_fields(batch))
+    run = run.for_classes(1_000)  # of ImageNet
     step = _Step(run)
     rng = np.random.default_rng(1)
     codes = rng.integers(0, run.model.codebook_size, (batch, run.model.codes), np.int32)

@@ -50,6 +50,10 @@ def test_a_run_writes_what_it_measures_and_keeps_what_was_there(monkeypatch, tmp
     assert "1.00" in table[3]
 
 
+def test_training_step_of_an_installed_configuration_runs():
+    assert np.isfinite(cases.generator_step("tiny", 1).call()["total"])
+
+
 @needs_torch
 @pytest.mark.parametrize(
     "prepare, arguments",

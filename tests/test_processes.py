@@ -20,23 +20,12 @@ from gigatok_jax.training.telemetry import read_metrics
 import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
-CONFIG = ROOT / "tests" / "train_config.py"
 PROBE = ROOT / "tests" / "probe_config.py"
 MORE_SAMPLES = ["--config.samples=600", "--config.sample_batch_size=64"]  # two chunks of them
 TIMEOUT = 20  # seconds
 TOKENIZER = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
-TRAIN = [
-    "train",
-    f"--config={CONFIG}",
-    "--config.steps=12",
-    "--config.objective.adversarial=0",
-    "--config.optimizer.schedule=constant",
-    "--config.optimizer.warmup_steps=2",
-    "--config.loop.log_every=1",
-    "--config.loop.checkpoint_every=2",
-]
 # Of a generator, because it compiles sooner than a tokenizer.
-ENDLESS = [
+TRAIN = [
     "train",
     f"--config={ROOT / 'configs' / 'generator.py'}:tiny",
     "--config.data.source=codes",
@@ -47,7 +36,6 @@ ENDLESS = [
     "--config.model.codebook_size=64",
     "--config.model.classes=3",
     "--config.batch_size=8",
-    "--config.steps=10000000",
     "--config.optimizer.warmup_steps=2",
     "--config.loop.log_every=1",
 ]
@@ -120,7 +108,8 @@ def stored(tmp_path) -> pathlib.Path:
 
 def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(stored, tmp_path):
     workdir = tmp_path / "run"
-    endless = [*ENDLESS, f"--config.data.path={stored}", f"--workdir={workdir}"]
+    endless = [*TRAIN, "--config.steps=10000000", f"--config.data.path={stored}"]
+    endless.append(f"--workdir={workdir}")
     more = [*endless, "--config.loop.checkpoint_every=10000000"]  # the notice's is the only one
 
     two = two_processes(more, tmp_path)
@@ -148,10 +137,12 @@ def test_sigterm_to_one_process_saves_all_and_a_lost_process_ends_the_others(sto
     assert re.search(f"{ours}|{runtimes}", output), output
 
 
-def test_run_of_two_processes_goes_on_along_another_axis_and_in_one_process(tmp_path):
-    run_here([*TRAIN, f"--workdir={tmp_path / 'single'}"])
+def test_run_of_two_processes_goes_on_along_another_axis_and_in_one_process(stored, tmp_path):
+    command = [*TRAIN, f"--config.data.path={stored}", "--config.optimizer.schedule=constant"]
+    command += ["--config.steps=12", "--config.loop.checkpoint_every=2"]
+    run_here([*command, f"--workdir={tmp_path / 'single'}"])
     workdir = tmp_path / "run"
-    command = [*TRAIN, f"--workdir={workdir}"]
+    command.append(f"--workdir={workdir}")
     for axis, steps in (("data", 4), ("tensor", 8)):
         mesh = [f"--config.mesh.{name}={2 if name == axis else 1}" for name in ("data", "tensor")]
         finish(two_processes([*command, *mesh, f"--config.steps={steps}"], tmp_path))
