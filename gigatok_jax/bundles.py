@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -28,10 +27,13 @@ from gigatok_jax import distributed
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import (
+    Path,
+    as_path,
+    in_bucket,
     json_text,
-    local_path,
     read_index,
     read_json,
+    real_path,
     refuse_foreign,
     write_json,
     write_safetensors,
@@ -104,7 +106,7 @@ def check_finite(arrays: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: expected finite values, found NaN or infinity")
 
 
-def check_replaceable(directory: pathlib.Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raises UserError if a folder has anything that is not a bundle's; `save` would remove it."""
     own = []
     with contextlib.suppress(OSError, UserError):
@@ -115,7 +117,7 @@ def check_replaceable(directory: pathlib.Path) -> None:
 
 
 def save(
-    directory: pathlib.Path,
+    directory: Path,
     kind: str,
     config: Any,
     weights: Mapping[str, Any],
@@ -139,7 +141,7 @@ def save(
     Raises:
       UserError: `directory` holds other things than a bundle.
     """
-    directory = pathlib.Path(directory).resolve()  # to replace what it links to, not the link
+    directory = real_path(directory)  # to replace what it links to, not the link
     flat = flatten_dict(weights, sep="/")
     parts: list[list[str]] = [[]]
     size = 0
@@ -189,7 +191,7 @@ def _gather(array: Any) -> np.ndarray | None:
 
 
 def load(
-    directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None = None
+    directory: str | Path, kind: str | Sequence[str], config_type: type | None = None
 ) -> Bundle:
     """Reads a bundle; each process of a run reads it independently.
 
@@ -211,7 +213,7 @@ def load(
         if (directory / INDEX).exists():
             places = read_index(directory / INDEX)
         for file in sorted(set(places.values())) or [directory / "model.safetensors"]:
-            arrays |= safetensors.numpy.load_file(file)
+            arrays |= _read(file)
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)
@@ -234,7 +236,13 @@ def load(
     return Bundle(config, weights, record["made_by"], _combine(params))
 
 
-def _check_content(directory: pathlib.Path, expected: Any, weights: Any) -> None:
+def _read(file: Path) -> dict[str, np.ndarray]:
+    if in_bucket(file):
+        return safetensors.numpy.load(file.read_bytes())
+    return safetensors.numpy.load_file(file)
+
+
+def _check_content(directory: Path, expected: Any, weights: Any) -> None:
     """Rejects arrays that are missing, unknown, or of another shape or type."""
     expected, found = (
         {name: f"{x.dtype} {list(x.shape)}" for name, x in flatten_dict(tree, sep="/").items()}
@@ -246,14 +254,14 @@ def _check_content(directory: pathlib.Path, expected: Any, weights: Any) -> None
             raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
-def load_config(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:
+def load_config(directory: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
     """Reads only a bundle's architecture; arguments and errors as for `load`."""
     return _describe(directory, kind, config_type)[1]
 
 
-def _describe(directory: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None):
+def _describe(directory: str | Path, kind: str | Sequence[str], config_type: type | None):
     """The bundle's own directory, its architecture, and the content of its `config.json`."""
-    directory = pathlib.Path(local_path(str(directory), "bundle"))
+    directory = as_path(directory, "bundle")
     if (directory / "bundle").is_dir():
         directory /= "bundle"
     elif (directory / "checkpoints").is_dir():
