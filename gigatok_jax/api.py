@@ -291,24 +291,31 @@ def _check_range(expected: str, array, low: int, high: int) -> None:
             raise ValueError(f"{expected} {low}..{high}, got {value}")
 
 
-def load_tokenizer(directory: Path, dtype: str = "auto") -> PretrainedTokenizer:
+def load_tokenizer(name: Path, dtype: str = "auto") -> PretrainedTokenizer:
     """Loads a tokenizer.
 
     Args:
-      directory: a bundle, or the workdir of a training run.
+      name: a folder, which is a bundle or the workdir of a training run; the name of published
+        weights, such as "gigatok_b_l"; or a bundle on the Hugging Face Hub,
+        "hf://OWNER/REPO[/FOLDER][@REVISION]". What is not on this machine is downloaded.
       dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
         and bfloat16 elsewhere.
 
     Raises:
-      UserError: the directory holds no tokenizer, or JAX finds no device of JAX_PLATFORMS.
+      UserError: the name is unknown (the message lists the published ones), cannot be downloaded,
+        or is no tokenizer's; or JAX finds no device of JAX_PLATFORMS.
     """
-    bundle = _load(directory, "tokenizer", TokenizerConfig)
+    bundle = _load(name, "tokenizer", TokenizerConfig)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype, bundle.fingerprint)
 
 
-def load_generator(directory: Path, dtype: str = "auto") -> PretrainedGenerator:
-    """Loads a generator; arguments and errors as for `load_tokenizer`."""
-    bundle = _load(directory, "generator", GeneratorConfig)
+def load_generator(name: Path, dtype: str = "auto") -> PretrainedGenerator:
+    """Loads a generator; arguments and errors as for `load_tokenizer`.
+
+    For a published one, such as "gigatok_gpt_b_s_s", `made_by["published_tokenizer"]` is the name
+    of its tokenizer, and `made_by["sampling"]` are settings of `sample`.
+    """
+    bundle = _load(name, "generator", GeneratorConfig)
     return PretrainedGenerator(
         bundle.config, bundle.weights, dtype, bundle.made_by, bundle.fingerprint
     )
@@ -345,9 +352,9 @@ def generator_from_torch(
     return PretrainedGenerator(config, weights, dtype)
 
 
-def _load(directory: Path, kind: str, config_type: type) -> bundles.Bundle:
+def _load(name: Path, kind: str, config_type: type) -> bundles.Bundle:
     sharding.require_accelerator(fallback=True)
-    return bundles.load(directory, kind, config_type)
+    return bundles.load(name, kind, config_type)
 
 
 def _tensors(checkpoint) -> Mapping[str, np.ndarray]:

@@ -23,12 +23,12 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
-from gigatok_jax import distributed
+from gigatok_jax import distributed, locate
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import (
+    INDEX,
     Path,
-    as_path,
     in_bucket,
     json_text,
     read_index,
@@ -41,7 +41,6 @@ from gigatok_jax.files import (
 from gigatok_jax.models import generator, quantizer, tokenizer, vit
 
 FORMAT = 3
-INDEX = "model.safetensors.index.json"
 FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
 FILE_BYTES = 5 * 10**9  # maximum, unless a single array is larger
 
@@ -106,12 +105,17 @@ def check_finite(arrays: Mapping[str, Any]) -> None:
                 raise ValueError(f"{name}: expected finite values, found NaN or infinity")
 
 
+def is_record(record: Mapping[str, Any]) -> bool:
+    """Whether the content of a `config.json` is a bundle's."""
+    return record.keys() >= {"kind", "config", "made_by"}
+
+
 def check_replaceable(directory: Path) -> None:
     """Raises UserError if a folder has anything that is not a bundle's; `save` would remove it."""
     own = []
     with contextlib.suppress(OSError, UserError):
         record = read_json(directory / "config.json", "a bundle")
-        if record.keys() >= {"kind", "config", "made_by"}:
+        if is_record(record):
             own = [path.name for path in directory.iterdir() if FILES.fullmatch(path.name)]
     refuse_foreign(directory, own, "a bundle to replace")
 
@@ -190,13 +194,12 @@ def _gather(array: Any) -> np.ndarray | None:
     return np.asarray(array, order="C") if distributed.is_main() else None
 
 
-def load(
-    directory: str | Path, kind: str | Sequence[str], config_type: type | None = None
-) -> Bundle:
+def load(name: str | Path, kind: str | Sequence[str], config_type: type | None = None) -> Bundle:
     """Reads a bundle; each process of a run reads it independently.
 
     Args:
-      directory: the bundle, or the workdir of the run that wrote it.
+      name: the bundle, or the workdir of the run that wrote it: a folder, or any other name that
+        `locate.find` takes. Published weights and those of the Hub are downloaded if need be.
       kind: the expected kind, or several acceptable ones.
       config_type: the architecture's dataclass; None leaves it as the mapping in the file.
 
@@ -207,7 +210,8 @@ def load(
       UserError: the bundle is missing, damaged, or of another kind, or its weights are not finite
         or not those of its architecture.
     """
-    directory, config, record = _describe(directory, kind, config_type)
+    kinds = _several(kind)
+    directory, config, record = _describe(locate.find(name, kinds), kinds, config_type)
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
@@ -254,14 +258,33 @@ def _check_content(directory: Path, expected: Any, weights: Any) -> None:
             raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
-def load_config(directory: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
-    """Reads only a bundle's architecture; arguments and errors as for `load`."""
-    return _describe(directory, kind, config_type)[1]
+def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
+    """Reads only a bundle's architecture, without downloading its weights.
+
+    Arguments and errors are those of `load`.
+    """
+    kinds = _several(kind)
+    config = locate.architecture(str(name), kinds)
+    if config is None:
+        folder = locate.find(name, kinds, weights=False)
+        config = _describe(folder, kinds, config_type)[1]
+    return config
 
 
-def _describe(directory: str | Path, kind: str | Sequence[str], config_type: type | None):
+def read_record(name: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A bundle's own folder, and the content of its `config.json`; `name` as for `load`."""
+    directory, _, record = _describe(locate.find(name), (), None)
+    return directory, record
+
+
+def _several(kind: str | Sequence[str]) -> Sequence[str]:
+    return [kind] if isinstance(kind, str) else kind
+
+
+def _describe(
+    directory: Path, kinds: Sequence[str], config_type: type | None
+) -> tuple[Path, Any, dict[str, Any]]:
     """The bundle's own directory, its architecture, and the content of its `config.json`."""
-    directory = as_path(directory, "bundle")
     if (directory / "bundle").is_dir():
         directory /= "bundle"
     elif (directory / "checkpoints").is_dir():
@@ -278,8 +301,7 @@ def _describe(directory: str | Path, kind: str | Sequence[str], config_type: typ
     whole = record.keys() >= {"kind", "config", "made_by", "digest"}
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")
-    kinds = [kind] if isinstance(kind, str) else kind
-    if record["kind"] not in kinds:
+    if kinds and record["kind"] not in kinds:
         raise UserError(f"{directory}: holds a {record['kind']}, expected a {' or '.join(kinds)}")
     config = record["config"]
     if config_type is not None:

@@ -184,9 +184,11 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
 IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?")
 
 
-# Flags, and fields of configurations, that hold a path; some may hold a name instead.
-PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"}
-PATHS |= {"path", "branch_from", "model", "teacher", "features"}
+# Flags, and fields of configurations, that hold a path.
+PATHS = {"workdir", "workdirs", "out", "images", "reference", "from", "path", "branch_from"}
+PATHS |= {"metrics"}
+# Those that name a model, see `locate.find`: a path, a name, or an address on the Hub.
+MODELS = {"tokenizer", "generator", "teacher", "features", "model"}
 
 
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -195,7 +197,9 @@ def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     for name, value in values.items():
         if isinstance(value, dict):
             result[name] = _local_paths(value, f"{where}{name}.")
-        elif name in PATHS and isinstance(value, str):
+        elif name in MODELS and isinstance(value, str) and value.startswith("hf://"):
+            continue
+        elif name in PATHS | MODELS and isinstance(value, str):
             result[name] = checked_path(value, where + name)
         elif name in PATHS and isinstance(value, list):
             result[name] = [checked_path(item, where + name) for item in value]

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import fnmatch
 import itertools
+import logging
 import types
 from typing import Any
 
@@ -16,6 +17,8 @@ from absl import flags
 
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import Path, as_path, real_path
+
+logger = logging.getLogger(__name__)
 
 Define = Callable[[flags.FlagValues], Any]
 
@@ -90,35 +93,73 @@ SSIM_RANGE = flag(
     "integer", "ssim_range", 1, "data range of SSIM; the reference program uses 2", lower_bound=1
 )
 
+# What `--tokenizer` and `--generator` take, see `locate.find`.
+MODEL = "folder (bundle or workdir), published name, or hf://OWNER/REPO[/FOLDER][@REVISION]"
+ITS_TOKENIZER = f"{MODEL}; default: that of a published generator"
+
 SAMPLING = (
-    flag("float", "guidance", 1.0, "scale of classifier-free guidance; 1: none"),
+    flag(
+        "float",
+        "guidance",
+        None,
+        "scale of classifier-free guidance; 1: none; default: 1, or the setting of a published "
+        "generator, with its schedule, unless a flag of guidance is set",
+    ),
     flag(
         "enum",
         "schedule",
-        "constant",
+        None,
         # Not taken from `sampling.Schedule`, because importing that module takes seconds.
         ["constant", "step", "linear", "reversed_linear", "triangular", "rectangular", "cosine"],
-        "how guidance varies over the codes of an image",
+        "how guidance varies over the codes of an image; default: constant",
     ),
-    flag("float", "schedule_start", 0.18, "start of step and rectangular, in [0, 1]"),
-    flag("float", "schedule_end", 1.0, "end of rectangular, in [0, 1]"),
+    flag(
+        "float", "schedule_start", None, "start of step and rectangular, in [0, 1]; default: 0.18"
+    ),
+    flag("float", "schedule_end", None, "end of rectangular, in [0, 1]; default: 1"),
     flag("float", "temperature", 1.0, "divides the logits; 0: always the likeliest code"),
     flag("integer", "top_k", 0, "sample from the k likeliest codes; 0: all"),
     flag("float", "top_p", 1.0, "sample from the likeliest codes with probability p together"),
 )
 
 
-def _sampling(values: dict[str, Any]) -> Any:
-    """Moves the sampling flags from `values` into a `SamplingConfig`."""
+GUIDANCE = ("guidance", "schedule", "schedule_start", "schedule_end")
+
+
+def _sampling(values: dict[str, Any]) -> tuple[Any, bool]:
+    """Moves the sampling flags from `values`: a `SamplingConfig`, and whether guidance is set."""
     from gigatok_jax.sampling import SamplingConfig
 
+    names = [field.name for field in dataclasses.fields(SamplingConfig)]
+    given = {name: values.pop(name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
     try:
-        names = [field.name for field in dataclasses.fields(SamplingConfig)]
-        settings = SamplingConfig(**{name: values.pop(name) for name in names})
+        settings = SamplingConfig(**given)
         settings.check_schedule()
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    return settings
+    return settings, bool(given.keys() & {*GUIDANCE})
+
+
+def _as_published(settings: Any, guided: bool, generator: Any) -> Any:
+    """`settings` with the guidance of a published generator, unless flags have set it."""
+    published = generator.made_by.get("sampling", {})
+    if guided or not published:
+        return settings
+    logger.info("guidance as published: %s", " ".join(f"--{k}={v}" for k, v in published.items()))
+    return dataclasses.replace(settings, **published)
+
+
+def _tokenizer_of(generator: Any, given: str) -> Any:
+    """The tokenizer that `--tokenizer` names, or that of a published generator."""
+    from gigatok_jax.evaluation import generation
+
+    name = given or generator.made_by.get("published_tokenizer")
+    if not name:
+        raise UserError(
+            "--tokenizer: missing, expected that of the generator; only published ones name theirs"
+        )
+    return generation.load_matching_tokenizer(name, generator)
 
 
 def _data(config: Any) -> Any:
@@ -187,14 +228,14 @@ def train(config, workdir: str) -> None:
 
 @verb(
     "reconstruct images with a tokenizer, with metrics",
-    required("tokenizer", "bundle or workdir"),
+    required("tokenizer", MODEL),
     required("images", "image file, or folder of images"),
     required("out", "folder for the results"),
     batch_size(8),
     SSIM_RANGE,
 )
 def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
-    """gigatok reconstruct --tokenizer=DIR --images=PATH --out=DIR
+    """gigatok reconstruct --tokenizer=NAME --images=PATH --out=DIR
 
     Reconstructs an image, or all images in a folder and its subfolders. Writes grid.png (inputs
     over outputs), images/ (one PNG per image), and metrics.json: PSNR, SSIM, codebook usage, and
@@ -213,7 +254,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
 
 @verb(
     "store the codes of a data set",
-    required("tokenizer", "bundle or workdir"),
+    required("tokenizer", MODEL),
     required("out", "folder for the codes"),
     flag(
         "list",
@@ -229,7 +270,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     configs={"config": REQUIRED},
 )
 def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options: Any) -> None:
-    """gigatok encode --tokenizer=DIR --config=FILE --out=DIR [--config.data.FIELD=VALUE ...]
+    """gigatok encode --tokenizer=NAME --config=FILE --out=DIR [--config.data.FIELD=VALUE ...]
 
     Stores the codes of the config's data set: ten crops of each training image, and the centre crop
     of each validation image. After a kill, the same command resumes. Images that have changed since
@@ -252,8 +293,8 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
 
 @verb(
     "sample images by class from a generator",
-    required("generator", "bundle or workdir"),
-    required("tokenizer", "bundle or workdir"),
+    required("generator", MODEL),
+    flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the images"),
     flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,cat, or all"),
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
@@ -274,9 +315,10 @@ def sample(
     batch_size: int,
     **sampling: Any,
 ) -> None:
-    """gigatok sample --generator=DIR --tokenizer=DIR --classes=0,1,207 --out=DIR
+    """gigatok sample --generator=NAME [--tokenizer=NAME] --classes=0,1,207 --out=DIR
 
-    Samples images by class. Writes grid.png (one class per row), images/ (one PNG per image) and
+    Samples images by class. A published generator, such as gigatok_gpt_b_s_s, brings its tokenizer
+    and guidance. Writes grid.png (one class per row), images/ (one PNG per image) and
     samples.npz in the layout of ADM's evaluator: `arr_0`, uint8 [n, H, W, 3], and `arr_1`, the
     classes. After a kill, the same command resumes. Image n does not depend on the others.
     """
@@ -285,16 +327,17 @@ def sample(
     from gigatok_jax import api, distributed
     from gigatok_jax.evaluation import generation
 
-    settings = _sampling(sampling)
+    settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator)
+    settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
     if random_classes:
         order = np.random.default_rng(seed).choice(numbers, count)
     else:
         order = np.resize(numbers, count)
-    matching, folder = generation.load_matching_tokenizer(tokenizer, loaded), as_path(out)
+    matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
     with distributed.locked(folder):
         generation.sample(
             loaded,
@@ -347,8 +390,8 @@ def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str
 
 @verb(
     "evaluate reconstruction, generation, a generator's loss, or the cost of decoding",
-    flag("string", "generator", "", "bundle or workdir"),
-    flag("string", "tokenizer", "", "bundle or workdir"),
+    flag("string", "generator", "", MODEL),
+    flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the results"),
     batch_size(32),
     flag(
@@ -373,13 +416,13 @@ def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str
 def evaluate(measure: list[str], out: str, **values: Any) -> None:
     """gigatok evaluate MEASURE --out=DIR ...
 
-    reconstruction --tokenizer=DIR --config=FILE: PSNR, SSIM, LPIPS (if its weights have been
+    reconstruction --tokenizer=NAME --config=FILE: PSNR, SSIM, LPIPS (if its weights have been
       fetched), codebook usage and rFID on the evaluation images of the config's `data`.
-    generation --generator=DIR --tokenizer=DIR (--reference=FILE.npz or --config=FILE): gFID, sFID,
-      Inception Score, precision and recall of samples of random classes, as ADM's evaluator
+    generation --generator=NAME --tokenizer=NAME (--reference=FILE.npz or --config=FILE): gFID,
+      sFID, Inception Score, precision and recall of samples of random classes, as ADM's evaluator
       defines them. --search walks from --guidance, in steps of 0.25, to the scale with the lowest
       gFID. After a kill, the same command resumes.
-    loss --generator=DIR --config=FILE [--tokenizer=DIR]: mean cross entropy of the evaluation
+    loss --generator=NAME --config=FILE [--tokenizer=NAME]: mean cross entropy of the evaluation
       images' codes, given their classes. Images need --tokenizer, stored codes do not.
     cost [--decoders=s_b,b_l,xl_xxl] [--generators=b,l,xxl]: share of generation time that decoding
       takes on this machine, with random weights (paper, Table 4).
@@ -398,8 +441,8 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     }
     if len(measure) != 1 or measure[0] not in measures:
         raise UserError(f"expected one of {', '.join(measures)}, got {measure}")
-    sampling, folder = _sampling(values), as_path(out)
-    args = types.SimpleNamespace(**values, sampling=sampling, out=folder)
+    (sampling, guided), folder = _sampling(values), as_path(out)
+    args = types.SimpleNamespace(**values, sampling=sampling, guided=guided, out=folder)
     if args.config is not None:
         _check_data("out", folder, _data(args.config), "guidance_*")
     if (folder / "images").exists():
@@ -417,10 +460,10 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     print(folder)
 
 
-def _directory(args: types.SimpleNamespace, name: str) -> str:
+def _name(args: types.SimpleNamespace, name: str) -> str:
     value = getattr(args, name)
     if not value:
-        raise UserError(f"--{name}: missing, expected a bundle or workdir")
+        raise UserError(f"--{name}: missing, expected a {name}")
     return value
 
 
@@ -429,7 +472,7 @@ def _evaluate_reconstruction(args: types.SimpleNamespace) -> dict[str, float]:
     from gigatok_jax.evaluation import features, reconstruction
 
     return reconstruction.evaluate(
-        api.load_tokenizer(_directory(args, "tokenizer")),
+        api.load_tokenizer(_name(args, "tokenizer")),
         features.load(args.features),
         _data(args.config),
         args.out,
@@ -442,8 +485,9 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, fid, generation
 
-    generator = api.load_generator(_directory(args, "generator"))
-    tokenizer = generation.load_matching_tokenizer(_directory(args, "tokenizer"), generator)
+    generator = api.load_generator(_name(args, "generator"))
+    tokenizer = _tokenizer_of(generator, args.tokenizer)
+    sampling = _as_published(args.sampling, args.guided, generator)
     extractor = features.load(args.features)
     reference = fid.load_reference(
         args.reference,
@@ -454,7 +498,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
         image_size=tokenizer.config.image_size,
         train=args.split == "train",
     )
-    evaluate, out = generation.evaluate, generation.guidance_folder(args.out, args.sampling)
+    evaluate, out = generation.evaluate, generation.guidance_folder(args.out, sampling)
     if args.search:
         evaluate, out = generation.evaluate_best, args.out
     return evaluate(
@@ -462,7 +506,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
         tokenizer,
         extractor,
         reference,
-        args.sampling,
+        sampling,
         out,
         count=args.count,
         seed=args.seed,
@@ -475,11 +519,9 @@ def _evaluate_loss(args: types.SimpleNamespace) -> dict[str, float]:
     from gigatok_jax.evaluation import generation
 
     data, tokenizer = _data(args.config), None
-    generator = api.load_generator(_directory(args, "generator"))
-    if args.tokenizer:
-        tokenizer = generation.load_matching_tokenizer(args.tokenizer, generator)
-    elif data.source != "codes":
-        raise UserError("--tokenizer: missing, expected a bundle or workdir to encode the images")
+    generator = api.load_generator(_name(args, "generator"))
+    if args.tokenizer or data.source != "codes":
+        tokenizer = _tokenizer_of(generator, args.tokenizer)
     return generation.evaluate_loss(generator, tokenizer, data, args.batch_size)
 
 
@@ -498,13 +540,13 @@ def _evaluate_cost(args: types.SimpleNamespace) -> dict[str, Any]:
 
 @verb(
     "AR probing: evaluate a tokenizer by training a small generator on its codes",
-    required("tokenizer", "bundle or workdir"),
+    required("tokenizer", MODEL),
     required("workdir", "folder for the results"),
     *PROCESSES,
     configs={"config": REQUIRED},
 )
 def probe(tokenizer: str, workdir: str, config) -> None:
-    """gigatok probe --tokenizer=DIR --workdir=DIR --config=probe [--config.FIELD=VALUE ...]
+    """gigatok probe --tokenizer=NAME --workdir=DIR --config=probe [--config.FIELD=VALUE ...]
 
     AR probing (paper, 3.1): evaluates a tokenizer by training a small generator on its codes. The
     steps are below, by what they write. After a kill, the same command skips finished steps.
@@ -707,19 +749,62 @@ def config(words: list[str], config) -> None:
             raise UserError(f"expected list, or show NAME, got {' '.join(words) or 'nothing'}")
 
 
-@verb("download and convert published weights", positional="names")
-def weights(names: list[str]) -> None:
-    """gigatok weights fetch NAME
+@verb("list published weights, or download and convert them", positional="words")
+def weights(words: list[str]) -> None:
+    """gigatok weights list, or gigatok weights fetch NAME
 
-    Downloads published weights into the cache (GIGATOK_CACHE), checks and converts them, and prints
-    the folder of the bundle.
+    Lists published weights: kind, parameters, size as a bundle, the authors' rFID or gFID, and the
+    folder if they are in the cache (GIGATOK_CACHE). Or downloads them into the cache, checks and
+    converts them, and prints the folder of the bundle. Commands fetch what they name by themselves.
     """
     from gigatok_jax.weights import convert as converters
     from gigatok_jax.weights import fetch
 
-    if len(names) != 2 or names[0] != "fetch":
-        raise UserError(f"expected: weights fetch NAME, with NAME of {', '.join(fetch.PUBLISHED)}")
-    print(converters.fetch_bundle(names[1]))
+    match words:
+        case ["list"]:
+            for name, published in fetch.PUBLISHED.items():
+                millions, folder = (
+                    converters.parameter_count(published) / 1e6,
+                    fetch.bundle_path(name),
+                )
+                where = folder if folder.exists() else "not fetched"
+                size = f"{millions:>6,.0f}M {4 * millions / 1000:>6.2f} GB"  # float32
+                print(f"{name:<28} {published.kind:<10} {size} {published.figure:<10} {where}")
+        case ["fetch", name]:
+            print(converters.fetch_bundle(name))
+        case _:
+            known = ", ".join(fetch.PUBLISHED)
+            raise UserError(f"expected: weights list, or weights fetch NAME, with NAME of {known}")
+
+
+@verb(
+    "upload a model to the Hugging Face Hub",
+    flag("boolean", "private", False, "create a private repository"),
+    flag("string", "license", "", "license of the weights for the model card, such as apache-2.0"),
+    flag(
+        "multi_string",
+        "metrics",
+        [],
+        "metrics.json of `evaluate` or results.json of `probe` for the model card; default: those "
+        "beside the model",
+    ),
+    positional="places",
+    devices=False,
+)
+def push(places: list[str], private: bool, license: str, metrics: list[str]) -> None:
+    """gigatok push DIR hf://OWNER/REPO[/FOLDER][@BRANCH] [--private] [--metrics=FILE]
+
+    Uploads a bundle, or the bundle of a workdir, in one commit: config.json, model.safetensors, and
+    README.md, a model card with the metrics that were measured. Creates the repository if it does
+    not exist, and leaves other files in it alone. The token is that of HF_TOKEN or `hf auth login`.
+    The address then names the model, as in --tokenizer=hf://OWNER/REPO.
+    """
+    from gigatok_jax import publish
+
+    if len(places) != 2:
+        raise UserError(f"expected DIR and hf://OWNER/REPO, got {places}")
+    files = [as_path(file) for file in metrics]
+    print(publish.push(*places, private=private, license=license, metrics=files))
 
 
 @verb(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # its import takes longer than `gigatok --help`
 
 Path: TypeAlias = "pathlib.Path | epath.Path"
 BUCKET = "gs://"
+DEFAULT_CACHE = pathlib.Path("~/.cache/gigatok_jax")
 
 
 def checked_path(path: str | os.PathLike, where: str) -> str:
@@ -107,7 +108,13 @@ def cache_dir() -> Path:
     for name, below in (("GIGATOK_CACHE", ""), ("XDG_CACHE_HOME", "gigatok_jax")):
         if path := os.environ.get(name):
             return as_path(path, name) / below
-    return pathlib.Path("~/.cache/gigatok_jax").expanduser()
+    return DEFAULT_CACHE.expanduser()
+
+
+def local_cache_dir() -> pathlib.Path:
+    """`cache_dir`, or its default if that is in a bucket: for downloads that can be resumed."""
+    directory = cache_dir()
+    return DEFAULT_CACHE.expanduser() if in_bucket(directory) else directory
 
 
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
@@ -332,6 +339,9 @@ def damaged_member(path: Path) -> str | None:
             return archive.testzip()
     except Exception:  # a damaged one raises many types
         return "its directory"
+
+
+INDEX = "model.safetensors.index.json"  # in a folder whose model is divided into several files
 
 
 def read_index(path: Path) -> dict[str, Path]:

@@ -1,19 +1,17 @@
 """Frozen networks by name: semantic teachers, DINO, LPIPS, and the Inception network of FID.
 
-The package includes the embedded teacher; `gigatok weights fetch` downloads the others.
+The package includes the embedded teacher. The others are downloaded when they are first needed.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gigatok_jax import bundles
-from gigatok_jax.errors import UserError
+from gigatok_jax import bundles, locate
 from gigatok_jax.models import vit
 from gigatok_jax.weights import fetch
 
-EMBEDDED = Path(__file__).parent / "assets" / "teacher"
+KINDS = tuple(vit.FAMILIES)  # of teachers
 DINO = "dino_vits16"  # under the "dino" discriminator
 TEACHER = "config.objective.teacher"  # the field that names a teacher in training
 
@@ -24,8 +22,8 @@ def load_teacher(
     """Loads a semantic teacher.
 
     Args:
-      name: "embedded", the small ViT that `tools/train_embedded_teacher.py` trains on the
-        drawings; a key of `models.vit.PUBLISHED`; or the directory of a teacher's bundle.
+      name: any name that `locate.find` takes, such as "dinov2_vitb14", or "embedded", the small ViT
+        that `tools/train_embedded_teacher.py` trains on the drawings.
       field: the flag or field that holds the name, for messages.
       others: names that the field takes besides those of teachers, for messages.
 
@@ -33,27 +31,16 @@ def load_teacher(
       The architecture, and the float32 parameters of `vit.ViT`.
 
     Raises:
-      UserError: the name is unknown, or the files are missing or hold no teacher.
+      UserError: the name is unknown, the files cannot be downloaded, or they hold no teacher.
     """
-    bundle = bundles.load(_teacher(name, field, *others), tuple(vit.FAMILIES), vit.ViTConfig)
+    directory = locate.find(name, KINDS, where=field, others=others)
+    bundle = bundles.load(directory, KINDS, vit.ViTConfig)
     return bundle.config, bundle.weights["params"]
 
 
 def architecture(name: str) -> vit.ViTConfig:
-    """A teacher's architecture; a published teacher need not be downloaded."""
-    if name in vit.PUBLISHED:
-        return vit.PUBLISHED[name]
-    return bundles.load_config(_teacher(name), tuple(vit.FAMILIES), vit.ViTConfig)
-
-
-def _teacher(name: str, field: str = TEACHER, *others: str) -> Path:
-    if name in vit.PUBLISHED:
-        return fetch.fetched(name)
-    directory = EMBEDDED if name == "embedded" else Path(name)
-    if not (directory / "config.json").exists():
-        known = ", ".join([*others, "embedded", *vit.PUBLISHED])
-        raise UserError(f"{field}: expected {known} or a teacher's bundle, got {name!r}")
-    return directory
+    """A teacher's architecture; its weights need not be downloaded."""
+    return bundles.load_config(name, KINDS, vit.ViTConfig)
 
 
 def load_dino() -> dict[str, Any]:
@@ -84,4 +71,4 @@ def load_inception() -> dict[str, Any]:
 
 
 def _load(name: str, kind: str) -> dict[str, Any]:
-    return bundles.load(fetch.fetched(name), kind).weights["params"]
+    return bundles.load(name, kind).weights["params"]

@@ -19,6 +19,10 @@ if metadata.version("jaxlib").startswith(("0.10.", "0.11.")):  # later ones end 
 if os.environ.get("PARITY") != "whole":  # whole models run for longer than they compile
     os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
 
+# Tests reach no server but their own. `huggingface_hub` reads its variable when it is imported.
+os.environ["https_proxy"] = os.environ["HTTPS_PROXY"] = "http://127.0.0.1:9"
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 # Files that take minutes start first, so that none runs alone at the end.
 LONG = ("test_processes", "test_parity", "test_training", "test_meshes", "test_loop")
 

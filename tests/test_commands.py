@@ -137,7 +137,7 @@ def test_unknown_verb(gigatok):
 
 
 def test_converted_dino_is_what_training_reads_but_for_the_biases_of_keys(gigatok, tmp_path):
-    with pytest.raises(UserError, match=r"gigatok weights fetch dino_vits16"):
+    with pytest.raises(UserError, match=r"dino_deitsmall16_pretrain\.pth"):
         frozen_networks.load_dino()
     source, back = tmp_path / "dino.safetensors", tmp_path / "back.safetensors"
     tensors = synth.checkpoint("dino_vits16")
@@ -332,7 +332,7 @@ def test_index_of_shards(gigatok, bundle, tmp_path):
         (["convert", "tokenizer", "--from=X", "--out=Y"], "--model: expected the architecture"),
         (["convert", "tokenizer", "--from=X", "--out=Y", "--model=q"], "'q': no such tokenizer"),
         (["weights", "fetch", "gigatok_z"], "'gigatok_z': no such weights; known: "),
-        (["weights", "fetch"], "expected: weights fetch NAME, with NAME of dinov2_vits14, "),
+        (["weights", "fetch"], "expected: weights list, or weights fetch NAME, with "),
         (
             ["train", f"--config={TOKENIZER}", "--workdir=X", "extra"],
             "'extra': unexpected argument",

@@ -44,9 +44,9 @@ def test_inception_matches_reference():
             np.testing.assert_array_equal(back[name], tensor, err_msg=name)
 
 
-def test_missing_inception_says_what_to_fetch_and_offers_a_teacher(tmp_path, monkeypatch):
+def test_missing_inception_names_its_file_and_offers_a_teacher(tmp_path, monkeypatch):
     monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match=r"weights fetch inception_fid.*--features=embedded"):
+    with pytest.raises(UserError, match=r"pt_inception-.*\.pth.*--features=embedded"):
         features.load("inception")
 
 

@@ -5,16 +5,19 @@ Conversions preserve float32 values bit for bit.
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 import dataclasses
 import fnmatch
-import pathlib
 from typing import Any
 
+import filelock
 from flax.traverse_util import flatten_dict
+import jax
 import numpy as np
 
-from gigatok_jax import bundles, recipes
+from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
+from gigatok_jax.files import Path, as_path, in_bucket, local_copy
 from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
@@ -132,11 +135,12 @@ def to_torch(kind: str, weights: Mapping[str, Any], config: Any = None) -> dict[
 
 def to_bundle(
     kind: str,
-    files: Iterable[str | pathlib.Path],
-    directory: str | pathlib.Path,
+    files: Iterable[str | Path],
+    directory: str | Path,
     *,
     model: str = "",
     weights: str = "auto",
+    made_by: Mapping[str, Any] | None = None,
 ) -> None:
     """Converts checkpoint files to a bundle.
 
@@ -144,40 +148,41 @@ def to_bundle(
       kind: a key of `KINDS`.
       files: `.pt` or `.safetensors` files that together hold the tensors, or an index of them.
       directory: path of the bundle.
-      model: name of the architecture, or a bundle of the same architecture.
+      model: name of the architecture, or a model of the same architecture, see `locate.find`.
       weights: see `torch_files.read`.
+      made_by: more provenance.
 
     Raises:
       UserError: a file cannot be read or does not fit the architecture; or `directory` holds other
         things than a bundle.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     bundles.check_replaceable(directory)
-    files, rule, config = [pathlib.Path(file) for file in files], find(kind), None
+    files, rule, config = [local_copy(as_path(file)) for file in files], find(kind), None
     if rule.model and not model:
         raise UserError(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_bundle = pathlib.Path(model).is_dir()
-        config = bundles.load_config(model, kind, rule.config) if is_bundle else rule.model(model)
+        is_model = as_path(model).is_dir() or locate.is_name(model)
+        config = bundles.load_config(model, kind, rule.config) if is_model else rule.model(model)
     files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])
     try:
         converted = from_torch(kind, tensors, config)
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, files))}: {error}") from error
-    made_by = {"converted_from": [file.name for file in files], "model": model}
-    bundles.save(directory, kind, config, converted, made_by)
+    origin = {"converted_from": [file.name for file in files], "model": model}
+    bundles.save(directory, kind, config, converted, origin | dict(made_by or {}))
 
 
-def to_file(kind: str, directory: str | pathlib.Path, file: str | pathlib.Path) -> None:
-    """Writes a bundle's weights under the reference's names; the suffix of `file` sets the format.
+def to_file(kind: str, name: str | Path, file: str | Path) -> None:
+    """Writes a model's weights under the reference's names; the suffix of `file` sets the format.
 
     Raises:
-      UserError: the bundle does not exist, or the suffix is unknown.
+      UserError: there is no such model (see `locate.find`), or the suffix is unknown.
     """
-    bundle = bundles.load(directory, kind, find(kind).config)
+    bundle = bundles.load(name, kind, find(kind).config)
     torch_files.write(file, to_torch(kind, bundle.weights, bundle.config))
 
 
@@ -186,17 +191,46 @@ def find(kind: str) -> Kind:
     return lookup(kind, KINDS, "kind of weights")
 
 
-def fetch_bundle(name: str) -> pathlib.Path:
+def architecture(published: fetch.Published) -> Any:
+    """The config of published weights, which need not be there; None if the kind has only one."""
+    rule = KINDS[published.kind]
+    return rule.model(published.model) if rule.model else None
+
+
+def parameter_count(published: fetch.Published) -> int:
+    """Exact number of parameters of published weights, which need not be there."""
+    shapes = KINDS[published.kind].shapes(architecture(published))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def fetch_bundle(name: str) -> Path:
     """Downloads and converts published weights, unless their bundle exists.
+
+    A generator comes with its tokenizer, whose fingerprint its bundle records. If several processes
+    of a machine, or of machines that share the cache, need the same weights, one does the work.
 
     Raises:
       UserError: see `fetch.download`; or PyTorch, which reads the files, is missing.
     """
     published = lookup(name, fetch.PUBLISHED, "weights")
     directory = fetch.bundle_path(name)
-    if not directory.exists():
-        for file in published.files:
-            if not file.name.endswith(".safetensors"):
-                torch_files.import_torch(file.name)  # raises before anything is downloaded
-        to_bundle(published.kind, fetch.download(name), directory, model=published.model)
+    if directory.exists():
+        return directory
+    for file in published.files:
+        if not file.name.endswith(".safetensors"):
+            torch_files.import_torch(f"{name}: {file.name}")  # raises before any download
+    made_by = {"published": name}
+    if published.tokenizer:
+        tokenizer = bundles.load(fetch_bundle(published.tokenizer), "tokenizer")
+        made_by["tokenizer"] = tokenizer.fingerprint
+        made_by["published_tokenizer"] = published.tokenizer
+        made_by["sampling"] = dict(published.sampling)
+        del tokenizer  # it can be larger than the generator
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    # Two processes that write the same bundle to a bucket both succeed.
+    lock = filelock.FileLock(directory.with_name(f".{name}.lock"))
+    with contextlib.nullcontext() if in_bucket(directory) else lock:
+        if not directory.exists():  # another process may have been faster
+            files = fetch.download(name)
+            to_bundle(published.kind, files, directory, model=published.model, made_by=made_by)
     return directory

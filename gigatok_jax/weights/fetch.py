@@ -1,19 +1,26 @@
-"""Downloads published weights to a cache, where users may also put files by hand."""
+"""Downloads published weights to a cache, where users may also put files by hand.
 
+Those of the Hugging Face Hub are downloaded to its own cache, see `weights.hub`.
+"""
+
+from collections.abc import Mapping
 import dataclasses
 import hashlib
 import http.client
 import pathlib
+import re
 import shutil
 import sys
 import time
+from typing import Any
 import urllib.error
 import urllib.request
 
 from tqdm import tqdm
 
 from gigatok_jax.errors import UserError, first_line, lookup
-from gigatok_jax.files import cache_dir
+from gigatok_jax.files import Path, cache_dir, local_cache_dir
+from gigatok_jax.weights import hub
 
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 60  # seconds without a byte
@@ -44,10 +51,31 @@ class Published:
     kind: str  # the KIND of `gigatok convert` that reads them
     model: str  # name of the architecture; "" if the kind has only one
     files: tuple[File, ...]  # together they hold the tensors
+    figure: str = ""  # the authors' rFID or gFID
+    tokenizer: str = ""  # of a generator: the name of the tokenizer whose codes it models
+    sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a generator
 
 
 def _one(kind: str, model: str, url: str, sha256: str | None = None, **name: str) -> Published:
     return Published(kind, model, (File(url, sha256, **name),))
+
+
+def _tokenizer(model: str, file: str, rfid: str) -> Published:
+    return Published("tokenizer", f"{model},released", (File(f"{GIGATOK}/{file}"),), f"rFID {rfid}")
+
+
+def _generator(
+    model: str, tokenizer: str, file: str, gfid: str, guidance: float = 1.0
+) -> Published:
+    schedule = "step" if guidance > 1 else "constant"
+    return Published(
+        "generator",
+        model,
+        (File(f"{GIGATOK}/{file}"),),
+        figure=f"gFID {gfid}",
+        tokenizer=tokenizer,
+        sampling={"guidance": guidance, "schedule": schedule, "schedule_start": 0.18},
+    )
 
 
 DINOV2 = {
@@ -57,6 +85,9 @@ DINOV2 = {
 }
 DINOV2_HOST = "https://dl.fbaipublicfiles.com/dinov2"
 GIGATOK = "https://huggingface.co/YuuTennYi/GigaTok/resolve/main"
+HUB_URL = re.compile(
+    r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)"
+)
 
 # The authors of SigLIP, DINO and GigaTok publish no hashes.
 PUBLISHED = {
@@ -106,46 +137,51 @@ PUBLISHED = {
         "pt_inception-2015-12-05-6726825d.pth",
         "6726825d",
     ),
-    "gigatok_s_s": _one("tokenizer", "s_s,released", f"{GIGATOK}/VQ_SS256_e100.pt"),
-    "gigatok_s_b": _one("tokenizer", "s_b,released", f"{GIGATOK}/VQ_SB256_e200.pt"),
-    "gigatok_b_l": _one("tokenizer", "b_l,released", f"{GIGATOK}/VQ_BL256_e200.pt"),
-    "gigatok_b_l_dino_disc": _one("tokenizer", "b_l,released", f"{GIGATOK}/VQ_BL256_dino_disc.pt"),
-    "gigatok_xl_xxl": _one("tokenizer", "xl_xxl,released", f"{GIGATOK}/VQ_XLXXL256_e300.pt"),
+    # Figures: the authors' README.
+    "gigatok_s_s": _tokenizer("s_s", "VQ_SS256_e100.pt", "1.01"),
+    "gigatok_s_b": _tokenizer("s_b", "VQ_SB256_e200.pt", "0.89"),
+    "gigatok_b_l": _tokenizer("b_l", "VQ_BL256_e200.pt", "0.81"),
+    "gigatok_b_l_dino_disc": _tokenizer("b_l", "VQ_BL256_dino_disc.pt", "0.51"),
+    "gigatok_xl_xxl": _tokenizer("xl_xxl", "VQ_XLXXL256_e300.pt", "0.79"),
+    # For gFID the authors search for the best guidance, with the schedule "step" from 18 % of the
+    # codes (paper, appendix B), and XXL is best without any (appendix D). They publish one scale,
+    # 1.75 for XL-XXL (Detailed_instructions.md); the others are those that their search starts
+    # from, which it calls empirically best (sample_c2i_cfg_search.py).
+    "gigatok_gpt_b_s_s": _generator("b", "gigatok_s_s", "GPT_B256_e300_VQ_SS.pt", "4.05", 2.5),
+    "gigatok_gpt_b_s_b": _generator("b", "gigatok_s_b", "GPT_B256_e300_VQ_SB.pt", "3.83", 2.5),
+    "gigatok_gpt_b_b_l": _generator("b", "gigatok_b_l", "GPT_B256_e300_VQ_BL.pt", "3.26", 2.5),
+    "gigatok_gpt_b_b_l_dino_disc": _generator(
+        "b", "gigatok_b_l_dino_disc", "GPT_B256_e300_VQ_BL_dino_disc.pt", "3.33", 2.5
+    ),
+    "gigatok_gpt_b_xl_xxl": _generator(
+        "b", "gigatok_xl_xxl", "GPT_B256_e300_VQ_XLXXL.pt", "3.15", 1.75
+    ),
+    "gigatok_gpt_xl_b_l": _generator("xl", "gigatok_b_l", "GPT_XL256_e300_VQ_BL.pt", "2.13", 1.25),
+    "gigatok_gpt_xxl_b_l": _generator("xxl", "gigatok_b_l", "GPT_XXL256_e300_VQ_BL.pt", "2.03"),
+    "gigatok_gpt_xxl_xl_xxl": _generator(
+        "xxl", "gigatok_xl_xxl", "GPT_XXL256_e300_VQ_XLXXL.pt", "1.98"
+    ),
 }
 
 
-def bundle_path(name: str) -> pathlib.Path:
-    """Where `gigatok weights fetch NAME` writes the bundle."""
+def bundle_path(name: str) -> Path:
+    """Where the bundle of published weights is, once they are fetched."""
     return cache_dir() / "bundles" / name
-
-
-def fetched(name: str) -> pathlib.Path:
-    """The bundle of published weights, or a UserError that explains how to get it."""
-    directory = bundle_path(name)
-    if not directory.exists():
-        published = PUBLISHED[name]
-        model = f" --model={published.model}" if published.model else ""
-        sources = " ".join(f"--from={file.name}" for file in published.files)
-        raise UserError(
-            f"{name}: no weights in {directory}; download them with: gigatok weights fetch "
-            f"{name}, or convert files with: gigatok convert {published.kind} {sources}{model} "
-            f"--out={directory}"
-        )
-    return directory
 
 
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, after downloading those missing from the cache.
 
-    Files in the cache (`cache_dir()` by default), downloaded or put there by hand, need no
-    connection, but their hash is checked. Interrupted downloads are resumed.
+    Files in the cache (`files.local_cache_dir()` by default), downloaded or put there by hand, need no
+    connection, but their hash is checked. Interrupted downloads are resumed. Files of the Hugging
+    Face Hub that are not there are looked for in its own cache, and downloaded to it.
 
     Raises:
       UserError: the name is unknown, a download fails (the message says which file to put where),
         or a hash does not match.
     """
     files = lookup(name, PUBLISHED, "weights").files
-    directory = cache_dir() if cache is None else pathlib.Path(cache)
+    directory = local_cache_dir() if cache is None else pathlib.Path(cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return [_find_or_download(file, directory / file.name) for file in files]
@@ -158,12 +194,28 @@ def _find_or_download(file: File, path: pathlib.Path) -> pathlib.Path:
         if fault := _wrong_hash(path, path, file):
             raise UserError(f"{path}: {fault}; remove it to download {file.url}")
         return path
+    if on_hub := HUB_URL.fullmatch(file.url):
+        return _find_on_hub(file, path, **on_hub.groupdict())
     partial = path.with_name(f"{path.name}.partial")
     _download(file, partial, path)
     if fault := _wrong_hash(partial, path, file):
         partial.unlink()  # otherwise the next attempt would resume it
         raise UserError(f"{file.url}: {fault}; discarded the download")
     return partial.replace(path)
+
+
+def _find_on_hub(
+    file: File, path: pathlib.Path, repo: str, revision: str, name: str
+) -> pathlib.Path:
+    try:
+        with hub.one_line(file.url):
+            found = hub.download_file(repo, name, revision)
+    except UserError as error:
+        raise UserError(f"{error}; download it elsewhere and put it at {path}") from error
+    if fault := _wrong_hash(found, path, file):
+        hub.discard(found)  # otherwise the next attempt would find it
+        raise UserError(f"{file.url}: {fault}; discarded the download")
+    return found
 
 
 def _wrong_hash(content: pathlib.Path, path: pathlib.Path, file: File) -> str | None:
@@ -184,7 +236,7 @@ def _wrong_hash(content: pathlib.Path, path: pathlib.Path, file: File) -> str | 
 
 def _download(file: File, partial: pathlib.Path, path: pathlib.Path) -> None:
     """Downloads to `partial`, with a few retries."""
-    pauses = iter(PAUSES)
+    pauses, answered = iter(PAUSES), False
     while True:
         before = _size(partial)
         try:
@@ -192,7 +244,9 @@ def _download(file: File, partial: pathlib.Path, path: pathlib.Path) -> None:
         except (OSError, http.client.HTTPException) as error:
             if _size(partial) > before:
                 pauses = iter(PAUSES)
+            answered |= type(error) is not urllib.error.URLError
             transient = getattr(error, "code", None) in (None, *TRANSIENT_STATUSES)
+            transient &= answered  # a machine without a connection should say so at once
             pause = next(pauses, None) if transient else None
             if pause is None:
                 raise UserError(

@@ -1,0 +1,95 @@
+"""Models by name: the one place that knows what `--tokenizer` and its like may hold."""
+
+from collections.abc import Sequence
+import logging
+import os
+import pathlib
+from typing import Any
+
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import Path, as_path
+from gigatok_jax.weights import fetch, hub
+
+logger = logging.getLogger(__name__)
+
+# Bundles that the package includes, by name and kind.
+INCLUDED = {"embedded": ("dinov2", pathlib.Path(__file__).parent / "assets" / "teacher")}
+
+
+def find(
+    name: str | Path,
+    kinds: Sequence[str] = (),
+    *,
+    where: str = "",
+    others: Sequence[str] = (),
+    weights: bool = True,
+) -> Path:
+    """The local folder of a model: a bundle, or the workdir of the run that wrote one.
+
+    Args:
+      name: a folder; the name of published weights (`fetch.PUBLISHED`), which are downloaded and
+        converted unless they are in the cache; "embedded", the teacher in this package; or
+        hf://OWNER/REPO[/FOLDER][@REVISION], downloaded to the Hub's cache. A folder with a model
+        precedes published weights of the same name.
+      kinds: acceptable kinds of networks, such as "tokenizer"; empty: any.
+      where: flag or field that holds the name, for messages.
+      others: what the flag or field takes besides models, for messages.
+      weights: False does not download the weights of models on the Hub.
+
+    Raises:
+      UserError: no model has this name, or it cannot be downloaded.
+    """
+    name = str(name)
+    if name.startswith(hub.SCHEME):
+        return hub.download(name, weights=weights)
+    folder = as_path(name, where or "bundle")
+    if name in fetch.PUBLISHED or name in INCLUDED:
+        if not _holds_model(folder):
+            return _fetch(name, kinds)
+        logger.info("%s: taking the folder of this name, not the published weights", name)
+    elif not folder.exists() and (where or not os.path.dirname(name)):
+        known = [*others, *(known for known, kind in _kinds().items() if kind in kinds)]
+        culprit = f"{where}: {name!r}" if where else repr(name)
+        listed = f"; known: {', '.join(known)}" if known else ""
+        raise UserError(f"{culprit}: no such folder{listed}; or give {hub.FORM}")
+    return folder
+
+
+def is_name(name: str) -> bool:
+    """Whether a name means published weights or a model on the Hub."""
+    published = name in fetch.PUBLISHED and not _holds_model(as_path(name))
+    return published or name.startswith(hub.SCHEME)
+
+
+def architecture(name: str, kinds: Sequence[str]) -> Any:
+    """The config of published weights that are not in the cache; None for all other models."""
+    from gigatok_jax.weights import convert  # imports `bundles`, which imports this module
+
+    published = fetch.PUBLISHED.get(name)
+    if not published or _holds_model(as_path(name)) or fetch.bundle_path(name).exists():
+        return None
+    _check_kind(name, kinds)
+    return convert.architecture(published)
+
+
+def _fetch(name: str, kinds: Sequence[str]) -> Path:
+    from gigatok_jax.weights import convert
+
+    _check_kind(name, kinds)
+    return INCLUDED[name][1] if name in INCLUDED else convert.fetch_bundle(name)
+
+
+def _kinds() -> dict[str, str]:
+    """The kind of every model that has a name."""
+    included = {name: kind for name, (kind, _) in INCLUDED.items()}
+    return included | {name: published.kind for name, published in fetch.PUBLISHED.items()}
+
+
+def _check_kind(name: str, kinds: Sequence[str]) -> None:
+    kind = _kinds()[name]
+    if kinds and kind not in kinds:
+        raise UserError(f"{name}: holds a {kind}, expected a {' or '.join(kinds)}")
+
+
+def _holds_model(folder: Path) -> bool:
+    return any((folder / name).exists() for name in ("config.json", "bundle", "checkpoints"))
