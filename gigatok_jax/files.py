@@ -19,7 +19,7 @@ import pathlib
 import re
 import shutil
 import tempfile
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import zipfile
 
 import numpy as np
@@ -31,7 +31,7 @@ from gigatok_jax.errors import UserError, first_line
 if TYPE_CHECKING:  # its import takes longer than `gigatok --help`
     from etils import epath
 
-Path: TypeAlias = "pathlib.Path | epath.Path"
+Path: TypeAlias = Union[pathlib.Path, "epath.Path"]
 BUCKET = "gs://"
 DEFAULT_CACHE = pathlib.Path("~/.cache/gigatok_jax")
 

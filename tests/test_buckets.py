@@ -21,6 +21,7 @@ TRAIN = f"--config={ROOT / 'tests' / 'train_config.py'}"
 PROBE = f"--config={ROOT / 'tests' / 'probe_config.py'}"
 RUN = [TRAIN, "--config.objective.adversarial=0", "--config.steps=8"]
 RUN += ["--config.loop.checkpoint_every=3", "--config.loop.log_every=2"]
+RUN += ["--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=2"]
 TIMING = {"images_per_second", "input_wait"}
 
 
@@ -129,17 +130,20 @@ def test_folder_of_photos_is_read_like_a_local_one(bucket, tmp_path):
 
 
 def test_folder_in_use_is_refused_until_its_owner_is_lost(bucket, monkeypatch):
-    monkeypatch.setattr(locks, "LOST", 0.3)
+    monkeypatch.setattr(locks, "LOST", 0.5)
+    monkeypatch.setattr(locks, "BEAT", 0.05)
     folder = files.as_path(f"{bucket}/locked")
     with locks.hold(folder):
-        monkeypatch.setattr(locks, "BEAT", 0.05)
         owner = json.loads((folder / locks.NAME).read_text())
         assert owner["pid"] == os.getpid()
     assert not (folder / locks.NAME).exists()
 
-    with locks.hold(folder), pytest.raises(UserError, match=r"gs://b/locked: in use by process"):
-        with locks.hold(folder):
-            pass
+    with (
+        locks.hold(folder),
+        pytest.raises(UserError, match=r"gs://b/locked: in use by process"),
+        locks.hold(folder),
+    ):
+        pass
 
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()

@@ -172,7 +172,7 @@ def bundle_path(name: str) -> Path:
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, after downloading those missing from the cache.
 
-    Files in the cache (`files.local_cache_dir()` by default), downloaded or put there by hand, need no
+    Files in the cache (`local_cache_dir()` by default), downloaded or put there by hand, need no
     connection, but their hash is checked. Interrupted downloads are resumed. Files of the Hugging
     Face Hub that are not there are looked for in its own cache, and downloaded to it.
 
