@@ -7,7 +7,6 @@ images = tokenizer.decode(codes)
 
 from collections.abc import Mapping, Sequence
 import functools
-import pathlib
 from typing import Any
 
 import flax.linen as nn
@@ -15,9 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import bundles, recipes, sampling, sharding
+from gigatok_jax import bundles, files, recipes, sampling, sharding
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import local_path
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
@@ -26,7 +24,7 @@ from gigatok_jax.pictures import to_float
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
 
-Path = str | pathlib.Path
+Path = str | files.Path
 
 
 class Pretrained:
@@ -363,7 +361,7 @@ def _tensors(checkpoint) -> Mapping[str, np.ndarray]:
     sharding.require_accelerator(fallback=True)
     if isinstance(checkpoint, Mapping):
         return checkpoint
-    return torch_files.read(local_path(str(checkpoint), "checkpoint"))
+    return torch_files.read(files.as_path(checkpoint, "checkpoint"))
 
 
 def parameter_count(name: str) -> int:

@@ -13,7 +13,6 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-import pathlib
 import re
 from typing import Any, NamedTuple
 
@@ -29,9 +28,12 @@ from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import (
     INDEX,
+    Path,
+    in_bucket,
     json_text,
     read_index,
     read_json,
+    real_path,
     refuse_foreign,
     write_json,
     write_safetensors,
@@ -108,7 +110,7 @@ def is_record(record: Mapping[str, Any]) -> bool:
     return record.keys() >= {"kind", "config", "made_by"}
 
 
-def check_replaceable(directory: pathlib.Path) -> None:
+def check_replaceable(directory: Path) -> None:
     """Raises UserError if a folder has anything that is not a bundle's; `save` would remove it."""
     own = []
     with contextlib.suppress(OSError, UserError):
@@ -119,7 +121,7 @@ def check_replaceable(directory: pathlib.Path) -> None:
 
 
 def save(
-    directory: pathlib.Path,
+    directory: Path,
     kind: str,
     config: Any,
     weights: Mapping[str, Any],
@@ -143,7 +145,7 @@ def save(
     Raises:
       UserError: `directory` holds other things than a bundle.
     """
-    directory = pathlib.Path(directory).resolve()  # to replace what it links to, not the link
+    directory = real_path(directory)  # to replace what it links to, not the link
     flat = flatten_dict(weights, sep="/")
     parts: list[list[str]] = [[]]
     size = 0
@@ -192,9 +194,7 @@ def _gather(array: Any) -> np.ndarray | None:
     return np.asarray(array, order="C") if distributed.is_main() else None
 
 
-def load(
-    name: str | pathlib.Path, kind: str | Sequence[str], config_type: type | None = None
-) -> Bundle:
+def load(name: str | Path, kind: str | Sequence[str], config_type: type | None = None) -> Bundle:
     """Reads a bundle; each process of a run reads it independently.
 
     Args:
@@ -217,7 +217,7 @@ def load(
         if (directory / INDEX).exists():
             places = read_index(directory / INDEX)
         for file in sorted(set(places.values())) or [directory / "model.safetensors"]:
-            arrays |= safetensors.numpy.load_file(file)
+            arrays |= _read(file)
         if missing := places.keys() - arrays.keys():
             raise ValueError(f"{min(missing)} is missing")
         digests = _digests(arrays)
@@ -240,7 +240,13 @@ def load(
     return Bundle(config, weights, record["made_by"], _combine(params))
 
 
-def _check_content(directory: pathlib.Path, expected: Any, weights: Any) -> None:
+def _read(file: Path) -> dict[str, np.ndarray]:
+    if in_bucket(file):
+        return safetensors.numpy.load(file.read_bytes())
+    return safetensors.numpy.load_file(file)
+
+
+def _check_content(directory: Path, expected: Any, weights: Any) -> None:
     """Rejects arrays that are missing, unknown, or of another shape or type."""
     expected, found = (
         {name: f"{x.dtype} {list(x.shape)}" for name, x in flatten_dict(tree, sep="/").items()}
@@ -252,7 +258,7 @@ def _check_content(directory: pathlib.Path, expected: Any, weights: Any) -> None
             raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
-def load_config(name: str | pathlib.Path, kind: str | Sequence[str], config_type: type) -> Any:
+def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
     """Reads only a bundle's architecture, without downloading its weights.
 
     Arguments and errors are those of `load`.
@@ -265,7 +271,7 @@ def load_config(name: str | pathlib.Path, kind: str | Sequence[str], config_type
     return config
 
 
-def read_record(name: str | pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+def read_record(name: str | Path) -> tuple[Path, dict[str, Any]]:
     """A bundle's own folder, and the content of its `config.json`; `name` as for `load`."""
     directory, _, record = _describe(locate.find(name), (), None)
     return directory, record
@@ -276,8 +282,8 @@ def _several(kind: str | Sequence[str]) -> Sequence[str]:
 
 
 def _describe(
-    directory: pathlib.Path, kinds: Sequence[str], config_type: type | None
-) -> tuple[pathlib.Path, Any, dict[str, Any]]:
+    directory: Path, kinds: Sequence[str], config_type: type | None
+) -> tuple[Path, Any, dict[str, Any]]:
     """The bundle's own directory, its architecture, and the content of its `config.json`."""
     if (directory / "bundle").is_dir():
         directory /= "bundle"

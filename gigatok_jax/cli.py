@@ -13,8 +13,9 @@ import typing
 from typing import Any
 
 from gigatok_jax.errors import RunStopped, UserError, first_line, lookup
-from gigatok_jax.files import MACHINE, cache_dir, local_path, reason
+from gigatok_jax.files import MACHINE, cache_dir, checked_path, reason
 
+BUCKETS = ("gcsfs", "google", "aiohttp")  # libraries whose errors are those of a bucket
 HELP = ("-h", "--help", "-help", "help")
 
 
@@ -30,6 +31,11 @@ def main(argv: list[str] | None = None) -> int:
         what = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
         return RunStopped.exit_code if error.errno in MACHINE else UserError.exit_code
+    except Exception as error:
+        if not type(error).__module__.startswith(BUCKETS):
+            raise
+        print(f"gigatok: error: gs://: {first_line(error)}", file=sys.stderr)
+        return RunStopped.exit_code
 
 
 def entry() -> None:
@@ -135,7 +141,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
     arguments, files = _take_config_files(arguments, verb.configs)
     loaded, unset = {}, {}
     for flag, default in verb.configs.items():
-        file = local_path(files.get(flag, default), f"--{flag}")
+        file = checked_path(files.get(flag, default), f"--{flag}")
         if file == commands.REQUIRED:
             raise UserError(f"--{flag}: missing")
         loaded[flag] = None if file == commands.OPTIONAL else config.load(file)
@@ -186,7 +192,7 @@ MODELS = {"tokenizer", "generator", "teacher", "features", "model"}
 
 
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """`values`, with "~" expanded in all paths; see `files.local_path`."""
+    """`values`, with "~" expanded in all paths; see `files.checked_path`."""
     result = dict(values)
     for name, value in values.items():
         if isinstance(value, dict):
@@ -194,9 +200,9 @@ def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
         elif name in MODELS and isinstance(value, str) and value.startswith("hf://"):
             continue
         elif name in PATHS | MODELS and isinstance(value, str):
-            result[name] = local_path(value, where + name)
+            result[name] = checked_path(value, where + name)
         elif name in PATHS and isinstance(value, list):
-            result[name] = [local_path(item, where + name) for item in value]
+            result[name] = [checked_path(item, where + name) for item in value]
     return result
 
 

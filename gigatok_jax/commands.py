@@ -10,13 +10,13 @@ import dataclasses
 import fnmatch
 import itertools
 import logging
-import pathlib
 import types
 from typing import Any
 
 from absl import flags
 
 from gigatok_jax.errors import UserError, first_line
+from gigatok_jax.files import Path, as_path, real_path
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +171,7 @@ def _data(config: Any) -> Any:
     return config.data
 
 
-def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable[str]) -> None:
+def _check_apart(flag: str, folder: Path, images: str, written: Iterable[str]) -> None:
     """Rejects results among the images that they come from, and images among the results.
 
     The former would be read as images by the next call, the latter replaced. `written` are patterns
@@ -179,8 +179,8 @@ def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable
     """
     from gigatok_jax.data.folders import places
 
-    folder = folder.resolve()
-    for place in sorted(places(pathlib.Path(images))):
+    folder = real_path(folder)
+    for place in sorted(places(as_path(images))):
         if folder.is_relative_to(place):
             raise UserError(f"--{flag}: expected a folder outside of the images' {place}")
         name = place.relative_to(folder).parts[0] if place.is_relative_to(folder) else ""
@@ -191,13 +191,13 @@ def _check_apart(flag: str, folder: pathlib.Path, images: str, written: Iterable
             )
 
 
-def _check_no_evaluation(folder: pathlib.Path) -> None:
+def _check_no_evaluation(folder: Path) -> None:
     """Rejects a folder with the results of `evaluate`, whose files have the same names."""
     if (folder / MEASURED).exists():
         raise UserError(f"--out: expected a folder without results of evaluate, got {folder}")
 
 
-def _check_data(flag: str, folder: pathlib.Path, data: Any, *written: str) -> None:
+def _check_data(flag: str, folder: Path, data: Any, *written: str) -> None:
     """`_check_apart` for the data of a configuration."""
     from gigatok_jax import distributed
 
@@ -222,8 +222,8 @@ def train(config, workdir: str) -> None:
     if not isinstance(config, tuple(TASKS.values())):
         raise UserError(f"--config: expected a training run ({', '.join(TASKS)})")
     written = ("bundle", "checkpoints", "pictures", "tensorboard")
-    _check_data("workdir", pathlib.Path(workdir), config.data, *written)
-    loop.train(config, pathlib.Path(workdir))
+    _check_data("workdir", as_path(workdir), config.data, *written)
+    loop.train(config, as_path(workdir))
 
 
 @verb(
@@ -244,7 +244,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     from gigatok_jax import api, locks
     from gigatok_jax.evaluation import reconstruction
 
-    source, folder = pathlib.Path(images), pathlib.Path(out)
+    source, folder = as_path(images), as_path(out)
     _check_no_evaluation(folder)
     _check_apart("out", folder, images, ("images", "grid.png"))
     loaded = api.load_tokenizer(tokenizer)
@@ -284,7 +284,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
         factors = tuple(float(factor) for factor in crop_factors)
     except ValueError:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
-    data, folder = _data(config), pathlib.Path(out)
+    data, folder = _data(config), as_path(out)
     _check_data("out", folder, data)
     bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig)
     with distributed.locked(folder):
@@ -328,7 +328,7 @@ def sample(
     from gigatok_jax.evaluation import generation
 
     settings, guided = _sampling(sampling)
-    _check_no_evaluation(pathlib.Path(out))
+    _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator)
     settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
@@ -337,7 +337,7 @@ def sample(
         order = np.random.default_rng(seed).choice(numbers, count)
     else:
         order = np.resize(numbers, count)
-    matching, folder = _tokenizer_of(loaded, tokenizer), pathlib.Path(out)
+    matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
     with distributed.locked(folder):
         generation.sample(
             loaded,
@@ -441,7 +441,7 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     }
     if len(measure) != 1 or measure[0] not in measures:
         raise UserError(f"expected one of {', '.join(measures)}, got {measure}")
-    (sampling, guided), folder = _sampling(values), pathlib.Path(out)
+    (sampling, guided), folder = _sampling(values), as_path(out)
     args = types.SimpleNamespace(**values, sampling=sampling, guided=guided, out=folder)
     if args.config is not None:
         _check_data("out", folder, _data(args.config), "guidance_*")
@@ -566,7 +566,7 @@ def probe(tokenizer: str, workdir: str, config) -> None:
 
     if not isinstance(config, probing.ProbeConfig):
         raise UserError("--config: expected that of AR probing, such as --config=probe")
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir)
     if (folder / "config.json").exists():
         raise UserError(f"--workdir: expected a folder without a training run, got {workdir}")
     _check_data("workdir", folder, config.data, *probing.STEPS)
@@ -591,8 +591,8 @@ def report(workdirs: list[str], out: str) -> None:
 
     if not workdirs:
         raise UserError("expected workdirs of probes or of training runs")
-    folders = [pathlib.Path(workdir) for workdir in workdirs]
-    path = pathlib.Path(out) if out else folders[0] / "report.html"
+    folders = [as_path(workdir) for workdir in workdirs]
+    path = as_path(out) if out else folders[0] / "report.html"
     if path.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out: expected a file name that ends with .html, got {out}")
     reports.write(folders, path)
@@ -678,9 +678,9 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     if to_torch:
         if len(sources) != 1:
             raise UserError(f"--from: expected one bundle, got {sources}")
-        converters.to_file(kind[0], sources[0], pathlib.Path(out))
+        converters.to_file(kind[0], sources[0], as_path(out))
     else:
-        folder = pathlib.Path(out)
+        folder = as_path(out)
         # A new folder appears with its weights; until then, there is nothing to lock.
         with locks.hold(folder) if folder.is_dir() else contextlib.nullcontext():
             converters.to_bundle(kind[0], sources, folder, model=model, weights=weights)
@@ -804,7 +804,7 @@ def push(places: list[str], private: bool, license: str, metrics: list[str]) -> 
 
     if len(places) != 2:
         raise UserError(f"expected DIR and hf://OWNER/REPO, got {places}")
-    files = [pathlib.Path(file) for file in metrics]
+    files = [as_path(file) for file in metrics]
     print(publish.push(*places, private=private, license=license, metrics=files))
 
 
@@ -824,7 +824,7 @@ def demo(workdir: str, tokenizer, probe) -> None:
     from gigatok_jax import demo as demonstration
     from gigatok_jax import locks
 
-    folder = pathlib.Path(workdir)
+    folder = as_path(workdir)
     for data in (tokenizer.data, probe.data):
         _check_data("workdir", folder, data, *demonstration.FOLDERS)
     with locks.hold(folder):

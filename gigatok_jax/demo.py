@@ -1,8 +1,6 @@
 """The demo: a tokenizer and a generator of embedded drawings, in minutes on two cores."""
 
 import dataclasses
-from pathlib import Path
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +11,7 @@ from gigatok_jax import api, frozen_networks, pictures
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.evaluation import generation, probing
 from gigatok_jax.evaluation.reconstruction import reconstruct
-from gigatok_jax.files import read_json, replacing
+from gigatok_jax.files import Path, read_json, remove_folder, replacing
 from gigatok_jax.models import vit
 from gigatok_jax.training.loop import train
 from gigatok_jax.training.tokenizer import TokenizerRun
@@ -45,7 +43,7 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
 
     record = workdir / "probe" / "probe.json"
     if record.exists() and read_json(record, "a probe")["tokenizer"] != tokenizer.fingerprint:
-        shutil.rmtree(workdir / "probe")  # the tokenizer has been trained further
+        remove_folder(workdir / "probe")  # the tokenizer has been trained further
     results = probing.probe(str(workdir / "tokenizer"), config, workdir / "probe")
 
     generator = api.load_generator(workdir / "probe" / "generator")
@@ -53,7 +51,7 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
     real = _real_drawings(REAL, size)
     out = workdir / "samples"
     if (out / "images" / generation.RECORD).exists():  # of an earlier call
-        shutil.rmtree(out / "images")
+        remove_folder(out / "images")
     generation.sample(
         generator,
         tokenizer,

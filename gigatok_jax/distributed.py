@@ -161,17 +161,18 @@ def sums(values: Mapping[str, float | np.ndarray]) -> dict[str, np.ndarray]:
     return {name: row.sum(axis=0) for name, row in rows.items()}
 
 
-def claim(path: pathlib.Path, record: Mapping[str, Any], describes: str) -> None:
+def claim(path: files.Path, record: Mapping[str, Any], describes: str) -> None:
     """`files.claim` for all processes; only process 0 writes."""
     files.claim(path, record, describes, write=is_main())
 
 
 @contextlib.contextmanager
-def replacing(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> Iterator[pathlib.Path]:
-    """`files.replacing` for a directory that all processes write to; process 0 renames it."""
+def replacing(
+    path: files.Path, check: Callable[[files.Path], None]
+) -> Iterator[pathlib.Path | None]:
+    """`files.replacing` in process 0; the others get None, and wait until all is written."""
     in_main(lambda: check(path))  # so that no process waits for another that was refused
-    aside = files.aside_path(path, agree(os.getpid()))
-    with files.replacing(path, check) if is_main() else contextlib.nullcontext():
+    with files.replacing(path, check) if is_main() else contextlib.nullcontext() as aside:
         barrier("start of writing")
         yield aside
         barrier("end of writing", working=True)
@@ -179,7 +180,7 @@ def replacing(path: pathlib.Path, check: Callable[[pathlib.Path], None]) -> Iter
 
 
 @contextlib.contextmanager
-def locked(folder: pathlib.Path) -> Iterator[None]:
+def locked(folder: files.Path) -> Iterator[None]:
     """`locks.hold` in process 0, for all processes."""
     with contextlib.ExitStack() as stack:
         in_main(lambda: stack.enter_context(locks.hold(folder)))

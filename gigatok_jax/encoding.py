@@ -3,7 +3,6 @@
 import dataclasses
 import logging
 import math
-from pathlib import Path
 
 from einops import rearrange
 import numpy as np
@@ -21,7 +20,7 @@ logger = logging.getLogger(__name__)
 def encode(
     bundle: bundles.Bundle,
     data: DataConfig,
-    out: Path,
+    out: files.Path,
     *,
     crop_factors: tuple[float, ...],
     batch_size: int,
@@ -110,7 +109,7 @@ def encode(
 
 
 def _write_missing(
-    paths: list[Path],
+    paths: list[files.Path],
     tokenizer: api.PretrainedTokenizer,
     batches: pipeline.Batches,
     batch_size: int,

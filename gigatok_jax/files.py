@@ -1,17 +1,25 @@
-"""Atomic files and directories (written aside, then renamed), and the cache directory."""
+"""Places of files: local paths and buckets; atomic files and directories; the cache directory.
 
+A `Path` is local or in a bucket (`gs://`). Its methods are those of pathlib. Buckets differ in
+three ways: directories appear with their first file, nothing can be appended to or renamed, and
+only `Path.open` opens a file for other libraries.
+"""
+
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
 import hashlib
+import importlib.util
 import json
 import math
 import os
 import pathlib
 import re
 import shutil
-from typing import Any
+import tempfile
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 import zipfile
 
 import numpy as np
@@ -20,13 +28,93 @@ import safetensors.numpy
 
 from gigatok_jax.errors import UserError, first_line
 
+if TYPE_CHECKING:  # its import takes longer than `gigatok --help`
+    from etils import epath
 
-def cache_dir() -> pathlib.Path:
+Path: TypeAlias = Union[pathlib.Path, "epath.Path"]
+BUCKET = "gs://"
+DEFAULT_CACHE = pathlib.Path("~/.cache/gigatok_jax")
+
+
+def checked_path(path: str | os.PathLike, where: str) -> str:
+    """Expands "~"; `where` names the flag, field, variable or argument in messages.
+
+    Raises:
+      UserError: the path is a URL, but not of a supported bucket.
+    """
+    path = os.fspath(path)
+    if "\0" in path:
+        raise UserError(f"{where}: expected a path, got {path!r}")
+    if path.startswith(BUCKET):
+        if importlib.util.find_spec("gcsfs") is None:
+            how = "pip install 'gigatok_jax[gcs]'"
+            raise UserError(f"{where}: {path} cannot be read without gcsfs; {how}")
+        if not path.removeprefix(BUCKET).strip("/"):
+            raise UserError(f"{where}: expected gs://BUCKET/PATH, got {path!r}")
+        return path
+    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
+        raise UserError(f"{where}: expected a local path or gs://BUCKET/PATH, got {path!r}")
+    return os.path.expanduser(path)
+
+
+def as_path(path: str | os.PathLike, where: str = "path") -> Path:
+    """The path that a flag, field or variable names; arguments and errors as for `checked_path`."""
+    path = checked_path(path, where)
+    if not path.startswith(BUCKET):
+        return pathlib.Path(path)
+    from etils import epath
+    import fsspec
+
+    # Other processes write to the same folders, so that a listing is out of date at once.
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return epath.Path(path)
+
+
+def in_bucket(path: Path) -> bool:
+    return not isinstance(path, pathlib.Path)
+
+
+def local_copy(path: Path) -> pathlib.Path:
+    """A local file of the same name and content; that of a file in a bucket is removed at exit."""
+    if not in_bucket(path):
+        return path
+    folder = tempfile.mkdtemp(prefix="gigatok-")
+    atexit.register(shutil.rmtree, folder)
+    return pathlib.Path(path.copy(pathlib.Path(folder, path.name)))
+
+
+def scan(folder: Path) -> Iterator[tuple[str, bool]]:
+    """What a folder holds, unsorted: names, and whether each is a folder."""
+    if in_bucket(folder):
+        import fsspec
+
+        system, root = fsspec.url_to_fs(str(folder))
+        for info in system.ls(root, detail=True):
+            yield info["name"].rpartition("/")[2], info["type"] == "directory"
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # `entry.is_dir` usually needs no system call, but raises for a link to itself.
+            yield entry.name, os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+
+
+def real_path(path: Path) -> Path:
+    """The path without symbolic links."""
+    return path if in_bucket(path) else path.resolve()
+
+
+def cache_dir() -> Path:
     """`$GIGATOK_CACHE`, or `gigatok_jax` in `$XDG_CACHE_HOME` or `~/.cache`."""
     for name, below in (("GIGATOK_CACHE", ""), ("XDG_CACHE_HOME", "gigatok_jax")):
         if path := os.environ.get(name):
-            return pathlib.Path(local_path(path, name), below)
-    return pathlib.Path("~/.cache/gigatok_jax").expanduser()
+            return as_path(path, name) / below
+    return DEFAULT_CACHE.expanduser()
+
+
+def local_cache_dir() -> pathlib.Path:
+    """`cache_dir`, or its default if that is in a bucket: for downloads that can be resumed."""
+    directory = cache_dir()
+    return DEFAULT_CACHE.expanduser() if in_bucket(directory) else directory
 
 
 # Errors of the machine, after which the same command can go on; all others are of wrong paths.
@@ -45,7 +133,7 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
-def unwritable(path: pathlib.Path, error: Exception, size: int) -> OSError:
+def unwritable(path: Path, error: Exception, size: int) -> OSError:
     """The error of a file of about `size` bytes that a library failed to write."""
     number, text = getattr(error, "errno", None) or errno.EIO, reason(error)
     if text == DISK_FULL:  # with another number, because `reason` words ENOSPC without the size
@@ -53,20 +141,7 @@ def unwritable(path: pathlib.Path, error: Exception, size: int) -> OSError:
     return OSError(number, text, str(path))
 
 
-def local_path(path: str, where: str) -> str:
-    """Expands "~"; `where` names the flag, field, variable or argument in messages.
-
-    Raises:
-      UserError: the path is a URL.
-    """
-    if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", path):
-        raise UserError(f"{where}: expected a local path, got {path!r}; buckets are not supported")
-    if "\0" in path:
-        raise UserError(f"{where}: expected a path, got {path!r}")
-    return os.path.expanduser(path)
-
-
-def aside_path(path: pathlib.Path, pid: int, kind: str = "partial") -> pathlib.Path:
+def aside_path(path: Path, pid: int, kind: str = "partial") -> pathlib.Path:
     """The temporary path that `replacing` yields in process `pid`."""
     # A name may have 255 bytes, and this one must be longer.
     whole = os.fsencode(path.name)
@@ -79,7 +154,26 @@ def printable(name: str) -> str:
     return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
-def refuse_foreign(folder: pathlib.Path, own: Iterable[str], describes: str) -> None:
+def _names_below(folder: Path) -> Iterator[str]:
+    """Relative paths of all files and links below a folder."""
+    if in_bucket(folder):
+        yield from (name for name, _ in _listing(folder))
+        return
+    for path in folder.rglob("*"):
+        if path.is_symlink() or not path.is_dir():
+            yield path.relative_to(folder).as_posix()
+
+
+def _listing(folder: "epath.Path") -> list[tuple[str, dict[str, Any]]]:
+    """Relative paths and properties of all objects below a folder of a bucket."""
+    import fsspec
+
+    system, root = fsspec.url_to_fs(str(folder))
+    found = system.find(root, detail=True)
+    return [(name[len(root) :].lstrip("/"), found[name]) for name in sorted(found)]
+
+
+def refuse_foreign(folder: Path, own: Iterable[str], describes: str) -> None:
     """Raises UserError if `folder` is a file, or holds one that this program did not write there.
 
     Hidden files, such as a lock or what file managers leave, do not count.
@@ -90,36 +184,39 @@ def refuse_foreign(folder: pathlib.Path, own: Iterable[str], describes: str) -> 
     """
     known = {*own, "Thumbs.db"}  # Windows hides the latter
     found = [] if folder.is_dir() or not folder.exists() else ["a file"]
-    for path in folder.rglob("*"):
-        name = printable(str(path.relative_to(folder)))
-        hidden = any(part[0] == "." for part in path.relative_to(folder).parts)
-        counts = not hidden and (path.is_symlink() or not path.is_dir())
-        if counts and name not in known:
-            found.append(name)
+    for name in _names_below(folder):
+        hidden = any(part[0] == "." for part in name.split("/"))
+        if not hidden and printable(name) not in known:
+            found.append(printable(name))
     if found:
         raise UserError(f"{folder}: expected {describes}, or an empty folder, found {min(found)}")
 
 
-def _refuse_folder(path: pathlib.Path) -> None:
+def _refuse_folder(path: Path) -> None:
     if path.is_dir():
         raise UserError(f"{path}: expected a file to write, found a folder")
 
 
 @contextlib.contextmanager
-def replacing(
-    path: str | os.PathLike, check: Callable[[pathlib.Path], None] = _refuse_folder
-) -> Iterator[pathlib.Path]:
+def replacing(path: Path, check: Callable[[Path], None] = _refuse_folder) -> Iterator[pathlib.Path]:
     """Yields a temporary path for a file or directory, and renames it to `path` afterwards.
 
-    If the block raises, the temporary file is removed and `path` is left as it was.
+    If the block raises, the temporary file is removed and `path` is left as it was. The temporary
+    path is local; for a `path` in a bucket, files are uploaded afterwards, `MARKER` last.
 
     Args:
       path: the file or directory.
       check: raises UserError if `path` may not be replaced; called before and after the block. By
         default, no folder may be.
     """
-    path = pathlib.Path(path)
     check(path)
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory(prefix="gigatok-") as folder:
+            aside = pathlib.Path(folder, path.name)
+            yield aside
+            check(path)
+            _upload(aside, path)
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = aside_path(path, os.getpid())
     try:
@@ -145,6 +242,32 @@ def replacing(
             aside.unlink(missing_ok=True)
 
 
+MARKER = "config.json"  # in a directory in a bucket, which is whole only if it has this file
+
+
+def _upload(source: pathlib.Path, target: "epath.Path") -> None:
+    """Uploads a file, or a directory that replaces `target`."""
+    from etils import epath
+
+    if not source.is_dir():
+        epath.Path(source).copy(target, overwrite=True)
+        return
+    (target / MARKER).unlink(missing_ok=True)
+    new = sorted(_names_below(source), key=lambda name: (name == MARKER, name))
+    for name in new:
+        epath.Path(source / name).copy(target / name, overwrite=True)
+    for name in set(_names_below(target)).difference(new):
+        (target / name).unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes a folder and all that is in it."""
+    if in_bucket(folder):
+        folder.rmtree()
+    else:
+        shutil.rmtree(folder)
+
+
 def json_text(value: Any, indent: int | None = None) -> str:
     """JSON, which has no NaN or infinity: they become the strings "nan", "inf" and "-inf"."""
 
@@ -158,8 +281,10 @@ def json_text(value: Any, indent: int | None = None) -> str:
     return json.dumps(valid(value), indent=indent, allow_nan=False)
 
 
-def clean(folder: pathlib.Path) -> None:
+def clean(folder: Path) -> None:
     """Undoes what killed processes left half done below a folder; call it with its lock held."""
+    if in_bucket(folder):  # nothing is written aside there
+        return
     for path in list(folder.rglob(".*")):
         left = re.fullmatch(r"\.(.+)\.\d+\.(partial|old)", path.name)
         if left is None:
@@ -173,18 +298,18 @@ def clean(folder: pathlib.Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def write_json(path: str | os.PathLike, value: Any) -> None:
+def write_json(path: Path, value: Any) -> None:
     """Writes JSON; see `json_text`."""
     with replacing(path) as aside:
         aside.write_text(json_text(value, indent=2) + "\n")
 
 
-def write_npz(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     with replacing(path) as aside, aside.open("wb") as file:
         np.savez(file, **arrays)
 
 
-def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes C-contiguous arrays, in place: call it on a path from `replacing`."""
     path.touch()
     mode = path.stat().st_mode
@@ -195,7 +320,7 @@ def write_safetensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> N
     path.chmod(mode)  # the library ignores the umask: only the owner could read the file
 
 
-def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
+def read_json(path: Path, describes: str) -> dict[str, Any]:
     """Parses a JSON object; a UserError names what the file `describes`."""
     try:
         value = json.loads(path.read_text())
@@ -207,10 +332,10 @@ def read_json(path: pathlib.Path, describes: str) -> dict[str, Any]:
     return value
 
 
-def damaged_member(path: pathlib.Path) -> str | None:
+def damaged_member(path: Path) -> str | None:
     """The first member of a zip file that is not as it was written, or None."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             return archive.testzip()
     except Exception:  # a damaged one raises many types
         return "its directory"
@@ -219,7 +344,7 @@ def damaged_member(path: pathlib.Path) -> str | None:
 INDEX = "model.safetensors.index.json"  # in a folder whose model is divided into several files
 
 
-def read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+def read_index(path: Path) -> dict[str, Path]:
     """The files of a Hugging Face index (`*.index.json`), which lie beside it, by tensor.
 
     Raises:
@@ -234,9 +359,7 @@ def read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
     return {name: path.with_name(file) for name, file in places.items()}
 
 
-def claim(
-    path: pathlib.Path, record: Mapping[str, Any], describes: str, *, write: bool = True
-) -> None:
+def claim(path: Path, record: Mapping[str, Any], describes: str, *, write: bool = True) -> None:
     """Records in the JSON file `path` how its directory was made; `write=False` only checks.
 
     Args:
@@ -252,7 +375,7 @@ def claim(
 
 
 def refuse_other(
-    directory: pathlib.Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
+    directory: Path, old: Mapping[str, Any], new: Mapping[str, Any], describes: str
 ) -> None:
     """Raises UserError for the first field that differs; `old` may lack newer fields."""
     for name, value in json.loads(json.dumps(new)).items():  # tuples become lists, as in `old`
@@ -263,7 +386,7 @@ def refuse_other(
             )
 
 
-def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
+def stamp(root: Path, names: Iterable[str]) -> str:
     """Hashes the names, sizes and modification times of files in `root` to sixteen hex digits."""
 
     def describe(some: Sequence[str]) -> bytes:
@@ -277,6 +400,11 @@ def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
         return os.fsencode("".join(lines))
 
     names, digest = list(names), hashlib.sha256()
+    if in_bucket(root):
+        found = {name: (info["size"], info.get("mtime")) for name, info in _listing(root)}
+        for name in names:
+            digest.update(os.fsencode(f"{name}\0{found.get(name)}\0"))
+        return digest.hexdigest()[:16]
     parts = [names[start : start + 4096] for start in range(0, len(names), 4096)]
     # On network storage, asking for a million files one by one would take minutes.
     with ThreadPoolExecutor(16) as threads:

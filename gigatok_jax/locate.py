@@ -8,7 +8,7 @@ from typing import Any
 
 from gigatok_jax import distributed
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import local_path
+from gigatok_jax.files import Path, as_path
 from gigatok_jax.weights import fetch, hub
 
 logger = logging.getLogger(__name__)
@@ -18,13 +18,13 @@ INCLUDED = {"embedded": ("dinov2", pathlib.Path(__file__).parent / "assets" / "t
 
 
 def find(
-    name: str | pathlib.Path,
+    name: str | Path,
     kinds: Sequence[str] = (),
     *,
     where: str = "",
     others: Sequence[str] = (),
     weights: bool = True,
-) -> pathlib.Path:
+) -> Path:
     """The local folder of a model: a bundle, or the workdir of the run that wrote one.
 
     Args:
@@ -46,7 +46,7 @@ def find(
     name = str(name)
     if name.startswith(hub.SCHEME):
         return _together(hub.download(name, weights=weights))
-    folder = pathlib.Path(local_path(name, where or "bundle"))
+    folder = as_path(name, where or "bundle")
     if name in fetch.PUBLISHED or name in INCLUDED:
         if not _holds_model(folder):
             _check_kind(name, kinds)
@@ -62,7 +62,7 @@ def find(
 
 def is_name(name: str) -> bool:
     """Whether a name means published weights or a model on the Hub."""
-    published = name in fetch.PUBLISHED and not _holds_model(pathlib.Path(name))
+    published = name in fetch.PUBLISHED and not _holds_model(as_path(name))
     return published or name.startswith(hub.SCHEME)
 
 
@@ -71,20 +71,20 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
     from gigatok_jax.weights import convert  # imports `bundles`, which imports this module
 
     published = fetch.PUBLISHED.get(name)
-    if not published or _holds_model(pathlib.Path(name)) or fetch.bundle_path(name).exists():
+    if not published or _holds_model(as_path(name)) or fetch.bundle_path(name).exists():
         return None
     _check_kind(name, kinds)
     model = convert.KINDS[published.kind].model
     return model(published.model) if model else None
 
 
-def _fetch(name: str) -> pathlib.Path:
+def _fetch(name: str) -> Path:
     from gigatok_jax.weights import convert
 
     return INCLUDED[name][1] if name in INCLUDED else convert.fetch_bundle(name)
 
 
-def _together(folder: pathlib.Path) -> pathlib.Path:
+def _together(folder: Path) -> Path:
     """Waits until the other processes of a run have the model: each machine may download it."""
     distributed.barrier("the download of a model", working=True)
     return folder
@@ -102,5 +102,5 @@ def _check_kind(name: str, kinds: Sequence[str]) -> None:
         raise UserError(f"{name}: holds a {kind}, expected a {' or '.join(kinds)}")
 
 
-def _holds_model(folder: pathlib.Path) -> bool:
+def _holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in ("config.json", "bundle", "checkpoints"))

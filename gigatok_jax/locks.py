@@ -1,6 +1,6 @@
 """Locks on folders that only one command at a time may write to."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import json
 import logging
@@ -10,6 +10,7 @@ import socket
 import threading
 import time
 from typing import IO
+import uuid
 
 from gigatok_jax import files
 from gigatok_jax.errors import UserError
@@ -24,31 +25,36 @@ logger = logging.getLogger(__name__)
 NAME = ".lock"
 BEAT = 10.0  # seconds between signs of life
 LOST = 45.0  # seconds without a sign of life after which the owner on another machine is lost
+SETTLED = 1.0  # seconds after which the owner of a lock in a bucket is known
 OLD = 3600.0  # seconds after which no wait is needed, even if the machines' clocks disagree
 
 
 @contextlib.contextmanager
-def hold(folder: pathlib.Path) -> Iterator[None]:
+def hold(folder: files.Path) -> Iterator[None]:
     """Holds the lock of a folder, which is created if it is missing.
 
     The operating system releases the lock when this process ends, even if it is killed. Shared file
     systems may keep such locks from other machines, so the owner also touches the file regularly.
+    In buckets that is all: the next command waits until a killed owner counts as lost.
 
     Raises:
       UserError: another process holds the lock.
     """
+    if files.in_bucket(folder):
+        with _hold_object(folder / NAME):
+            yield
+        return
     created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     done = threading.Event()
     try:
         with _acquire(path) as file:
-            owner = {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
             file.truncate(0)
-            file.write(json.dumps(owner))
+            file.write(json.dumps(_myself()))
             file.flush()
             files.clean(folder)
-            threading.Thread(target=_beat, args=(path, done), daemon=True).start()
+            threading.Thread(target=_beat, args=(done, lambda: os.utime(path)), daemon=True).start()
             try:
                 yield
             finally:
@@ -65,10 +71,63 @@ def hold(folder: pathlib.Path) -> Iterator[None]:
                 folder.rmdir()
 
 
-def _beat(path: pathlib.Path, done: threading.Event) -> None:
+@contextlib.contextmanager
+def _hold_object(path: files.Path) -> Iterator[None]:
+    """Holds a lock that is an object in a bucket, which its owner writes again and again."""
+    mine, done = _myself() | {"id": uuid.uuid4().hex}, threading.Event()
+    if path.exists():
+        owner = _parse(path.read_text())
+        if not _has_ended(owner) and _beats(path, owner):
+            raise UserError(_held(path, owner))
+
+    def beat():
+        path.write_text(json.dumps(mine | {"time": time.time()}))
+
+    beat()
+    # Of processes that found no owner at the same time, the last one to write has the lock.
+    time.sleep(SETTLED)
+    owner = _parse(path.read_text())
+    if owner.get("id") != mine["id"]:
+        raise UserError(_held(path, owner))
+    thread = threading.Thread(target=_beat, args=(done, beat), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()  # its last beat would write the lock again
+        if _parse(path.read_text()).get("id") == mine["id"]:
+            path.unlink()
+
+
+def _myself() -> dict[str, object]:
+    return {"host": socket.gethostname(), "pid": os.getpid(), "since": time.ctime()}
+
+
+def _has_ended(owner: dict[str, object]) -> bool:
+    """Whether the owner was a process of this machine that has ended."""
+    if owner.get("host") != socket.gethostname() or not isinstance(owner.get("pid"), int):
+        return False
+    try:
+        os.kill(owner["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except OSError:  # another user's
+        pass
+    return False
+
+
+def _held(path: files.Path, owner: dict[str, object]) -> str:
+    return (
+        f"{path.parent}: in use by process {owner.get('pid', '?')} on {owner.get('host', '?')} "
+        f"since {owner.get('since', '?')}; wait until it ends, or choose another folder"
+    )
+
+
+def _beat(done: threading.Event, beat: Callable[[], None]) -> None:
     while not done.wait(BEAT):
-        with contextlib.suppress(OSError):
-            os.utime(path)
+        with contextlib.suppress(Exception):  # also those of a bucket's client
+            beat()
 
 
 def _acquire(path: pathlib.Path) -> IO[str]:
@@ -86,11 +145,7 @@ def _acquire(path: pathlib.Path) -> IO[str]:
             if locked is False or (
                 current and owner and (locked is None or elsewhere) and _beats(path, owner)
             ):
-                raise UserError(
-                    f"{path.parent}: in use by process {owner.get('pid', '?')} on "
-                    f"{owner.get('host', '?')} since {owner.get('since', '?')}; wait until it "
-                    "ends, or choose another folder"
-                )
+                raise UserError(_held(path, owner))
             if current:
                 return file
         except BaseException:
@@ -128,10 +183,10 @@ def _parse(text: str) -> dict[str, object]:
     return owner if isinstance(owner, dict) else {}
 
 
-def _beats(path: pathlib.Path, owner: dict[str, object]) -> bool:
+def _beats(path: files.Path, owner: dict[str, object]) -> bool:
     """Watches for a sign of life of an owner that may be on another machine."""
     with contextlib.suppress(FileNotFoundError):
-        seen = path.stat().st_mtime
+        seen = _sign(path)
         if time.time() - seen > OLD:
             return False
         logger.info(
@@ -143,6 +198,14 @@ def _beats(path: pathlib.Path, owner: dict[str, object]) -> bool:
         end = time.monotonic() + LOST
         while time.monotonic() < end:
             time.sleep(min(1.0, LOST))
-            if path.stat().st_mtime != seen:
+            if _sign(path) != seen:
                 return True
     return False
+
+
+def _sign(path: files.Path) -> float:
+    """When the owner last showed a sign of life, by its own clock in buckets."""
+    if not files.in_bucket(path):
+        return path.stat().st_mtime
+    found = _parse(path.read_text()).get("time")
+    return found if isinstance(found, float) else 0.0

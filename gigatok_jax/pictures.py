@@ -1,7 +1,6 @@
 """Conversion of images between float and uint8, grids of images, and PNG files."""
 
 from collections.abc import Sequence
-import pathlib
 
 from einops import rearrange, repeat
 import jax
@@ -10,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import replacing
+from gigatok_jax.files import Path, replacing
 
 VISIBLE = 96  # pixels; smaller images in a grid are enlarged to at most this height
 
@@ -37,10 +36,16 @@ def finite_uint8(images: jax.Array, what: str) -> np.ndarray:
     return np.asarray(to_uint8(images))
 
 
-def save_png(path: pathlib.Path, picture: np.ndarray) -> None:
+def save_png(path: Path, picture: np.ndarray) -> None:
     """Writes a uint8 picture `[H, W, 3]`."""
     with replacing(path) as aside:
         Image.fromarray(picture).save(aside, format="png")
+
+
+def read(path: Path) -> np.ndarray:
+    """Reads what `save_png` wrote."""
+    with path.open("rb") as file:
+        return np.asarray(Image.open(file))
 
 
 def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:

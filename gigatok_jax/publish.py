@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from gigatok_jax import bundles
+from gigatok_jax import bundles, locate
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json
+from gigatok_jax.files import Path, as_path, local_copy, read_json
 from gigatok_jax.training.telemetry import read_metrics
 from gigatok_jax.weights import hub
 
@@ -32,7 +32,7 @@ MEANINGS = {
 
 
 def push(
-    name: str, address: str, *, private: bool, license: str, metrics: Sequence[pathlib.Path]
+    name: str, address: str, *, private: bool, license: str, metrics: Sequence[Path]
 ) -> hub.Address:
     """Uploads a bundle in one commit, and creates the repository if it does not exist.
 
@@ -57,13 +57,15 @@ def push(
     target = hub.parse(address)
     directory, record = bundles.read_record(name)
     bundle = bundles.load(directory, record["kind"])  # rejects what is damaged before an upload
-    measured = _measured(pathlib.Path(name), metrics, bundle)
+    measured = _measured(None if locate.is_name(name) else as_path(name), metrics, bundle)
     card = _card(target, record["kind"], bundle, license, measured)
     api = huggingface_hub.HfApi(library_name=hub.LIBRARY)
     with hub.one_line(str(target)):
         theirs = _open_repository(api, target, private)
         content: dict[str, Any] = {
-            path.name: path for path in directory.iterdir() if bundles.FILES.fullmatch(path.name)
+            path.name: local_copy(path)
+            for path in directory.iterdir()
+            if bundles.FILES.fullmatch(path.name)
         }
         stale = {file for file in theirs if bundles.FILES.fullmatch(file)} - content.keys()
         content[CARD] = card.encode()
@@ -119,11 +121,11 @@ def _open_repository(api: Any, target: hub.Address, private: bool) -> set[str]:
 
 
 def _measured(
-    name: pathlib.Path, files: Sequence[pathlib.Path], bundle: bundles.Bundle
+    folder: Path | None, files: Sequence[Path], bundle: bundles.Bundle
 ) -> dict[str, dict[str, float]]:
-    """Measured numbers, by where they come from."""
-    probe = name.parent / "results.json"  # of the probe that trained this generator
-    if not files and probe.exists():
+    """Measured numbers, by where they come from; `folder` is the model's, if it has one."""
+    probe = folder and folder.parent / "results.json"  # of the probe that trained this generator
+    if not files and probe and probe.exists():
         files = [probe]
     result = {}
     for file in files:
@@ -133,8 +135,8 @@ def _measured(
             if probed not in (bundle.fingerprint, bundle.made_by.get("tokenizer")):
                 raise UserError(f"{file}: expected metrics of this model, got those of another")
         result[f"{file.parent.name}/{file.name}"] = _numbers(read_json(file, "metrics"))
-    log = name / "metrics.jsonl"
-    if not files and log.exists():
+    log = folder and folder / "metrics.jsonl"
+    if not files and log and log.exists():
         rows = [row for row in read_metrics(log) if "total" not in row]
         if rows:
             result[f"held-out images in training, step {rows[-1]['step']}"] = _numbers(rows[-1])

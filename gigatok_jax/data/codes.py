@@ -4,7 +4,6 @@ from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import dataclasses
 import errno
-from pathlib import Path
 from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -14,7 +13,16 @@ import numpy as np
 
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, reason, replacing, stamp, write_json
+from gigatok_jax.files import (
+    Path,
+    as_path,
+    in_bucket,
+    read_json,
+    reason,
+    replacing,
+    stamp,
+    write_json,
+)
 
 SPLITS = ("train", "validation")
 
@@ -84,7 +92,7 @@ def find_info(path: str) -> CodesInfo:
     Raises:
       UserError: `codes.json` is missing or damaged.
     """
-    folder = Path(path).expanduser()
+    folder = as_path(path)
     info = read_info(folder)
     if info is None:
         raise UserError(f"{folder}: no codes.json, expected the output of `gigatok encode`")
@@ -108,8 +116,9 @@ def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, A
 
 def write_shard(path: Path, records: Iterable[Mapping[str, Any]]) -> None:
     """Atomically writes a shard of records {"codes": int [crops, N], "label", "key"}."""
-    for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a killed process
-        stale.unlink()
+    if not in_bucket(path):
+        for stale in path.parent.glob(f".{path.name}.*.partial"):  # left by a killed process
+            stale.unlink()
     with replacing(path) as aside:
         try:
             # One record per group, because training reads records in random order.
@@ -151,7 +160,7 @@ class CodesSource:
     """
 
     def __init__(self, folder: str, split: str):
-        folder = Path(folder).expanduser()
+        folder = as_path(folder)
         info = find_info(folder)
         if not info.images:
             raise UserError(

@@ -3,6 +3,7 @@
 import functools
 import io
 import os
+import pathlib
 from typing import Literal
 import warnings
 
@@ -10,6 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from gigatok_jax.errors import UserError
+from gigatok_jax.files import Path
 
 Resize = Literal["bicubic", "linear"]
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
@@ -38,7 +40,7 @@ class BadImage(ValueError):
     """An unreadable image; the message says why."""
 
 
-def load(data: bytes | str | os.PathLike) -> Image.Image:
+def load(data: bytes | Path) -> Image.Image:
     """Decodes an image file, given as its path or content, to RGB.
 
     Opaque 8-bit images of any mode, including CMYK JPEGs, are converted by Pillow's
@@ -51,6 +53,8 @@ def load(data: bytes | str | os.PathLike) -> Image.Image:
           is undefined.
     """
     try:
+        if not isinstance(data, bytes | pathlib.Path):  # in a bucket
+            data = data.read_bytes()
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
             return _rgb(image)
     except BadImage:

@@ -5,7 +5,6 @@ from collections.abc import Iterator
 import hashlib
 import logging
 import os
-from pathlib import Path
 import re
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from gigatok_jax.data import crops
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import printable, stamp
+from gigatok_jax.files import Path, printable, real_path, scan, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +157,7 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     """Maps each class that has images to their paths, relative to `root`."""
     folder = root / split
     prefix = f"{split}/" if split else ""
-    files = [entry.name for entry in os.scandir(folder) if entry.is_file()]
+    files = [name for name, is_folder in scan(folder) if not is_folder]
     unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
     found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
     _report(folder, unread)
@@ -168,20 +167,14 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
         # Photos without classes can still train a tokenizer, as a single class.
-        classes = {root.resolve().name: [prefix + name for name in loose]}
+        classes = {real_path(root).name: [prefix + name for name in loose]}
     if not classes:
         raise UserError(f"{folder}: no images, expected class sub-folders of images")
     return classes
 
 
 def _folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if _is_folder(e))
-
-
-def _is_folder(entry: os.DirEntry) -> bool:
-    # `entry.is_dir` usually needs no system call, but raises for a link to itself.
-    found = os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
-    return found and entry.name[0] != "."
+    return sorted(name for name, is_folder in scan(folder) if is_folder and name[0] != ".")
 
 
 def _suffix(name: str) -> str:
@@ -201,7 +194,7 @@ def _walk(
     root: Path,
     below: str,
     unread: collections.Counter,
-    above: tuple[str, ...] = (),
+    above: tuple[Path, ...] = (),
     visited: set[Path] | None = None,
 ) -> Iterator[str]:
     """Yields paths, relative to `root`, of all images below its sub-folder `below`.
@@ -209,26 +202,26 @@ def _walk(
     Skips hidden files and folders. Follows links, except to a folder above (`above`). Counts the
     pictures that cannot be read, by suffix, and adds the real paths of folders to `visited`.
     """
-    real = os.path.realpath(root / below)
+    real = real_path(root / below)
     if real in above:
         return
     if visited is not None:
-        visited.add(Path(real))
-    with os.scandir(real) as entries:
-        for entry in entries:
-            path = f"{below}/{entry.name}" if below else entry.name
-            if _is_folder(entry):
+        visited.add(real)
+    for name, is_folder in scan(real):
+        path = f"{below}/{name}" if below else name
+        if is_folder:
+            if name[0] != ".":
                 yield from _walk(root, path, unread, (*above, real), visited)
-            elif (suffix := _suffix(entry.name)) in READABLE:
-                yield path
-            elif suffix in UNREADABLE:
-                unread[suffix] += 1
+        elif (suffix := _suffix(name)) in READABLE:
+            yield path
+        elif suffix in UNREADABLE:
+            unread[suffix] += 1
 
 
 def places(path: Path) -> set[Path]:
     """The real paths of all folders that hold the images below `path`, or of an image file."""
     if not path.is_dir():
-        return {path.resolve()}
+        return {real_path(path)}
     visited: set[Path] = set()
     collections.deque(_walk(path, "", collections.Counter(), (), visited), maxlen=0)
     return visited

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import os
-from pathlib import Path
 from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
@@ -22,7 +21,7 @@ from gigatok_jax.data import codes, crops
 from gigatok_jax.data.drawings import EmbeddedSource
 from gigatok_jax.data.folders import open_folder
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import stamp
+from gigatok_jax.files import as_path, scan, stamp
 
 MOST_LABELS = 100_000  # examples to look at for `missing_classes`
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
@@ -194,8 +193,9 @@ class TfdsSource:
         return int(self._records[index][self._label_key])
 
     def version(self) -> str:
-        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
-        return f"{self.split} of {stamp(Path(self.folder), names)}"
+        folder = as_path(self.folder)
+        names = sorted(name for name, is_folder in scan(folder) if not is_folder)
+        return f"{self.split} of {stamp(folder, names)}"
 
 
 def _open_tfds(config: DataConfig, train: bool, image_size: int) -> Source:
@@ -241,7 +241,7 @@ def _open_embedded(config: DataConfig, train: bool, image_size: int) -> Source:
 OPENERS: dict[str, Callable[[DataConfig, bool, int], Source]] = {
     "tfds": _open_tfds,
     "folder": lambda config, train, image_size: open_folder(
-        Path(config.path).expanduser(), train, config.holdout
+        as_path(config.path), train, config.holdout
     ),
     "embedded": _open_embedded,
     "codes": lambda config, train, image_size: codes.CodesSource(

@@ -23,7 +23,6 @@ import hashlib
 import json
 import logging
 import math
-import pathlib
 import zipfile
 import zlib
 
@@ -37,7 +36,7 @@ from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.evaluation.features import Extractor
-from gigatok_jax.files import cache_dir, write_npz
+from gigatok_jax.files import Path, as_path, cache_dir, local_copy, write_npz
 
 logger = logging.getLogger(__name__)
 
@@ -265,7 +264,7 @@ def load_reference(
 
     def load():
         if npz:
-            reference = _npz_reference(pathlib.Path(npz), extractor, image_size, batch_size)
+            reference = _npz_reference(as_path(npz), extractor, image_size, batch_size)
         else:
             reference = _data_reference(data, extractor, image_size, batch_size, train)
         for name, gaussian in reference.gaussians.items():
@@ -286,16 +285,15 @@ def load_reference(
     return distributed.in_main(load)
 
 
-def describe_npz(path: pathlib.Path) -> str:
+def describe_npz(path: Path) -> str:
     """A file's name and digest, which identify a reference."""
     with _readable(path), path.open("rb") as file:
         return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
 
 
-def _npz_reference(
-    path: pathlib.Path, extractor: Extractor, image_size: int, batch_size: int
-) -> Reference:
+def _npz_reference(path: Path, extractor: Extractor, image_size: int, batch_size: int) -> Reference:
     name = describe_npz(path)
+    path = local_copy(path)
     with _readable(path):
         arrays = zipfile.ZipFile(path).namelist()
     stored = _read_statistics(path)
@@ -331,6 +329,7 @@ def _data_reference(
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
     if path.exists():
+        path = local_copy(path)
         with _readable(path), np.load(path) as file:
             members = file["members"]
         return Reference(_read_statistics(path), members, name)
@@ -365,7 +364,7 @@ def check_count(examples: int, field: str) -> None:
 
 
 @contextlib.contextmanager
-def _readable(path: pathlib.Path) -> Iterator[None]:
+def _readable(path: Path) -> Iterator[None]:
     """Reports a damaged or wrong file in one line that names it."""
     try:
         yield
@@ -373,7 +372,7 @@ def _readable(path: pathlib.Path) -> Iterator[None]:
         raise UserError(f"{path}: not a usable .npz file: {first_line(error)}") from error
 
 
-def _read_statistics(path: pathlib.Path) -> dict[str, Gaussian]:
+def _read_statistics(path: Path) -> dict[str, Gaussian]:
     """The Gaussians in an `.npz` file: "pool", "spatial", both or none."""
     found = {}
     with _readable(path), np.load(path) as file:
@@ -399,7 +398,7 @@ def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
     return Gaussian(mean, covariance)
 
 
-def _read_images(path: pathlib.Path, batch_size: int) -> Iterator[np.ndarray]:
+def _read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
     """Yields the images of an `.npz` file, uint8 `[b, H, W, 3]`, one batch in memory at a time."""
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):

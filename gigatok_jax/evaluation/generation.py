@@ -11,7 +11,6 @@ import dataclasses
 import functools
 import logging
 import math
-from pathlib import Path
 import re
 from typing import Any
 import zipfile
@@ -30,7 +29,9 @@ from gigatok_jax.evaluation import fid
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import (
+    Path,
     damaged_member,
+    local_copy,
     read_json,
     refuse_foreign,
     replacing,
@@ -105,7 +106,7 @@ def sample(
 
     def whole(path):
         try:
-            return np.asarray(Image.open(path)).shape == shape
+            return pictures.read(path).shape == shape
         except Exception:  # Pillow's decoders raise almost anything on a broken file
             return False
 
@@ -198,7 +199,7 @@ def evaluate(
     if distributed.is_main():
         samples = FeatureSet(extractor, members=reference.members is not None)
         for file in files:
-            with np.load(file) as features:
+            with np.load(local_copy(file)) as features:
                 samples.add_features(dict(features))
         metrics = fid.compare(samples, reference, extractor.distance)
         write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
@@ -381,13 +382,13 @@ def _sample_missing(
 
 def _write_npz(path: Path, images: Sequence[Path], classes: np.ndarray) -> None:
     """Writes ADM's layout image by image: 50,000 images of 256 pixels take 10 GB."""
-    shape = (len(images), *np.asarray(Image.open(images[0])).shape)
+    shape = (len(images), *pictures.read(images[0]).shape)
     with replacing(path) as aside, zipfile.ZipFile(aside, "w", zipfile.ZIP_STORED) as file:
         with file.open("arr_0.npy", "w", force_zip64=True) as array:
             header = {"descr": "|u1", "fortran_order": False, "shape": shape}
             np.lib.format.write_array_header_1_0(array, header)
             for image in images:
-                array.write(np.asarray(Image.open(image)).tobytes())
+                array.write(pictures.read(image).tobytes())
         with file.open("arr_1.npy", "w") as array:
             np.lib.format.write_array(array, np.asarray(classes, np.int64))
 
@@ -401,7 +402,7 @@ def _write_class_grid(
     rows, labels = [], []
     for c in shown:
         chosen = np.flatnonzero(classes == c)[:columns]
-        rows.append(np.stack([np.asarray(Image.open(images[i])) for i in chosen]))
+        rows.append(np.stack([pictures.read(images[i]) for i in chosen]))
         named = c < len(class_names) and class_names[c] != str(c)
         labels.append(f"{c}: {class_names[c][:NAME_LENGTH]}" if named else str(c))
     grid = Image.fromarray(pictures.grid(rows))

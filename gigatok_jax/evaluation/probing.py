@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from flax.traverse_util import flatten_dict
@@ -24,7 +23,7 @@ from gigatok_jax.evaluation import (
     reconstruction,
     report,
 )
-from gigatok_jax.files import read_json, write_json
+from gigatok_jax.files import Path, as_path, read_json, write_json
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import GeneratorRun
@@ -75,7 +74,7 @@ class ProbeConfig:
         """Fields that affect results, by dotted name; the others may change on a restart."""
         fields = dataclasses.asdict(self) | {"data": self.data.content()}
         if self.reference:  # its content, wherever it lies
-            fields["reference"] = fid.describe_npz(Path(self.reference))
+            fields["reference"] = fid.describe_npz(as_path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
         for run in (fields["generator"], fields["linear_probe"]):
             for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):

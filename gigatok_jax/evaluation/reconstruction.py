@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import os
-from pathlib import Path
+import pathlib
 from typing import Any
 
 import einops
@@ -23,7 +23,14 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import print_metrics
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
-from gigatok_jax.files import printable, read_json, refuse_foreign, replacing, write_json
+from gigatok_jax.files import (
+    Path,
+    printable,
+    read_json,
+    refuse_foreign,
+    replacing,
+    write_json,
+)
 from gigatok_jax.models.lpips import LPIPS
 
 logger = logging.getLogger(__name__)
@@ -146,7 +153,7 @@ def _output_names(keys: Sequence[str]) -> dict[str, str]:
     """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
     names = {key: key for key in keys if key.endswith(".png")}
     # A folder may have the name that a picture beside it would get: a.jpg.png/ beside a.jpg.
-    taken = {*names, *(str(folder) for key in keys for folder in Path(key).parents)}
+    taken = {*names, *(str(folder) for key in keys for folder in pathlib.PurePath(key).parents)}
     for key in keys:
         folder, base = os.path.split(key)
         number = 0

@@ -23,7 +23,7 @@ from PIL import Image
 
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json, replacing
+from gigatok_jax.files import Path, read_json, real_path, replacing
 from gigatok_jax.training import TASKS
 from gigatok_jax.training.telemetry import read_metrics
 
@@ -55,7 +55,7 @@ CHART_STYLE = {
 }
 
 
-def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
+def write(workdirs: Sequence[Path], path: Path) -> None:
     """Writes the report of one run, or of several side by side.
 
     Args:
@@ -93,7 +93,7 @@ def write(workdirs: Sequence[pathlib.Path], path: pathlib.Path) -> None:
         aside.write_text(html, encoding="utf-8")
 
 
-def _kind(workdir: pathlib.Path) -> str:
+def _kind(workdir: Path) -> str:
     """`PROBE`, or a training run's task."""
     if (workdir / "probe.json").exists():
         return PROBE
@@ -112,11 +112,11 @@ def _describe(kind: str) -> str:
     return kind if kind == PROBE else f"{kind.replace('_', ' ')} training run"
 
 
-def labels(workdirs: Sequence[pathlib.Path]) -> list[str]:
+def labels(workdirs: Sequence[Path]) -> list[str]:
     """The shortest tail of each path that distinguishes it from the others."""
-    paths = [workdir.resolve() for workdir in workdirs]
+    paths = [real_path(workdir) for workdir in workdirs]
 
-    def label(path: pathlib.Path) -> str:
+    def label(path: Path) -> str:
         for length in range(1, len(path.parts)):
             tail = path.parts[-length:]
             if all(other == path or other.parts[-length:] != tail for other in paths):
@@ -160,7 +160,7 @@ def _differing_settings(runs: Sequence[Mapping[str, Any]]) -> dict[str, list[str
     return differing
 
 
-def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
+def _read_probe(workdir: Path) -> dict[str, Any]:
     """The results of one probe, with its settings, charts and pictures."""
     if not (workdir / "results.json").exists():
         raise UserError(
@@ -195,7 +195,7 @@ def _read_probe(workdir: pathlib.Path) -> dict[str, Any]:
     }
 
 
-def _probe_charts(workdir: pathlib.Path, results: Mapping[str, Any]) -> dict[str, str]:
+def _probe_charts(workdir: Path, results: Mapping[str, Any]) -> dict[str, str]:
     pair = colors(2)
     generator = _read_metrics(workdir / "generator" / "metrics.jsonl")
     linear_probe = _read_metrics(workdir / "linear_probe" / "metrics.jsonl")
@@ -263,7 +263,7 @@ def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
         axes.yaxis.set_major_formatter(PercentFormatter(1))
 
 
-def _read_training(workdir: pathlib.Path) -> dict[str, Any]:
+def _read_training(workdir: Path) -> dict[str, Any]:
     """The logged metrics of one training run, with its settings and newest pictures."""
     path = workdir / "config.json"
     mapping = read_json(path, "the run")
@@ -327,7 +327,7 @@ def _draw_metric(axes, runs: Sequence[Mapping[str, Any]], name: str) -> None:
         axes.legend(frameon=False)
 
 
-def _read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+def _read_metrics(path: Path) -> list[dict[str, float]]:
     """Finite values in a `metrics.jsonl`; the held-out loss takes the training loss's name."""
     rows = read_metrics(path) if path.exists() else []
     names = {f"{HELD_OUT}loss": f"{HELD_OUT}total"}
@@ -375,13 +375,13 @@ def chart(draw: Callable[[Any], None]) -> str:
     return _data_url("image/svg+xml", buffer.getvalue())
 
 
-def _picture(path: pathlib.Path) -> str:
+def _picture(path: Path) -> str:
     """A PNG file as a data URL; a large one becomes a JPEG."""
     content = path.read_bytes()
     if len(content) <= MAX_PNG_BYTES:
         return _data_url("image/png", content)
     buffer = io.BytesIO()
-    Image.open(path).convert("RGB").save(buffer, "jpeg", quality=90)
+    Image.open(io.BytesIO(content)).convert("RGB").save(buffer, "jpeg", quality=90)
     return _data_url("image/jpeg", buffer.getvalue())
 
 

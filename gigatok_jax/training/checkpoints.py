@@ -4,8 +4,7 @@ from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
-import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,9 @@ import orbax.checkpoint as ocp
 
 from gigatok_jax import files, sharding
 from gigatok_jax.errors import RunStopped, UserError, first_line
+
+DONE = "commit_success.txt"  # written last, by Orbax, to a checkpoint that is written in place
+Commit = Literal["rename", "file"]
 
 
 class Restored(NamedTuple):
@@ -31,26 +33,32 @@ class Checkpoints:
       keep_last: number of newest checkpoints to keep.
       keep_every: also keep checkpoints at multiples of this many steps; 0: none.
       read_only: leave the directory untouched, because another run may be using it.
+      commit: "rename" writes a checkpoint aside and renames it; "file" writes it in place, and last
+        a file that says that it is complete, as is always done in buckets. Ignored if the directory
+        has checkpoints of the second kind.
     """
 
     def __init__(
         self,
-        directory: pathlib.Path,
+        directory: files.Path,
         *,
         keep_last: int = 1,
         keep_every: int = 0,
         read_only: bool = False,
+        commit: Commit = "rename",
     ):
+        mode = ocp.options.AtomicityMode.AUTO
+        if commit == "file" or (_marked(directory) and not files.in_bucket(directory)):
+            mode = ocp.options.AtomicityMode.COMMIT_FILE
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
             keep_period=keep_every or None,
             cleanup_tmp_directories=not read_only,
             read_only=read_only,
+            atomicity_options=ocp.options.AtomicityOptions(mode),
         )
-        self._directory, self._failed = directory.absolute(), False
-        self._manager = ocp.CheckpointManager(
-            self._directory, options=options, item_names=("state", "progress")
-        )
+        self._directory, self._failed = files.real_path(directory), False
+        self._manager = ocp.CheckpointManager(self._directory, options=options)
 
     @property
     def latest(self) -> int | None:
@@ -182,12 +190,22 @@ def _checksum(state: Any) -> jax.Array:
     return total
 
 
-def saved_steps(directory: pathlib.Path) -> list[int]:
-    """Steps of the complete checkpoints; one that was cut off has more than digits in its name."""
-    return [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+def saved_steps(directory: files.Path) -> list[int]:
+    """Steps of the complete checkpoints.
+
+    One that was cut off has more than digits in its name or, if written in place, no `DONE`.
+    """
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
+    done = _marked(directory)
+    return sorted(done) if done or files.in_bucket(directory) else steps
 
 
-def last_good(directory: pathlib.Path) -> str:
+def _marked(directory: files.Path) -> set[int]:
+    """Steps of the complete checkpoints among those that were written in place."""
+    return {int(path.parent.name) for path in directory.glob(f"*/{DONE}")}
+
+
+def last_good(directory: files.Path) -> str:
     """Which checkpoint a run that stopped goes on from, for messages."""
     steps = saved_steps(directory)
     last = f"step {max(steps)}" if steps else "none yet"

@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import dataclasses
 import logging
 import math
-import pathlib
 from typing import Annotated, Any, Literal
 
 import flax.struct
@@ -18,7 +17,7 @@ from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.sources import missing_classes
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import read_json
+from gigatok_jax.files import Path, as_path, read_json
 from gigatok_jax.models import layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
@@ -125,7 +124,7 @@ class GeneratorRun(RunConfig):
 
 
 def check_tokenizer(
-    path: str | pathlib.Path,
+    path: str | Path,
     source: bundles.Bundle | stored.CodesInfo,
     model: GeneratorConfig,
     fingerprint: str | None = None,
@@ -148,7 +147,7 @@ def check_tokenizer(
 
 def _check_branch_point(run: GeneratorRun) -> None:
     """Rejects a run of another model, and a step outside its constant phase."""
-    path = pathlib.Path(run.branch_from) / "config.json"
+    path = as_path(run.branch_from) / "config.json"
     if not path.exists():  # a branch with checkpoints of its own does not need the other run
         return
     other = from_mapping(GeneratorRun, read_json(path, "the run to branch off"), f"{path}: config")

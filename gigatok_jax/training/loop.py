@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import json
 import logging
-import pathlib
 import time
 from typing import Any
 
@@ -26,7 +25,7 @@ from gigatok_jax import bundles, distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.files import MACHINE, read_json, reason, write_json
+from gigatok_jax.files import MACHINE, Path, as_path, read_json, reason, write_json
 from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good, saved_steps
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry
@@ -47,7 +46,7 @@ STRUCTURE = (
 SWITCHES = ("config.average_decay", "config.optimizer.clip")
 
 
-def train(run: RunConfig, workdir: pathlib.Path) -> None:
+def train(run: RunConfig, workdir: Path) -> None:
     """Trains to the end, resuming from the newest checkpoint in `workdir` if it has one.
 
     Args:
@@ -92,12 +91,15 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
 
         # The state comes from the newest checkpoint, from another run, or from initialization.
         abstract = abstract_state(task, mesh)
-        origin = pathlib.Path(task.branch[0]) if task.branch and changed is None else workdir
+        origin = as_path(task.branch[0]) if task.branch and changed is None else workdir
         # Before the state is read, whose shapes depend on what must be equal.
         check_progress = functools.partial(_check_progress, task, origin)
         branch = _restore_branch(task, abstract, check_progress) if origin != workdir else None
         checkpoints = Checkpoints(
-            workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
+            workdir / "checkpoints",
+            keep_last=config.keep_last,
+            keep_every=config.keep_every,
+            commit=config.commit,
         )
         stack.callback(checkpoints.close)
         restored = branch or checkpoints.restore(abstract, check=check_progress)
@@ -250,7 +252,7 @@ def jit_step(task: Task, state: Any, mesh: jax.sharding.Mesh) -> Callable:
 def _restore_branch(task: Task, abstract: Any, check: Callable) -> Restored:
     """Restores the checkpoint of another run to start from, without its unlogged metrics."""
     workdir, step = task.branch
-    checkpoints = Checkpoints(pathlib.Path(workdir) / "checkpoints", read_only=True)
+    checkpoints = Checkpoints(as_path(workdir) / "checkpoints", read_only=True)
     restored = checkpoints.restore(abstract, step, check)
     steps = ", ".join(map(str, checkpoints.steps)) or "none"
     checkpoints.close()
@@ -260,7 +262,7 @@ def _restore_branch(task: Task, abstract: Any, check: Callable) -> Restored:
 
 
 @contextlib.contextmanager
-def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
+def _full_disk(workdir: Path) -> Iterator[None]:
     """Turns the error of a file that cannot be written in the middle of a run into RunStopped."""
     try:
         yield
@@ -271,7 +273,7 @@ def _full_disk(workdir: pathlib.Path) -> Iterator[None]:
         raise RunStopped(f"{where}; {last_good(workdir / 'checkpoints')}") from error
 
 
-def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:
+def _check_workdir(workdir: Path, run: RunConfig) -> list[str] | None:
     """Compares `run` with the one that left checkpoints in `workdir`; None if there are none.
 
     Returns:
@@ -303,7 +305,7 @@ def _check_workdir(workdir: pathlib.Path, run: RunConfig) -> list[str] | None:
     return changed
 
 
-def _check_progress(task: Task, origin: pathlib.Path, start: int, progress: Mapping) -> None:
+def _check_progress(task: Task, origin: Path, start: int, progress: Mapping) -> None:
     """Raises UserError if a run cannot go on from this checkpoint; warns if its data changed."""
     for name, value in task.identity.items():
         if progress["identity"].get(name) != value:

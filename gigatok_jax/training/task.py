@@ -25,6 +25,7 @@ from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import optimizer
+from gigatok_jax.training.checkpoints import Commit
 from gigatok_jax.training.optimizer import OptimizerConfig
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
@@ -40,6 +41,9 @@ class LoopConfig:
     checkpoint_every: NonNegativeInt = 5_000  # 0: only at the end
     keep_last: PositiveInt = 2  # number of newest checkpoints to keep
     keep_every: NonNegativeInt = 0  # also keep checkpoints at multiples of this; 0: none
+    # How a checkpoint becomes complete: "rename", or "file" on file systems where a folder cannot
+    # be renamed at once, such as buckets mounted by FUSE. Paths with gs:// always use "file".
+    commit: Commit = "rename"
 
 
 @configclass(kw_only=True)

@@ -66,7 +66,7 @@ class Telemetry:
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     """Rows of a `metrics.jsonl`, up to the first line that a kill cut off or that is damaged."""
     rows = []
-    for line in path.read_text(errors="replace").splitlines():
+    for line in path.read_bytes().decode(errors="replace").splitlines():
         try:
             # NaN and infinity are stored as strings, see `json_text`.
             stored = json.loads(line).items()

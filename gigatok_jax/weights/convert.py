@@ -5,10 +5,10 @@ Conversions preserve float32 values bit for bit.
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
+import contextlib
 import dataclasses
 import fnmatch
 import functools
-import pathlib
 from typing import Any
 
 import filelock
@@ -18,6 +18,7 @@ import numpy as np
 
 from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
+from gigatok_jax.files import Path, as_path, in_bucket, local_copy
 from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
@@ -135,8 +136,8 @@ def to_torch(kind: str, weights: Mapping[str, Any], config: Any = None) -> dict[
 
 def to_bundle(
     kind: str,
-    files: Iterable[str | pathlib.Path],
-    directory: str | pathlib.Path,
+    files: Iterable[str | Path],
+    directory: str | Path,
     *,
     model: str = "",
     weights: str = "auto",
@@ -156,15 +157,15 @@ def to_bundle(
       UserError: a file cannot be read or does not fit the architecture; or `directory` holds other
         things than a bundle.
     """
-    directory = pathlib.Path(directory)
+    directory = as_path(directory)
     bundles.check_replaceable(directory)
-    files, rule, config = [pathlib.Path(file) for file in files], find(kind), None
+    files, rule, config = [local_copy(as_path(file)) for file in files], find(kind), None
     if rule.model and not model:
         raise UserError(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_model = pathlib.Path(model).is_dir() or locate.is_name(model)
+        is_model = as_path(model).is_dir() or locate.is_name(model)
         config = bundles.load_config(model, kind, rule.config) if is_model else rule.model(model)
     files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])
@@ -176,7 +177,7 @@ def to_bundle(
     bundles.save(directory, kind, config, converted, origin | dict(made_by or {}))
 
 
-def to_file(kind: str, name: str | pathlib.Path, file: str | pathlib.Path) -> None:
+def to_file(kind: str, name: str | Path, file: str | Path) -> None:
     """Writes a model's weights under the reference's names; the suffix of `file` sets the format.
 
     Raises:
@@ -199,7 +200,7 @@ def parameter_count(kind: str, model: str) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def fetch_bundle(name: str) -> pathlib.Path:
+def fetch_bundle(name: str) -> Path:
     """Downloads and converts published weights, unless their bundle exists.
 
     A generator comes with its tokenizer, whose fingerprint its bundle records. If several processes
@@ -223,7 +224,9 @@ def fetch_bundle(name: str) -> pathlib.Path:
         made_by["sampling"] = dict(published.sampling)
         del tokenizer  # it can be larger than the generator
     directory.parent.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(directory.with_name(f".{name}.lock")):
+    # Two processes that write the same bundle to a bucket both succeed.
+    lock = filelock.FileLock(directory.with_name(f".{name}.lock"))
+    with contextlib.nullcontext() if in_bucket(directory) else lock:
         if not directory.exists():  # another process may have been faster
             files = fetch.download(name)
             to_bundle(published.kind, files, directory, model=published.model, made_by=made_by)

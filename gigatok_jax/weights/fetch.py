@@ -19,7 +19,7 @@ import urllib.request
 from tqdm import tqdm
 
 from gigatok_jax.errors import UserError, first_line, lookup
-from gigatok_jax.files import cache_dir
+from gigatok_jax.files import Path, cache_dir, local_cache_dir
 from gigatok_jax.weights import hub
 
 CHUNK = 2**20  # bytes read at a time
@@ -164,7 +164,7 @@ PUBLISHED = {
 }
 
 
-def bundle_path(name: str) -> pathlib.Path:
+def bundle_path(name: str) -> Path:
     """Where the bundle of published weights is, once they are fetched."""
     return cache_dir() / "bundles" / name
 
@@ -172,7 +172,7 @@ def bundle_path(name: str) -> pathlib.Path:
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, after downloading those missing from the cache.
 
-    Files in the cache (`cache_dir()` by default), downloaded or put there by hand, need no
+    Files in the cache (`local_cache_dir()` by default), downloaded or put there by hand, need no
     connection, but their hash is checked. Interrupted downloads are resumed. Files of the Hugging
     Face Hub that are not there are looked for in its own cache, and downloaded to it.
 
@@ -181,7 +181,7 @@ def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[path
         or a hash does not match.
     """
     files = lookup(name, PUBLISHED, "weights").files
-    directory = cache_dir() if cache is None else pathlib.Path(cache)
+    directory = local_cache_dir() if cache is None else pathlib.Path(cache)
     try:
         directory.mkdir(parents=True, exist_ok=True)
         return [_find_or_download(file, directory / file.name) for file in files]

@@ -13,7 +13,16 @@ import numpy as np
 import safetensors
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import damaged_member, read_index, replacing, unwritable, write_safetensors
+from gigatok_jax.files import (
+    Path,
+    as_path,
+    damaged_member,
+    local_copy,
+    read_index,
+    replacing,
+    unwritable,
+    write_safetensors,
+)
 
 WRAPPERS = ("model", "state_dict", "module")
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -88,7 +97,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return len(self._stored)
 
 
-def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
+def read(path: str | Path, weights: str = "auto") -> Tensors:
     """Opens a checkpoint.
 
     Code in `.pt` files never runs. Tensors may be nested under "model", "state_dict" or "module".
@@ -103,7 +112,7 @@ def read(path: str | pathlib.Path, weights: str = "auto") -> Tensors:
     Raises:
       UserError: the file is missing or unreadable, or does not hold these weights.
     """
-    path = pathlib.Path(path)
+    path = local_copy(as_path(path))
     if not path.is_file() or not path.stat().st_size:
         fault = "is empty" if path.is_file() else "no such file"
         fault = "is a directory" if path.is_dir() else fault
@@ -201,7 +210,7 @@ def _describe(content: Mapping) -> str:
     return f"found {keys}{', ...' if len(content) > 6 else ''}" if content else "found nothing"
 
 
-def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write(path: str | Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Writes a `.safetensors` file, or a `.pt` file with the tensors under "model".
 
     The write is atomic.
@@ -210,7 +219,7 @@ def write(path: str | pathlib.Path, tensors: Mapping[str, np.ndarray]) -> None:
       UserError: the suffix is unknown.
       OSError: the file cannot be written.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     if path.suffix not in SUFFIXES:
         raise UserError(f"{path}: expected a file name that ends in {', '.join(SUFFIXES)}")
     torch = None if path.suffix == ".safetensors" else import_torch(path)

@@ -1,0 +1,161 @@
+"""Everything in a bucket: an emulator of Google Cloud Storage stands for it."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from gigatok_jax import bundles, cli, commands, files, locks
+from gigatok_jax.errors import UserError
+from gigatok_jax.training.telemetry import read_metrics
+
+import tiny
+
+ROOT = pathlib.Path(__file__).parents[1]
+TRAIN = f"--config={ROOT / 'tests' / 'train_config.py'}"
+PROBE = f"--config={ROOT / 'tests' / 'probe_config.py'}"
+RUN = [TRAIN, "--config.objective.adversarial=0", "--config.steps=8"]
+RUN += ["--config.loop.checkpoint_every=3", "--config.loop.log_every=2"]
+RUN += ["--config.optimizer.schedule=constant", "--config.optimizer.warmup_steps=2"]
+TIMING = {"images_per_second", "input_wait"}
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket's URL, without a slash at its end."""
+    server = pytest.importorskip("gcp_storage_emulator.server")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    running = server.create_server("localhost", port, in_memory=True, default_bucket="b")
+    running.start()
+    address = f"http://localhost:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            patch.setenv(name, address)
+        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+        patch.setattr(locks, "SETTLED", 0.0)
+        yield "gs://b"
+    running.stop()
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path, monkeypatch):
+    """The current folder, which must stay empty."""
+    folder = tmp_path / "nowhere"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    yield
+    assert not list(folder.iterdir())
+
+
+def run(verb: str, *arguments: str) -> None:
+    """Runs a verb in this process."""
+    values = cli.parse(verb, commands.VERBS[verb], list(arguments))
+    for flag in ("coordinator", "processes", "process", "timeout"):
+        values.pop(flag, None)
+    commands.VERBS[verb].run(**values)
+
+
+def rows(workdir) -> list[dict[str, float]]:
+    found = read_metrics(workdir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in found]
+
+
+def test_training_that_stops_goes_on_to_the_same_weights(bucket, tmp_path):
+    run("train", *RUN, f"--workdir={tmp_path / 'run'}")
+    workdir = files.as_path(f"{bucket}/runs/one")
+    run("train", *RUN, "--config.steps=4", f"--workdir={workdir}")
+    run("train", *RUN, f"--workdir={workdir}")
+    assert rows(workdir)[-1] == rows(tmp_path / "run")[-1]
+    local = bundles.load(tmp_path / "run", "tokenizer")
+    assert bundles.load(workdir, "tokenizer").fingerprint == local.fingerprint
+    assert not (workdir / locks.NAME).exists()
+    names = {name for name, _ in files.scan(workdir)}
+    assert names == {path.name for path in (tmp_path / "run").iterdir()}
+    assert [name for name, _ in files.scan(workdir / "tensorboard")]
+
+
+def test_probe_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):
+    config = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+    tokenizer = files.as_path(f"{bucket}/tokenizer")
+    bundles.save(tokenizer, "tokenizer", config, tiny.weights(config), {})
+    monkeypatch.setenv("GIGATOK_CACHE", f"{bucket}/cache")
+    arguments = (PROBE, f"--tokenizer={tokenizer}")
+    run("probe", *arguments, f"--workdir={bucket}/probe")
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "cache"))
+    run("probe", *arguments, f"--workdir={tmp_path / 'probe'}")
+    inside, local = (
+        json.loads((path / "results.json").read_text())
+        for path in (files.as_path(f"{bucket}/probe"), tmp_path / "probe")
+    )
+    assert inside == local
+    run("report", f"{bucket}/probe", f"--out={bucket}/report.html")
+    assert "<html" in files.as_path(f"{bucket}/report.html").read_text()
+
+
+def test_folder_of_photos_is_read_like_a_local_one(bucket, tmp_path):
+    rng = np.random.default_rng(0)
+    from PIL import Image
+
+    from gigatok_jax.data.sources import DataConfig, open_source
+
+    remote = files.as_path(f"{bucket}/photos")
+    for name in ("a/1.png", "a/2.png", "b/deep/3.png", "b/.hidden.png", "b/notes.txt"):
+        path = tmp_path / "photos" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 255, (8, 9, 3), np.uint8)).save(path, "png")
+        (remote / name).write_bytes(path.read_bytes())
+    local, found = (
+        open_source(
+            DataConfig(source="folder", path=str(path), holdout=0), train=True, image_size=8
+        )
+        for path in (tmp_path / "photos", remote)
+    )
+    assert len(found) == len(local) == 3
+    for i in range(3):
+        assert found[i]["key"] == local[i]["key"] and found[i]["label"] == local[i]["label"]
+        np.testing.assert_array_equal(np.asarray(found[i]["image"]), np.asarray(local[i]["image"]))
+    before = found.version()
+    (remote / "a" / "1.png").write_bytes(b"another")
+    again = open_source(
+        DataConfig(source="folder", path=str(remote), holdout=0), train=True, image_size=8
+    )
+    assert again.version() != before
+
+
+def test_folder_in_use_is_refused_until_its_owner_is_lost(bucket, monkeypatch):
+    monkeypatch.setattr(locks, "LOST", 0.5)
+    monkeypatch.setattr(locks, "BEAT", 0.05)
+    folder = files.as_path(f"{bucket}/locked")
+    with locks.hold(folder):
+        owner = json.loads((folder / locks.NAME).read_text())
+        assert owner["pid"] == os.getpid()
+    assert not (folder / locks.NAME).exists()
+
+    with (
+        locks.hold(folder),
+        pytest.raises(UserError, match=r"gs://b/locked: in use by process"),
+        locks.hold(folder),
+    ):
+        pass
+
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    (folder / locks.NAME).write_text(json.dumps(owner | {"pid": ended.pid}))  # killed
+    with locks.hold(folder):
+        pass
+    (folder / locks.NAME).write_text(json.dumps(owner | {"host": "elsewhere"}))  # silent
+    with locks.hold(folder):
+        pass
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/run", "http://host/run", "gs://"])
+def test_other_places_are_refused_and_nothing_is_created(url, capsys):
+    assert cli.main(["train", TRAIN, f"--workdir={url}"]) == 2
+    assert "--workdir: expected" in capsys.readouterr().err
