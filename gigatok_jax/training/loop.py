@@ -99,6 +99,9 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
         # Before the state is read, whose shapes depend on what must be equal.
         check_progress = functools.partial(_check_progress, task, origin)
         branch = _restore_branch(task, abstract, check_progress) if origin != workdir else None
+        telemetry = None
+        # Closed after the checkpoints are written, because trackers may wait for their servers.
+        stack.push(lambda kind, *_: telemetry and telemetry.close(failed=kind is not None))
         checkpoints = Checkpoints(
             workdir / "checkpoints", keep_last=config.keep_last, keep_every=config.keep_every
         )
@@ -117,11 +120,9 @@ def train(run: RunConfig, workdir: pathlib.Path) -> None:
                 logger.warning(line)
             write_json(workdir / "config.json", _as_json(run))
 
-        telemetry = None
         if distributed.is_main():
             # Drops rows of steps after `start`.
             telemetry = Telemetry(workdir, start, config.trackers, _flat(_as_json(run)))
-            stack.push(lambda kind, *_: telemetry.close(failed=kind is not None))
         stop = stack.enter_context(distributed.stop_signals())
         replicated = sharding.replicated(mesh)
         norms = jax.jit(task.norms, static_argnames="phase", out_shardings=replicated)

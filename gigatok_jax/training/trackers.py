@@ -103,6 +103,8 @@ class Wandb:
     """
 
     def __init__(self, run: Run):
+        # By default W&B waits at the end of a run until its server is back.
+        os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         import wandb
 
         folder = {} if "WANDB_DIR" in os.environ else {"dir": str(run.workdir)}
