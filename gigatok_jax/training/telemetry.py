@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from gigatok_jax.files import json_text, replacing
 from gigatok_jax.pictures import save_png
@@ -36,7 +37,7 @@ class Telemetry:
         self._path = workdir / "metrics.jsonl"
         rows = _keep_rows(self._path, step)
         self._file = self._path.open("a")
-        self._trackers = Trackers(trackers, Run(workdir, step, config or {}), rows)
+        self._trackers = Trackers(trackers, Run(workdir, step, rows, config or {}), self._stored)
 
     def evaluated(self, step: int) -> bool:
         """Whether `metrics.jsonl` has the step's held-out metrics."""
@@ -56,6 +57,12 @@ class Telemetry:
         self._file.write(json_text({"step": step} | dict(values)) + "\n")
         self._file.flush()
         self._trackers.row(step, values, pictures)
+
+    def _stored(self, step: int) -> dict[str, np.ndarray]:
+        """The pictures of a step that were written before."""
+        ending = f"_{step:08d}.png"
+        paths = sorted(self._pictures.glob(f"*{ending}"))
+        return {path.name.removesuffix(ending): np.asarray(Image.open(path)) for path in paths}
 
     def close(self, *, failed: bool = False) -> None:
         self._file.close()

@@ -1,19 +1,15 @@
 """Trackers: where a run is watched, besides `metrics.jsonl`.
 
-`metrics.jsonl` is the truth and is always written; trackers show it. TensorBoard can forget: at a
-resume it drops the points after the checkpoint, as `metrics.jsonl` does, and gets them again. W&B
-and MLflow cannot, so they get each row once. `trackers/NAME.json` in the workdir says which run of
-the tracker this is, and the last row that it has. At a start it gets the rows that it lacks, and
-no row that it has, although a resumed run makes the rows since its checkpoint again: they are equal
-but for clocks. So a tracker that was away, or that is added to a run later, becomes complete.
-
-A kill between a row and its note in that file sends the row twice: W&B drops the second online,
-and in MLflow equal points lie on each other.
+`metrics.jsonl` is the truth and is always written; a tracker is a copy of it that may lag behind.
+A tracker knows the last row that it has. At a start it gets the rows that it lacks, so that one
+that was away, or that is added to a run later, becomes complete. A resumed run makes the rows since
+its checkpoint again, equal but for clocks, and the tracker does not get again what it has.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import logging
 import os
@@ -42,22 +38,46 @@ class Run:
     Attributes:
       workdir: an existing folder; its name is the run's.
       step: number of updates made so far.
+      rows: of `metrics.jsonl` so far.
       config: the configuration, flat: `a.b` to a JSON value.
-      id: of the run in the tracker, the same after a resume.
     """
 
     workdir: pathlib.Path
-    step: int = 0
-    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    id: str = ""
+    step: int
+    rows: Sequence[Mapping[str, float]]
+    config: Mapping[str, Any]
 
     @property
     def name(self) -> str:
         return self.workdir.resolve().name
 
+    @functools.cached_property
+    def id(self) -> str:
+        """Of the run in trackers, from `trackers.json`.
+
+        A workdir that was moved goes on as the same run. A copy is a run of its own, as long as the
+        original is where it was.
+        """
+        path = self.workdir / "trackers.json"
+        record = {"id": secrets.token_hex(4)}
+        if path.exists():
+            found = read_json(path, "the run in trackers")
+            origin = pathlib.Path(found["path"])
+            elsewhere = origin != path.resolve() and origin.exists()
+            if not elsewhere or read_json(origin, "the run in trackers")["id"] != found["id"]:
+                record = found
+        write_json(path, record | {"path": str(path.resolve())})
+        return record["id"]
+
 
 class Tracker(Protocol):
-    """Shows a run's metrics and pictures. Made from a `Run`; any method may raise any error."""
+    """Shows a run's metrics and pictures. Made from a `Run`; any method may raise any error.
+
+    Attributes:
+      last: place of the last row that the tracker had at the start; -1: none.
+    """
+
+    last: int
 
     def row(
         self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]
@@ -72,6 +92,8 @@ class TensorBoard:
 
     def __init__(self, run: Run):
         folder = run.workdir / "tensorboard"
+        has_events = any(folder.glob("events*"))
+        self.last = place(run.rows[-1]["step"], run.rows[-1]) if has_events and run.rows else -1
         folder.mkdir(exist_ok=True)
         # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
         self._events = EventsWriter(str(folder / "events"))
@@ -95,11 +117,16 @@ class TensorBoard:
 
 
 class Wandb:
-    """Weights & Biases. Offline, each process leaves its own folder, of the same run.
+    """Weights & Biases.
 
-    W&B's own step must grow from row to row, and a step has two rows if it is evaluated; so it is
-    the row's place, in all folders, and charts have the metric `step` as their x axis.
-    `wandb sync` (0.30 and newer) appends the folders of a run to each other, oldest first.
+    W&B's own step must grow from row to row, and a step that is evaluated has two rows: it is the
+    row's place, and charts have the metric `step` as their x axis. A resumed run goes on from the
+    last step that the server has.
+
+    Offline, W&B loses its last rows in a kill, and versions differ in whether `wandb sync` appends
+    resumed parts. So the folder of each process has the run's rows from the first one on, and does
+    not ask to be a resumed part: synced in order, as `wandb sync` does, each replaces the one
+    before.
     """
 
     def __init__(self, run: Run):
@@ -108,122 +135,77 @@ class Wandb:
         import wandb
 
         folder = {} if "WANDB_DIR" in os.environ else {"dir": str(run.workdir)}
+        offline = wandb.setup().settings.mode in ("offline", "dryrun")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
             name=run.name,
             id=run.id,
-            resume="allow",
+            resume=None if offline else "allow",
             config=dict(run.config),
             **folder,
         )
         self._run.define_metric("*", step_metric="step")
         self._image = wandb.Image
+        self.last = self._run.step - 1
 
     def row(self, step, values, pictures):
         images = {name: self._image(array) for name, array in pictures.items()}
-        self._run.log({"step": step, **values, **images}, step=_place(step, values))
+        self._run.log({"step": step, **values, **images}, step=place(step, values))
 
     def close(self, *, failed):
         self._run.finish(exit_code=int(failed))
 
 
 class Mlflow:
-    """An MLflow server or store: that of MLFLOW_TRACKING_URI, or MLflow's default."""
+    """An MLflow server or store: that of MLFLOW_TRACKING_URI, or MLflow's default.
 
-    TAG = "gigatok_jax.run"
+    Tags of the run have its id, and the place of the last row, which is sent together with the row.
+    """
+
+    ID, LAST = "gigatok_jax.id", "gigatok_jax.last_row"
 
     def __init__(self, run: Run):
         # By default MLflow tries for minutes, in which all devices would wait for a dead server.
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
         import mlflow
-        from mlflow.entities import Metric, Param
+        from mlflow.entities import Metric, Param, RunTag
 
-        self._metric, self._client = Metric, mlflow.MlflowClient()
-        experiment = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
-        found = self._client.get_experiment_by_name(experiment)
-        place = found.experiment_id if found else self._client.create_experiment(experiment)
-        runs = self._client.search_runs([place], f"tags.`{self.TAG}` = '{run.id}'", max_results=1)
+        self._metric, self._tag, self._client = Metric, RunTag, mlflow.MlflowClient()
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        runs = self._client.search_runs([experiment], f"tags.`{self.ID}` = '{run.id}'")
         if runs:
-            self._id = runs[0].info.run_id
-            self._client.update_run(self._id, status="RUNNING")
+            (info, tags) = runs[0].info, runs[0].data.tags
+            self._client.update_run(info.run_id, status="RUNNING")
         else:
-            tags = {self.TAG: run.id}
-            self._id = self._client.create_run(place, tags=tags, run_name=run.name).info.run_id
+            tags = {self.ID: run.id}
+            info = self._client.create_run(experiment, tags=tags, run_name=run.name).info
             params = [Param(name, str(value)) for name, value in run.config.items()]
-            self._client.log_batch(self._id, params=params)
+            self._client.log_batch(info.run_id, params=params)
+        self._id, self.last = info.run_id, int(tags.get(self.LAST, -1))
 
     def row(self, step, values, pictures):
         for name, array in pictures.items():
             self._client.log_image(self._id, array, key=name, step=step, synchronous=True)
         now = int(1_000 * time.time())
         metrics = [self._metric(name, value, now, step) for name, value in values.items()]
-        self._client.log_batch(self._id, metrics=metrics)
+        last = self._tag(self.LAST, str(place(step, values)))
+        self._client.log_batch(self._id, metrics=metrics, tags=[last])
 
     def close(self, *, failed):
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
 
 
-class Once:
-    """Sends a tracker the rows that it does not have yet; see the module's text.
-
-    Args:
-      name: of the tracker.
-      make: makes it.
-      run: what to tell it.
-      rows: the rows of `metrics.jsonl`.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        make: Callable[[Run], Tracker],
-        run: Run,
-        rows: Sequence[Mapping[str, float]],
-    ):
-        self._path = run.workdir / "trackers" / f"{name}.json"
-        self._record = _own_record(self._path)
-        write_json(self._path, self._record)
-        self._tracker = make(dataclasses.replace(run, id=self._record["id"]))
-        for row in rows:
-            values = dict(row)
-            self.row(values.pop("step"), values, {})
-
-    def row(self, step, values, pictures):
-        if _place(step, values) > self._record["sent"]:
-            self._tracker.row(step, values, pictures)
-            self._record["sent"] = _place(step, values)
-            write_json(self._path, self._record)
-
-    def close(self, *, failed):
-        self._tracker.close(failed=failed)
-
-
-def _place(step: int, values: Mapping[str, float]) -> int:
-    """Grows from row to row: the evaluation of a step comes after its training metrics."""
+def place(step: int, values: Mapping[str, float]) -> int:
+    """Of a row among the others: the evaluation of a step comes after its training metrics."""
     return 2 * step + is_evaluation(values)
 
 
-def is_evaluation(values: Mapping[str, float]) -> bool:
+def is_evaluation(row: Mapping[str, float]) -> bool:
     """Whether a row has held-out metrics, not those of training."""
-    return "total" not in values
-
-
-def _own_record(path: pathlib.Path) -> dict[str, Any]:
-    """The record at `path`, or a new one if there is none or it was copied from another workdir.
-
-    A workdir that was moved goes on as the same run. A copy is a run of its own, as long as the
-    original is where it was.
-    """
-    here = str(path.resolve())
-    record = {"id": secrets.token_hex(4), "path": here, "sent": -1}
-    if path.exists():
-        found = read_json(path, "what a tracker has")
-        origin = pathlib.Path(found["path"])
-        copied = found["path"] != here and origin.exists()
-        if not copied or read_json(origin, "what a tracker has")["id"] != found["id"]:
-            record = found | {"path": here}
-    return record
+    return "total" not in row
 
 
 TRACKERS: dict[str, type[Tracker]] = {
@@ -251,23 +233,28 @@ class Trackers:
     Args:
       names: of the trackers, see `TRACKERS`.
       run: what to tell them.
-      rows: the rows of `metrics.jsonl` so far.
+      stored: the pictures of a step that were written before.
     """
 
-    def __init__(self, names: Sequence[str], run: Run, rows: Sequence[Mapping[str, float]]):
+    def __init__(
+        self, names: Sequence[str], run: Run, stored: Callable[[int], Mapping[str, np.ndarray]]
+    ):
         self._open: dict[str, Tracker] = {}
         for name in names:
             with self._going_on_without(name):
-                make = TRACKERS[name]
-                forgets = make is TensorBoard
-                self._open[name] = make(run) if forgets else Once(name, make, run, rows)
+                tracker = self._open[name] = TRACKERS[name](run)
+                for row in run.rows:
+                    step, values = int(row["step"]), {k: v for k, v in row.items() if k != "step"}
+                    if place(step, values) > tracker.last:
+                        tracker.row(step, values, stored(step) if is_evaluation(values) else {})
 
     def row(
         self, step: int, values: Mapping[str, float], pictures: Mapping[str, np.ndarray]
     ) -> None:
         for name, tracker in list(self._open.items()):
-            with self._going_on_without(name):
-                tracker.row(step, values, pictures)
+            if place(step, values) > tracker.last:
+                with self._going_on_without(name):
+                    tracker.row(step, values, pictures)
 
     def close(self, *, failed: bool) -> None:
         for name, tracker in list(self._open.items()):
