@@ -150,7 +150,8 @@ class Wandb:
 
     def row(self, step, values, pictures):
         images = {name: self._image(array) for name, array in pictures.items()}
-        self._run.log({"step": step, **values, **images}, step=place(step, values))
+        row = {"step": step, **values, **images}
+        self._run.log(row, step=place(step, values), commit=True)
 
     def close(self, *, failed):
         self._run.finish(exit_code=int(failed))
