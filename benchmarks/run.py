@@ -33,7 +33,7 @@ from gigatok_jax.cli import take_huge_pages
 from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.files import write_json
 from gigatok_jax.models.layers import compute_dtype
-from gigatok_jax.planning.chips import CHIPS, Chip
+from gigatok_jax.planning import chips
 
 GUIDANCE = 2.0
 # By name: function that prepares the case, and model and batch on CPUs and on accelerators.
@@ -150,7 +150,7 @@ class Machine:
     def find(cls) -> "Machine":
         devices, dtype = jax.devices(), compute_dtype("auto")
         kind = devices[0].device_kind
-        chip = _chip(kind)
+        chip = chips.find(devices[0])
         if chip:
             peak, bandwidth = chip.flops * len(devices), chip.bandwidth * len(devices)
         else:
@@ -160,17 +160,6 @@ class Machine:
         versions = {name: importlib.metadata.version(name) for name in ("jax", "flax")}
         name = f"{len(devices)}x {kind}" if len(devices) > 1 else kind
         return cls(name, peak, bandwidth, chip is not None, jnp.dtype(dtype).name, versions)
-
-
-# Words in JAX's `device_kind` to names in `planning.chips`.
-KINDS = {
-    "a100": "a100", "h100": "h100", "h200": "h200", "b200": "b200", "tpu v4": "v4",
-    "tpu v5 lite": "v5e", "tpu v5e": "v5e", "tpu v5p": "v5p", "tpu v5": "v5p", "tpu v6": "v6e",
-}  # fmt: skip
-
-
-def _chip(kind: str) -> Chip | None:
-    return next((CHIPS[name] for words, name in KINDS.items() if words in kind.lower()), None)
 
 
 def _processor() -> str:

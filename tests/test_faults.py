@@ -400,11 +400,11 @@ def test_photos_that_are_stored_turned_are_mentioned_once(tmp_path, caplog):
 def test_a_full_disk_ends_a_run_in_one_line_and_it_goes_on(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
 
-        def full(self, step, values):
+        def full(self, step, values, pictures=None):
             if step == 10:
                 raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
-        patch.setattr(telemetry.Telemetry, "scalars", full)
+        patch.setattr(telemetry.Telemetry, "row", full)
         message = r"^metrics\.jsonl: the disk is full; last good checkpoint: step 7\. "
         with pytest.raises(RunStopped, match=message):
             test_loop.run_toy(tmp_path)
@@ -431,10 +431,10 @@ def test_an_evaluation_whose_picture_was_not_written_is_made_again(tmp_path, mon
 
     with monkeypatch.context() as patch:
 
-        def full(self, step, pictures):
+        def full(path, picture):
             raise OSError(errno.ENOSPC, "No space left on device", "x.png")
 
-        patch.setattr(telemetry.Telemetry, "pictures", full)
+        patch.setattr(telemetry, "save_png", full)
         with pytest.raises(RunStopped, match=r"^x\.png: the disk is full; .* step 20\. "):
             test_loop.run_toy(tmp_path, evaluate=evaluate)
     test_loop.run_toy(tmp_path, evaluate=evaluate)
@@ -444,7 +444,7 @@ def test_an_evaluation_whose_picture_was_not_written_is_made_again(tmp_path, mon
 
 def test_metrics_that_are_not_finite_are_valid_json_and_come_back(tmp_path):
     log = telemetry.Telemetry(tmp_path, 0)
-    log.scalars(1, {"total": float("nan"), "psnr": float("inf")})
+    log.row(1, {"total": float("nan"), "psnr": float("inf")})
     log.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert json.loads(text, parse_constant=pytest.fail) == {

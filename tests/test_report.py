@@ -30,7 +30,7 @@ RUN = TokenizerRun(
     steps=6,
     batch_size=8,
 )
-SPEED = {"images_per_second": 40.0, "input_wait": 0.125}
+SPEED = {"images_per_second": 40.0, "input_wait": 0.125, "mfu": 0.4, "peak_memory_gb": 9.5}
 
 
 def train(workdir: pathlib.Path, run: RunConfig = RUN, *, steps: int = 6) -> pathlib.Path:
@@ -40,13 +40,13 @@ def train(workdir: pathlib.Path, run: RunConfig = RUN, *, steps: int = 6) -> pat
     telemetry = Telemetry(workdir, 0)
     for step in range(2, steps + 1, 2):
         row = {"total": 9.0 / step, "l2": 1.0 / step, "learning_rate": 1e-4 * step}
-        telemetry.scalars(step, row | SPEED | {"never": float("nan")})
+        telemetry.row(step, row | SPEED | {"never": float("nan")})
     for step in (2, steps):
-        telemetry.scalars(step, {"held_out/psnr": 17.0 + step, "held_out/l2": 0.25})
-        if run.task == "generator":
-            telemetry.scalars(step, {"held_out/loss": 2.0})
         picture = np.full((8, 8, 3), 10 * step, np.uint8)
-        telemetry.pictures(step, {"reconstruction": picture})
+        values = {"held_out/psnr": 17.0 + step, "held_out/l2": 0.25}
+        telemetry.row(step, values, {"reconstruction": picture})
+        if run.task == "generator":
+            telemetry.row(step, {"held_out/loss": 2.0})
     telemetry.close()
     return workdir
 

@@ -30,8 +30,8 @@ from gigatok_jax.training.telemetry import read_metrics
 PROBE = "probe"
 PAPER = pathlib.Path(__file__).parents[1] / "assets" / "paper.json"
 HELD_OUT = "held_out/"
-FRACTIONS = ("accuracy", "top5_accuracy", "codebook_usage", "input_wait")  # shown as percentages
-THROUGHPUT = ("images_per_second", "input_wait")
+FRACTIONS = ("accuracy", "top5_accuracy", "codebook_usage", "input_wait", "mfu")  # in percent
+THROUGHPUT = ("images_per_second", "input_wait", "mfu", "peak_memory_gb")
 RECONSTRUCTION_DISTANCES = ("rfid", "rfd_dinov2", "rfd_teacher")
 GENERATION_DISTANCES = ("gfid", "gfd_dinov2", "gfd_teacher")
 UNUSED_SETTINGS = ("generator.data.", "linear_probe.data.")  # overridden by the probe's own data

@@ -66,6 +66,18 @@ CHIPS = {
         gpu=Gpu("NVIDIA B200", (10, 0), 148, 128, 228 << 10, 126 << 20, 1.965),
     ),
 }
+# JAX's `device_kind` to the names above. Variants that are slower (PCIe and NVL cards of H100 and
+# H200, parts of a card) or not in the table match nothing.
+KINDS = {
+    r"TPU v4": "v4",
+    r"TPU v5( lite|e)": "v5e",
+    r"TPU v5p?": "v5p",
+    r"TPU v6( lite|e)": "v6e",
+    r"NVIDIA A100.*GB( PCIe)?": "a100",
+    r"NVIDIA H100 80GB HBM3": "h100",
+    r"NVIDIA (H200|GH200 480GB)": "h200",
+    r"NVIDIA B200": "b200",
+}
 EXAMPLES = {0: "8 or 4x8", 2: "4x4", 3: "2x2x4"}  # of DEVICES, by `Chip.axes`
 CUDNN = (9, 8, 0)  # that programs are compiled for
 # XLA's description of a GPU: gpu_device_info of its target_config.proto.
@@ -115,6 +127,18 @@ class Topology:
         if self.devices is None:
             return sharding.abstract_mesh(config, self.count)
         return sharding.make_mesh(config, self.devices)
+
+
+def find(device: jax.Device) -> Chip | None:
+    """The data sheet of a device, or None if it is not known."""
+    names = (name for kind, name in KINDS.items() if re.fullmatch(kind, device.device_kind))
+    return next((CHIPS[name] for name in names), None)
+
+
+def peak_flops(devices: Sequence[jax.Device]) -> float | None:
+    """Dense bfloat16 FLOPs per second of all devices, or None if one of them is not known."""
+    found = [find(device) for device in devices]
+    return sum(chip.flops for chip in found) if all(found) else None
 
 
 def topology(name: str) -> Topology:

@@ -49,6 +49,8 @@ def _count(jaxpr: Any) -> float:
             raise NotImplementedError("a while loop with products in it has no known length")
         elif name == "shard_map":
             total += equation.params["mesh"].size * sum(inner)
+        elif name.startswith("dot_product_attention"):
+            total += _attention(equation, products=4 if "bwd" in name else 2)
         elif name == "pallas_call":
             total += math.prod(equation.params["grid_mapping"].grid) * sum(inner)
         else:
@@ -60,6 +62,12 @@ def _product(equation: Any) -> float:
     left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
     (contracted, _), _ = equation.params["dimension_numbers"]
     return 2 * math.prod(out) * math.prod(left[axis] for axis in contracted)
+
+
+def _attention(equation: Any, products: int) -> float:
+    """cuDNN's attention, without the products that its backward pass repeats."""
+    query, key = (variable.aval.shape for variable in equation.invars[:2])  # [B, T, heads, dim]
+    return 2 * products * math.prod(query) * key[1]
 
 
 def _convolution(equation: Any) -> float:

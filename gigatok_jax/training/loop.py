@@ -6,7 +6,7 @@ state, steps. A workdir holds `config.json`, `checkpoints/`, `metrics.jsonl`, `t
 """
 
 import collections
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -26,9 +26,11 @@ from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.files import MACHINE, Path, as_path, read_json, reason, write_json
+from gigatok_jax.planning import chips, flops
 from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good, saved_steps
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
-from gigatok_jax.training.telemetry import Telemetry
+from gigatok_jax.training.telemetry import Telemetry, Trace
+from gigatok_jax.training.trackers import check_installed
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,7 @@ def train(run: RunConfig, workdir: Path) -> None:
         block = sharding.batch_block(mesh)
     except ValueError as error:
         raise UserError(f"config.{error}") from error
+    distributed.in_main(lambda: check_installed(run.loop.trackers))
 
     # Open networks and data first, so that a run that cannot start leaves nothing behind.
     task = run.open_task()
@@ -95,6 +98,9 @@ def train(run: RunConfig, workdir: Path) -> None:
         # Before the state is read, whose shapes depend on what must be equal.
         check_progress = functools.partial(_check_progress, task, origin)
         branch = _restore_branch(task, abstract, check_progress) if origin != workdir else None
+        telemetry = None
+        # Closed after the checkpoints are written, because trackers may wait for their servers.
+        stack.push(lambda kind, *_: telemetry and telemetry.close(failed=kind is not None))
         checkpoints = Checkpoints(
             workdir / "checkpoints",
             keep_last=config.keep_last,
@@ -116,10 +122,9 @@ def train(run: RunConfig, workdir: Path) -> None:
                 logger.warning(line)
             write_json(workdir / "config.json", _as_json(run))
 
-        telemetry = None
         if distributed.is_main():
-            telemetry = Telemetry(workdir, start)  # drops rows of steps after `start`
-            stack.callback(telemetry.close)
+            # Drops rows of steps after `start`.
+            telemetry = Telemetry(workdir, start, config.trackers, _flat(_as_json(run)))
         stop = stack.enter_context(distributed.stop_signals())
         replicated = sharding.replicated(mesh)
         norms = jax.jit(task.norms, static_argnames="phase", out_shardings=replicated)
@@ -145,8 +150,7 @@ def train(run: RunConfig, workdir: Path) -> None:
         def evaluate(step, state):
             metrics, pictures = held_out(state, frozen)  # collective: all processes
             if telemetry:
-                telemetry.pictures(step, pictures)
-                telemetry.scalars(step, metrics)  # last: its row says that the evaluation is done
+                telemetry.row(step, metrics, pictures)
                 logger.info("step %d: %s", step, _describe(metrics))
             meter.restart_clock()
 
@@ -164,6 +168,21 @@ def train(run: RunConfig, workdir: Path) -> None:
         device_batches = pipeline.prefetch_to_device(
             batches, functools.partial(sharding.put_batch, mesh)
         )
+        peak = chips.peak_flops(mesh.devices.flat) if telemetry else None
+        plain = jit_step(task.without_remat(), state, mesh)
+
+        @functools.cache
+        def step_flops(phase):
+            return flops.count(plain.trace(abstract, batch, frozen, phase=phase).jaxpr)
+
+        # One process is enough for a trace: all run the same program.
+        trace = Trace(
+            workdir / "tensorboard",
+            first=config.profile_at if telemetry else 0,
+            last=min(config.profile_at + config.profile_steps - 1, steps),
+            paused=meter.paused,
+        )
+        stack.callback(trace.close)
         if telemetry and start < steps:
             logger.info("compiling the training step; on a CPU this can take minutes")
         silent = None if telemetry else True  # None shows the bar only on a terminal
@@ -171,19 +190,24 @@ def train(run: RunConfig, workdir: Path) -> None:
             tqdm(initial=start, total=steps, unit="step", disable=silent, mininterval=1)
         )
         for step in range(start + 1, steps + 1):
-            batch = meter.wait(device_batches)
-            state, metrics = step_function(state, batch, frozen, phase=task.phase(step - 1))
-            meter.add(metrics, len(batch["label"]))
+            phase = task.phase(step - 1)
+            trace.before(step, state)
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                batch = meter.wait(device_batches)
+                state, metrics = step_function(state, batch, frozen, phase=phase)
+                meter.add(metrics, len(batch["label"]), phase)
+            trace.after(step, state)
             bar.update()
 
             # Fetch metrics only here; fetching at every step would stall the devices.
             if due(config.log_every, step):
-                row = check(step, state) | meter.row()
+                row = check(step, state) | meter.row(step_flops, peak)
                 checkpoints.check()
                 if telemetry:
+                    row |= peak_memory(mesh)
                     if advice := task.advise({"step": step} | row):
                         logger.warning("step %d: %s", step, advice)
-                    telemetry.scalars(step, row)
+                    telemetry.row(step, row)
                     bar.set_postfix_str(
                         f"total {row['total']:.4g}, input wait {row['input_wait']:.1%}"
                     )
@@ -290,10 +314,7 @@ def _check_workdir(workdir: Path, run: RunConfig) -> list[str] | None:
         # Options added after the run was created are missing from its config.json; use their
         # defaults.
         old = _as_json(from_mapping(type(run), old, f"{path}: config"))
-    old, new = (
-        flax.traverse_util.flatten_dict({"config": mapping}, sep=".")
-        for mapping in (old, _as_json(run))
-    )
+    old, new = (_flat({"config": mapping}) for mapping in (old, _as_json(run)))
     changed = []
     for name in sorted(old.keys() | new.keys()):
         before, now = old.get(name), new.get(name)
@@ -328,6 +349,17 @@ def _as_json(run: RunConfig) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(run)))
 
 
+def _flat(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    return flax.traverse_util.flatten_dict(mapping, sep=".")
+
+
+def peak_memory(mesh: jax.sharding.Mesh) -> dict[str, float]:
+    """The most memory that a device of this process had in use; empty where it is not known."""
+    stats = [device.memory_stats() or {} for device in mesh.local_devices]
+    found = [each["peak_bytes_in_use"] for each in stats if "peak_bytes_in_use" in each]
+    return {"peak_memory_gb": max(found) / 1e9} if found else {}
+
+
 class Meter:
     """Collects metrics on the devices and fetches many at once, so that steps overlap.
 
@@ -342,6 +374,14 @@ class Meter:
 
     def restart_clock(self):
         self._since, self._waited, self._images = time.monotonic(), 0.0, 0
+        self._phases = collections.Counter()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves the time of a block, which is not training, out of the rates."""
+        start = time.monotonic()
+        yield
+        self._since += time.monotonic() - start
 
     def wait(self, batches):
         start = time.monotonic()
@@ -349,9 +389,10 @@ class Meter:
         self._waited += time.monotonic() - start
         return batch
 
-    def add(self, metrics: Mapping[str, jax.Array], images: int):
+    def add(self, metrics: Mapping[str, jax.Array], images: int, phase: Hashable):
         self._pending.append(metrics)
         self._images += images
+        self._phases[phase] += 1
         if len(self._pending) > STEPS_IN_FLIGHT:
             # Otherwise the host would run ahead, and its batches would fill the memory.
             jax.block_until_ready(self._pending[-1 - STEPS_IN_FLIGHT])
@@ -371,10 +412,15 @@ class Meter:
             self.rows.append(_finite(metrics, at, checkpoint))
         return _finite(norms, step, checkpoint)
 
-    def row(self) -> dict[str, float]:
+    def row(self, step_flops: Callable[[Hashable], float], peak: float | None) -> dict[str, float]:
         """Means and rates since the last call, of what `check` has fetched.
 
         A metric that some steps lack (a term that starts later) is averaged over the rest.
+
+        Args:
+          step_flops: FLOPs of the model in a step of a phase. Counting them takes seconds the first
+            time, which are not in the rates.
+          peak: FLOPs per second of all devices; None if unknown: no `mfu`.
         """
         values = collections.defaultdict(list)
         for row in self.rows:
@@ -384,6 +430,9 @@ class Meter:
         result = {name: float(np.mean(v)) for name, v in values.items()}
         result["images_per_second"] = self._images / elapsed
         result["input_wait"] = self._waited / elapsed
+        if peak:
+            total = sum(steps * step_flops(phase) for phase, steps in self._phases.items())
+            result["mfu"] = total / elapsed / peak
         self.rows = []
         self.restart_clock()
         return result

@@ -7,6 +7,7 @@ the rest, in the same way for every task.
 
 import collections
 from collections.abc import Callable, Hashable, Mapping
+import copy
 import dataclasses
 import math
 from typing import Annotated, Any, Literal, NamedTuple
@@ -34,7 +35,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 @configclass
 class LoopConfig:
-    """How often things happen, in steps."""
+    """How often things happen, in steps, and where the run is watched."""
 
     log_every: PositiveInt = 50  # metrics, averaged since the previous log
     evaluate_every: NonNegativeInt = 5_000  # held-out metrics and pictures; 0: only at the end
@@ -44,6 +45,16 @@ class LoopConfig:
     # How a checkpoint becomes complete: "rename", or "file" on file systems where a folder cannot
     # be renamed at once, such as buckets mounted by FUSE. Paths with gs:// always use "file".
     commit: Commit = "rename"
+    # What shows the metrics, besides metrics.jsonl; () for nothing. The extras have the libraries.
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow"], ...] = ("tensorboard",)
+    profile_at: NonNegativeInt = 0  # first step of a trace for TensorBoard and XProf; 0: none
+    profile_steps: PositiveInt = 3  # length of the trace
+
+    @model_validator(mode="after")
+    def _check_trackers(self):
+        if len(set(self.trackers)) < len(self.trackers):
+            raise ValueError(f"trackers: expected each at most once, got {self.trackers}")
+        return self
 
 
 @configclass(kw_only=True)
@@ -145,6 +156,12 @@ class Task:
     ) -> tuple[Any, dict[str, jax.Array]]:
         """One update: the next state, and scalar metrics."""
         raise NotImplementedError
+
+    def without_remat(self) -> "Task":
+        """This task with a `step` that recomputes nothing: its FLOPs are those of the model."""
+        plain = copy.copy(self)
+        plain.run = dataclasses.replace(self.run, remat="none")
+        return plain
 
     def norms(self, state: Any, phase: Hashable) -> dict[str, jax.Array]:
         """Norms of what is trained, for the log; `phase` is that of the last step."""

@@ -1,66 +1,106 @@
-"""Records of a run: `metrics.jsonl`, TensorBoard events, pictures."""
+"""Records of a run: `metrics.jsonl`, pictures, what trackers are sent, and traces."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
-import time
+from typing import Any
 
+import jax
 import numpy as np
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
+from PIL import Image
 
 from gigatok_jax.files import json_text, replacing
 from gigatok_jax.pictures import save_png
+from gigatok_jax.training.trackers import Run, Trackers, is_evaluation
 
 
 class Telemetry:
-    """Writes one process's metrics and pictures into a workdir.
+    """Writes one process's metrics and pictures into a workdir, and sends them to trackers.
 
     Rows after `step`, which a killed run left behind, are dropped.
 
     Args:
       workdir: an existing folder.
       step: number of updates made so far.
+      trackers: their names, see `trackers.TRACKERS`.
+      config: the run's configuration, flat, for trackers.
     """
 
-    def __init__(self, workdir: pathlib.Path, step: int):
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        step: int,
+        trackers: Sequence[str] = (),
+        config: Mapping[str, Any] | None = None,
+    ):
         self._pictures = workdir / "pictures"
         self._path = workdir / "metrics.jsonl"
-        _keep_rows(self._path, step)
+        rows = _keep_rows(self._path, step)
         self._file = self._path.open("a")
-        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        self._events = EventsWriter(str(workdir / "tensorboard" / "events"))
-        start = SessionLog(status=SessionLog.START)  # TensorBoard drops later points of older files
-        self._write(Event(step=step + 1, session_log=start))
+        self._trackers = Trackers(trackers, Run(workdir, step, rows, config or {}), self._stored)
 
     def evaluated(self, step: int) -> bool:
-        """Whether `metrics.jsonl` has the step's held-out metrics, whose row has no `total`."""
-        rows = read_metrics(self._path)
-        return any(row["step"] == step and "total" not in row for row in rows)
+        """Whether `metrics.jsonl` has the step's held-out metrics."""
+        return any(row["step"] == step and is_evaluation(row) for row in read_metrics(self._path))
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        self._file.write(json_text({"step": step} | dict(values)) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._write(Event(step=step, summary=summary.scalar(name, value)))
-
-    def pictures(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Writes uint8 `[H, W, 3]` arrays as `pictures/NAME_STEP.png`."""
+    def row(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        pictures: Mapping[str, np.ndarray] | None = None,
+    ) -> None:
+        """Records metrics, and uint8 pictures `[H, W, 3]` as `pictures/NAME_STEP.png`."""
+        pictures = pictures or {}
         for name, array in pictures.items():
             save_png(self._pictures / f"{name}_{step:08d}.png", array)
-            image = summary.image(name, array, dataformats="HWC")
-            self._write(Event(step=step, summary=image))
+        # After the pictures: the row says that the evaluation is done.
+        self._file.write(json_text({"step": step} | dict(values)) + "\n")
+        self._file.flush()
+        self._trackers.row(step, values, pictures)
 
-    def _write(self, event: Event) -> None:
-        event.wall_time = time.time()
-        self._events.write_event(event)
-        self._events.flush()
+    def _stored(self, step: int) -> dict[str, np.ndarray]:
+        """The pictures of a step that were written before."""
+        ending = f"_{step:08d}.png"
+        paths = sorted(self._pictures.glob(f"*{ending}"))
+        return {path.name.removesuffix(ending): np.asarray(Image.open(path)) for path in paths}
+
+    def close(self, *, failed: bool = False) -> None:
+        self._file.close()
+        self._trackers.close(failed=failed)
+
+
+class Trace:
+    """A trace of a few steps, which TensorBoard's profile plugin and XProf open.
+
+    Args:
+      folder: gets `plugins/profile/TIME/HOST.xplane.pb`.
+      first: the first step to trace; 0: none.
+      last: the last one.
+      paused: context manager around what is not part of training.
+    """
+
+    def __init__(self, folder: pathlib.Path, first: int, last: int, paused: Callable):
+        self._folder, self._first, self._last, self._paused = folder, first, last, paused
+        self._active = False
+
+    def before(self, step: int, state: Any) -> None:
+        """Starts the trace before its first step; `state` is what the step before returned."""
+        if step == self._first:
+            jax.block_until_ready(state)  # so that earlier steps are not in the trace
+            with self._paused():
+                jax.profiler.start_trace(self._folder)
+            self._active = True
+
+    def after(self, step: int, state: Any) -> None:
+        if self._active and step == self._last:
+            jax.block_until_ready(state)
+            with self._paused():
+                self.close()
 
     def close(self) -> None:
-        self._file.close()
-        self._events.close()
+        if self._active:
+            self._active = False
+            jax.profiler.stop_trace()
 
 
 def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
@@ -77,8 +117,11 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     return rows
 
 
-def _keep_rows(path: pathlib.Path, step: int) -> None:
-    if path.exists():
-        rows = [row for row in read_metrics(path) if row["step"] <= step]
-        with replacing(path) as aside:
-            aside.write_text("".join(json_text(row) + "\n" for row in rows))
+def _keep_rows(path: pathlib.Path, step: int) -> list[dict[str, float]]:
+    """Drops the rows after `step`, and returns the others."""
+    if not path.exists():
+        return []
+    rows = [row for row in read_metrics(path) if row["step"] <= step]
+    with replacing(path) as aside:
+        aside.write_text("".join(json_text(row) + "\n" for row in rows))
+    return rows

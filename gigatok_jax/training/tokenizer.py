@@ -197,7 +197,6 @@ class TokenizerTask(Task):
         self.image_size = run.model.image_size
         self.teacher, self.dino = teacher, dino
         self.dtype = layers.compute_dtype(run.dtype)
-        self.tokenizer = Tokenizer(run.model, run.remat, self.dtype)
         objective = run.objective
         if objective.discriminator == "dino":
             self.discriminator = discriminators.DinoHeads(self.dtype)
@@ -205,6 +204,10 @@ class TokenizerTask(Task):
             self.discriminator = discriminators.PatchGAN(
                 objective.discriminator_channels, objective.patchgan_groups, self.dtype
             )
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.run.model, self.run.remat, self.dtype)
 
     def init(self, key: jax.Array) -> TokenizerState:
         run, size = self.run, self.image_size
