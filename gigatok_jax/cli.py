@@ -180,7 +180,7 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 
 # Flags, and fields of configurations, that hold a path; some may hold a name instead.
 PATHS = {"workdir", "workdirs", "out", "tokenizer", "generator", "images", "reference", "from"}
-PATHS |= {"path", "branch_from", "model", "teacher", "features"}
+PATHS |= {"path", "branch_from", "init_from", "model", "teacher", "features"}
 
 
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
