@@ -115,8 +115,8 @@ def adopt(state: Any, given: Given) -> Any:
     own = {name: state.params[name] for name in weights["params"]}
     params = state.params | put(weights["params"], own)
     if state.average is not None:
-        average = jax.tree.map(jnp.copy, {name: params[name] for name in state.average})
-        state = state.replace(average=average)
+        copy = jax.jit(lambda tree: jax.tree.map(jnp.copy, tree))
+        state = state.replace(average=copy({name: params[name] for name in state.average}))
     if "history" in weights:
         state = state.replace(history=put(weights["history"], state.history))
     return state.replace(params=params)
