@@ -63,6 +63,14 @@ class Bundle(NamedTuple):
     made_by: dict[str, Any]  # provenance
     fingerprint: str  # of the parameters, see `fingerprint`
 
+    @property
+    def codes_of(self) -> str:
+        """Fingerprint of the tokenizer that makes the same codes: the one before, or this one.
+
+        Codes stay the same if only the decoder is fine-tuned.
+        """
+        return self.made_by.get("codes_of", self.fingerprint)
+
 
 def fingerprint(params: Any) -> str:
     """Sixteen hex digits that identify nested dictionaries of parameters."""

@@ -188,7 +188,7 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 PATHS = {"workdir", "workdirs", "out", "images", "reference", "from", "path", "branch_from"}
 PATHS |= {"metrics"}
 # Those that name a model, see `locate.find`: a path, a name, or an address on the Hub.
-MODELS = {"tokenizer", "generator", "teacher", "features", "model"}
+MODELS = {"tokenizer", "generator", "teacher", "features", "model", "init_from"}
 
 
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:

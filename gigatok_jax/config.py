@@ -20,7 +20,7 @@ import pathlib
 import re
 import types
 import typing
-from typing import Any, TypeVar, dataclass_transform
+from typing import Annotated, Any, TypeVar, dataclass_transform
 
 from ml_collections import ConfigDict, config_dict
 import numpy as np
@@ -34,6 +34,14 @@ T = TypeVar("T")
 PACKAGE = pathlib.Path(__file__).parent
 # In a wheel, configs/ is inside the package; in a checkout, beside it.
 CONFIGS = next(p for p in (PACKAGE / "configs", PACKAGE.parent / "configs") if p.is_dir())
+
+
+def _split(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name.strip() for text in names for name in text.split(",") if name.strip())
+
+
+# The parser of flags takes `--config.a=x,y` for one text, and `--config.a='("x", "y")'` for two.
+Names = Annotated[tuple[str, ...], pydantic.AfterValidator(_split)]
 
 
 @dataclass_transform(frozen_default=True)

@@ -62,7 +62,7 @@ def encode(
         for split in stored.SPLITS
     }
     info = stored.CodesInfo(
-        tokenizer=bundle.fingerprint,
+        tokenizer=bundle.codes_of,
         codes=bundle.config.latents,
         codebook_size=bundle.config.codebook_size,
         class_names=splits["train"].class_names,

@@ -31,7 +31,7 @@ SPLITS = ("train", "validation")
 class CodesInfo:
     """Description of a folder of codes."""
 
-    tokenizer: str  # fingerprint of the tokenizer's weights, see `bundles.Bundle`
+    tokenizer: str  # fingerprint of the tokenizer, see `bundles.Bundle.codes_of`
     codes: int  # per crop, N
     codebook_size: int  # K
     class_names: tuple[str, ...]  # by label

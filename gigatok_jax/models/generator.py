@@ -61,6 +61,16 @@ class GeneratorConfig:
     def null_class(self) -> int:
         return self.classes
 
+    @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The parameters' first-level names, by the part of the generator that they belong to."""
+        return {
+            "classes": ("class_embedding",),
+            "codes": ("embedding", "positions"),
+            "layers": ("layers", "modulation"),
+            "head": ("modulation_out", "norm_out", "head"),
+        }
+
     @model_validator(mode="after")
     def _check(self):
         multiple = {"learned": 1, "rotary": 2, "rotary_2d": 4}[self.positions]

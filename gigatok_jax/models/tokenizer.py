@@ -82,6 +82,16 @@ class TokenizerConfig:
         return self.image_size // self.factor
 
     @property
+    def parts(self) -> dict[str, tuple[str, ...]]:
+        """The parameters' first-level names, by the part of the tokenizer that they belong to."""
+        parts = {
+            "encoder": ("cnn_encoder", "encoder", "encoder_out", "quant_conv"),  # to the latents
+            "quantizer": ("codebook",),
+            "decoder": ("post_quant_conv", "decoder", "decoder_out", "cnn_decoder"),
+        }
+        return parts | ({"projector": ("projector",)} if self.semantic_dim else {})
+
+    @property
     def channels(self) -> tuple[int, ...]:
         """Width of each level of the CNN."""
         return tuple(self.base_channels * m for m in self.channel_multipliers)

@@ -178,9 +178,10 @@ def estimated_memory(run: RunConfig, topology: Topology, job: str = "train") -> 
     mesh = topology.mesh(run.mesh)
     program = programs.build(run, mesh, job)
     parameters = program.parts["parameters"]
+    trained = run.trained(parameters)
     share = run.batch_size // sharding.batch_shards(mesh)
-    # Add gradients, as large as the parameters: the estimate covers only what grows with the batch.
-    temporaries = programs.device_bytes(parameters) + _activations(
+    # Add gradients, as large as what is trained: the estimate covers what grows with the batch.
+    temporaries = programs.device_bytes(trained) + _activations(
         dataclasses.replace(run, mesh=MeshConfig(), steps=run.total_steps, batch_size=share), job
     )
     if run.remat == "none" and run.mesh.fsdp != 1:  # the backward pass keeps gathered weights

@@ -59,6 +59,10 @@ class GeneratorRun(RunConfig):
 
     @model_validator(mode="after")
     def _check_branch(self):
+        if self.branch_from and self.init_from:
+            raise ValueError(
+                f"init_from: expected '' in a run that branches off, got {self.init_from!r}"
+            )
         if bool(self.branch_from) != bool(self.branch_step):
             raise ValueError(
                 "branch_from: expected it together with branch_step, got "
@@ -74,6 +78,10 @@ class GeneratorRun(RunConfig):
                 f"steps: expected more than branch_step={self.branch_step}, got {self.total_steps}"
             )
         return self
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        return self.model.parts
 
     @property
     def total_steps(self) -> int:
@@ -106,7 +114,7 @@ class GeneratorRun(RunConfig):
         if self.tokenizer:
             tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
             check_tokenizer(self.tokenizer, tokenizer, self.model)
-        fingerprint = tokenizer.fingerprint if tokenizer else None
+        fingerprint = tokenizer.codes_of if tokenizer else None
         if from_codes:
             info = stored.find_info(self.data.path)
             check_tokenizer(self.data.path, info, self.model, fingerprint)
@@ -136,7 +144,7 @@ def check_tokenizer(
     if isinstance(source, stored.CodesInfo):
         theirs = source.codes, source.codebook_size, source.tokenizer
     else:
-        theirs = source.config.latents, source.config.codebook_size, source.fingerprint
+        theirs = source.config.latents, source.config.codebook_size, source.codes_of
     ours = model.codes, model.codebook_size, fingerprint
     names = "codes", "codebook_size", "tokenizer"
     for name, expected, found in zip(names, ours, theirs, strict=True):
@@ -156,6 +164,10 @@ def _check_branch_point(run: GeneratorRun) -> None:
             raise UserError(
                 f"config.model.{name}: expected {theirs!r}, as in {run.branch_from}, got {ours!r}"
             )
+    if other.freeze != run.freeze:
+        raise UserError(
+            f"config.freeze: expected {other.freeze}, as in {run.branch_from}, got {run.freeze}"
+        )
     schedule = other.resolved_optimizer
     first = schedule.warmup_steps
     last = math.floor((1 - schedule.decay_share) * other.total_steps)
@@ -174,7 +186,7 @@ class GeneratorState:
     key: jax.Array  # data of the random key from which each step derives its own
     params: Any
     optimizer: Any
-    average: Any  # moving average of `params`, or None
+    average: Any  # moving average of those `params` that are trained, or None
 
 
 class GeneratorTask(Task):
@@ -228,13 +240,14 @@ class GeneratorTask(Task):
         params_key, step_key = jax.random.split(key)
         no_codes, one_class = jnp.zeros((1, 0), jnp.int32), jnp.zeros(1, jnp.int32)
         params = Generator(run.model).init(params_key, no_codes, one_class)["params"]
+        trained = run.trained(params)
         adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
         return GeneratorState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(step_key),
             params=params,
-            optimizer=adamw.init(params),
-            average=jax.tree.map(jnp.copy, params) if run.average_decay else None,
+            optimizer=adamw.init(trained),
+            average=jax.tree.map(jnp.copy, trained) if run.average_decay else None,
         )
 
     def step(
@@ -254,14 +267,17 @@ class GeneratorTask(Task):
         """
         run, model = self.run, self.run.model
 
-        def loss(params, carry, part, key):
+        def loss(trained, carry, part, key):
             codes, labels = part
             class_key, dropout_key = jax.random.split(key)
             hidden = jax.random.bernoulli(class_key, run.class_dropout, labels.shape)
             classes = jnp.where(hidden, model.null_class, labels)
             module = Generator(model, train=True, remat=run.remat, dtype=self.dtype)
             logits = module.apply(
-                {"params": params}, codes[:, :-1], classes, rngs={"dropout": dropout_key}
+                {"params": state.params | trained},
+                codes[:, :-1],
+                classes,
+                rngs={"dropout": dropout_key},
             )
             value = losses.cross_entropy(logits, codes).mean()
             return value, ({"total": value}, carry, None)
@@ -269,7 +285,7 @@ class GeneratorTask(Task):
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
         data = (batch_codes(batch, self.tokenizer, frozen, self.dtype), batch["label"])
         gradients, metrics, _, _ = mean_gradients(
-            loss, run.accumulate, state.params, None, data, key
+            loss, run.accumulate, run.trained(state.params), None, data, key
         )
         params, optimizer_state, average, more = update(
             run, state.params, gradients, state.optimizer, state.average, state.step
@@ -360,4 +376,4 @@ def validation_loss(
 
 def params_for_use(state: GeneratorState) -> Any:
     """The averaged weights or, without an average, the last ones."""
-    return state.params if state.average is None else state.average
+    return state.params | (state.average or {})

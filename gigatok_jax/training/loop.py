@@ -27,6 +27,7 @@ from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
 from gigatok_jax.files import MACHINE, Path, as_path, read_json, reason, write_json
 from gigatok_jax.planning import chips, flops
+from gigatok_jax.training import finetuning
 from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good, saved_steps
 from gigatok_jax.training.task import HeldOut, RunConfig, Task
 from gigatok_jax.training.telemetry import Telemetry, Trace
@@ -41,6 +42,7 @@ STEPS_IN_FLIGHT = 2  # keeps a device busy while the host prepares the next step
 STRUCTURE = (
     "config.task",
     "config.model",
+    "config.freeze",
     "config.objective.discriminator",
     "config.optimizer.algorithm",
     "config.optimizer.decayed",
@@ -88,11 +90,12 @@ def train(run: RunConfig, workdir: Path) -> None:
         stack.enter_context(_full_disk(workdir))
         changed = _check_workdir(workdir, run)
         distributed.in_main(lambda: bundles.check_replaceable(workdir / "bundle"))
+        given = finetuning.read(task) if run.init_from and changed is None else None
         # Place frozen networks once; host arrays would be copied to the devices at every step.
         shardings = sharding.frozen_shardings(task.frozen, mesh, shard=run.mesh.shard_frozen)
         frozen = sharding.put(task.frozen, shardings)
 
-        # The state comes from the newest checkpoint, from another run, or from initialization.
+        # The state comes from the newest checkpoint, another run, a bundle, or initialization.
         abstract = abstract_state(task, mesh)
         origin = as_path(task.branch[0]) if task.branch and changed is None else workdir
         # Before the state is read, whose shapes depend on what must be equal.
@@ -111,8 +114,13 @@ def train(run: RunConfig, workdir: Path) -> None:
         restored = branch or checkpoints.restore(abstract, check=check_progress)
         if restored is None:
             start, state, unlogged = 0, fresh_state(task, abstract, run.seed), []
+            if given:
+                state = finetuning.adopt(state, given)
+                task.provenance = given.provenance
+                del given  # the host's copy
         else:
             start, state, progress = restored
+            task.provenance = progress.get("provenance", {})
             batches.set_state(progress["batches"])
             unlogged = progress["unlogged"]
             logger.info("resuming from step %d in %s", start, origin)
@@ -143,6 +151,7 @@ def train(run: RunConfig, workdir: Path) -> None:
                 # never stopped. Copied, because the list grows while the checkpoint is written.
                 "unlogged": list(meter.rows),
                 "identity": dict(task.identity),
+                "provenance": dict(task.provenance),
                 "data_version": task.data_version,
             }
             checkpoints.save(step, state, progress)

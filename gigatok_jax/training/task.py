@@ -20,7 +20,7 @@ import optax
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gigatok_jax import distributed, sharding
-from gigatok_jax.config import configclass
+from gigatok_jax.config import Names, configclass
 from gigatok_jax.data import pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -80,6 +80,9 @@ class RunConfig:
     # is mostly faster than storing everything; "full" recomputes everything inside a block.
     remat: Literal["none", "dots", "full"] = "dots"
     evaluation_images: PositiveInt = 512  # held-out images per evaluation
+    # Bundle whose weights the run starts from, with a fresh optimizer; not read on resuming.
+    init_from: str = ""
+    freeze: Names = ()  # parts of the model that are not trained, see `parts`
 
     @model_validator(mode="after")
     def _check_lengths(self):
@@ -94,6 +97,28 @@ class RunConfig:
                 f"got {self.resolved_optimizer.warmup_steps}"
             )
         return self
+
+    @model_validator(mode="after")
+    def _check_fine_tuning(self):
+        if self.init_from and not self.parts:
+            raise ValueError(f"init_from: expected '' in a {self.task}, got {self.init_from!r}")
+        for part in self.freeze:
+            if part not in self.parts:
+                known = ", ".join(self.parts) or "none"
+                raise ValueError(f"freeze: {part!r}: no such part; known: {known}")
+        if self.freeze and self.parts.keys() <= set(self.freeze):
+            raise ValueError("freeze: expected to leave a part to train, got all of them")
+        return self
+
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        """What `freeze` may name: parts of the model, and their first-level names in parameters."""
+        return {}
+
+    def trained(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """The parameters without the parts that are frozen."""
+        frozen = {name for part in self.freeze for name in self.parts[part]}
+        return {name: value for name, value in params.items() if name not in frozen}
 
     @property
     def total_steps(self) -> int:
@@ -133,6 +158,7 @@ class Task:
       class_names: of the data, by label.
       data_version: of the training data, see `sources.Source`.
       branch: workdir and step of another run to start from, or None.
+      provenance: of the weights that the run started from, see `finetuning.Given`.
     """
 
     run: RunConfig
@@ -142,6 +168,7 @@ class Task:
     class_names: tuple[str, ...] = ()
     data_version: str = ""
     branch: tuple[str, int] | None = None
+    provenance: Mapping[str, str] = {}
 
     def init(self, key: jax.Array) -> Any:
         """A fresh state; parameters carry their logical axes until `nn.meta.unbox`."""
@@ -165,7 +192,7 @@ class Task:
 
     def norms(self, state: Any, phase: Hashable) -> dict[str, jax.Array]:
         """Norms of what is trained, for the log; `phase` is that of the last step."""
-        return {"parameter_norm": optimizer.global_norm(state.params)}
+        return {"parameter_norm": optimizer.global_norm(self.run.trained(state.params))}
 
     def measure(
         self, state: Any, batch: Mapping[str, jax.Array], frozen: Any
@@ -200,25 +227,29 @@ class Task:
             "run": dataclasses.asdict(self.run),
             "step": int(state.step),
             "data": {"version": self.data_version, "class_names": list(self.class_names)},
+            **self.provenance,
         }
 
 
 def update(
     run: RunConfig, params: Any, gradients: Any, optimizer_state: Any, average: Any, step: jax.Array
 ) -> tuple[Any, Any, Any, dict[str, jax.Array]]:
-    """One optimizer step: new parameters, optimizer state and average, and metrics."""
-    config = run.resolved_optimizer
+    """One optimizer step: new parameters, optimizer state and average, and metrics.
+
+    All but `params` are those of `run.trained`.
+    """
+    config, trained = run.resolved_optimizer, run.trained(params)
     algorithm = optimizer.make_optimizer(config, run.total_steps)
     gradients = sharding.row_major_gradients(gradients)
-    updates, optimizer_state = algorithm.update(gradients, optimizer_state, params)
-    params = optax.apply_updates(params, updates)
+    updates, optimizer_state = algorithm.update(gradients, optimizer_state, trained)
+    trained = optax.apply_updates(trained, updates)
     if run.average_decay:
-        average = optimizer.moving_average(average, params, run.average_decay, step)
+        average = optimizer.moving_average(average, trained, run.average_decay, step)
     metrics = {
         "gradient_norm": optimizer.global_norm(gradients),  # before clipping
         "learning_rate": optimizer.learning_rate(config, run.total_steps)(step),
     }
-    return params, optimizer_state, average, metrics
+    return params | trained, optimizer_state, average, metrics
 
 
 def split(batch: Any, parts: int) -> Any:

@@ -118,6 +118,10 @@ class TokenizerRun(RunConfig):
             )
         return self
 
+    @property
+    def parts(self) -> Mapping[str, tuple[str, ...]]:
+        return self.model.parts
+
     def open_task(self) -> "TokenizerTask":
         objective = self.objective
         if objective.adversarial and objective.disc_start >= self.total_steps:
@@ -161,7 +165,7 @@ class TokenizerState:
     key: jax.Array  # data of the random key from which each step derives its own
     params: Any
     optimizer: Any
-    average: Any  # moving average of `params`, or None
+    average: Any  # moving average of those `params` that are trained, or None
     history: jax.Array  # the last 65,536 codes assigned
     discriminator: Any  # its parameters, and running statistics or singular vectors
     discriminator_optimizer: Any
@@ -217,14 +221,15 @@ class TokenizerTask(Task):
             depths = len(vit.quarters(self.dino))
             inputs = jnp.zeros((depths, 1, self.dino.grid**2, self.dino.width))
         params = init_params(self.tokenizer, tokenizer_key)
+        trained = run.trained(params)
         discriminator = self.discriminator.init(discriminator_key, inputs)
         adamw = make_optimizer(run.resolved_optimizer, run.total_steps)
         return TokenizerState(
             step=jnp.zeros((), jnp.int32),
             key=jax.random.key_data(step_key),
             params=params,
-            optimizer=adamw.init(params),
-            average=jax.tree.map(jnp.copy, params) if run.average_decay else None,
+            optimizer=adamw.init(trained),
+            average=jax.tree.map(jnp.copy, trained) if run.average_decay else None,
             history=quantizer.empty_history(),
             discriminator=discriminator,
             discriminator_optimizer=adamw.init(discriminator["params"]),
@@ -256,11 +261,13 @@ class TokenizerTask(Task):
         images = pictures.to_float(batch["image"])  # [B, H, W, 3] in [-1, 1]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
 
-        def tokenizer_loss(params, discriminator, images, key):
+        def tokenizer_loss(trained, discriminator, images, key):
+            params = state.params | trained
             return self.tokenizer_loss(params, discriminator, images, frozen, phase, key)
 
+        trained = run.trained(state.params)
         gradients, metrics, discriminator, outputs = mean_gradients(
-            tokenizer_loss, run.accumulate, state.params, state.discriminator, images, key
+            tokenizer_loss, run.accumulate, trained, state.discriminator, images, key
         )
         params, optimizer_state, average, more = update(
             run, state.params, gradients, state.optimizer, state.average, state.step
@@ -495,5 +502,4 @@ class TokenizerTask(Task):
 
 def weights_for_use(state: TokenizerState) -> dict[str, Any]:
     """The averaged weights (without an average, the last ones) and the usage history."""
-    params = state.params if state.average is None else state.average
-    return {"params": params, "history": state.history}
+    return {"params": state.params | (state.average or {}), "history": state.history}
