@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -258,6 +259,53 @@ def refuse_other(
                 f"{directory}: holds {describes} made with another {name}: {old[name]!r}, "
                 f"not {value!r}"
             )
+
+
+def find(pattern: str, suffixes: tuple[str, ...]) -> list[pathlib.Path]:
+    """The files that a pattern names, sorted.
+
+    Args:
+      pattern: a file; a folder, for the files in it with the first of `suffixes` that any has; or a
+        pattern with "*", "?", "[abc]", "{a,b}" and "{000..127}".
+      suffixes: such as ".tar".
+
+    Raises:
+      UserError: there are none, or none for one of the choices in braces.
+    """
+    path = pathlib.Path(pattern).expanduser()
+    if path.is_dir():
+        names = [child.name for child in path.iterdir()]
+        by_suffix = [[path / name for name in names if name.endswith(s)] for s in suffixes]
+        found = {pattern: next(filter(None, by_suffix), [])}
+    elif path.exists():
+        found = {pattern: [path]}
+    else:
+        choices = _without_braces(str(path))
+        found = {choice: [pathlib.Path(name) for name in glob.glob(choice)] for choice in choices}
+    for choice, paths in found.items():
+        if not paths:
+            raise UserError(f"{choice}: expected {suffixes[0]} files, found none")
+    return sorted({path for paths in found.values() for path in paths})
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """The patterns that one with "{a,b}" or "{000..127}" stands for, as in a shell."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    choices = braces[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        first, last = numbers.groups()
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [each for choice in choices for each in _without_braces(before + choice + after)]
+
+
+def read_part(path: pathlib.Path, offset: int, size: int) -> bytes:
+    """Reads `size` bytes of a file, or as many as there are, from a byte on."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
 
 
 def stamp(root: pathlib.Path, names: Iterable[str]) -> str:
