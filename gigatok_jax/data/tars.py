@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import functools
 import hashlib
 import importlib.resources
+import itertools
 import json
 import logging
 import os
@@ -201,13 +202,17 @@ def _load(path: Path, stamp: str) -> _Index | None:
 
 def _make_index(root: Path, tars: list[str], stamp: str) -> _Index:
     logger.info("looking for images in %d tar files of %s, once", len(tars), root)
+    parts = [_Part(i, root / name) for i, name in enumerate(tars)]
+    rows = []
     with ThreadPoolExecutor(READERS) as threads:
-        scanned = threads.map(lambda name: _scan(root / name), tars)
-        scanned = list(tqdm(scanned, "index", len(tars), unit="file", disable=None))
-    rows = [(i, *row) for i, found in enumerate(scanned) for row in found]
+        while parts:
+            bar = tqdm(threads.map(_scan, parts), "index", len(parts), unit="tar", disable=None)
+            found, inner = zip(*bar, strict=True)
+            rows += itertools.chain.from_iterable(found)
+            parts = list(itertools.chain.from_iterable(inner))
     if not rows:
         raise UserError(f"{root}: no images in {', '.join(tars[:3])}")
-    tar, keys, offset, size, labels = zip(*rows, strict=True)
+    tar, offset, size, keys, labels = zip(*sorted(rows), strict=True)
     names = sorted({label for label in labels if isinstance(label, str)})
     if names and not all(isinstance(label, str) for label in labels):
         raise UserError(f"{root}: expected labels that are all numbers, or all names, found both")
@@ -225,58 +230,73 @@ def _make_index(root: Path, tars: list[str], stamp: str) -> _Index:
 
 
 Label = int | str  # number or name
-Row = tuple[str, int, int, Label]  # key, offset, size, label
 
 
-def _scan(path: Path) -> list[Row]:
-    """The images of a tar file."""
-    with path.open("rb") as file:
-        return list(_rows(file, path, 0, path.stat().st_size))
+class _Part(NamedTuple):
+    """A tar file, or one inside of it."""
+
+    tar: int
+    path: Path
+    start: int = 0  # in bytes
+    end: int | None = None  # None: that of the file
+    label: Label | None = None  # of an inner one: its name
 
 
-def _rows(
-    file: IO[bytes], path: Path, start: int, end: int, label: Label | None = None
-) -> Iterator[Row]:
-    """The images of a tar file between two bytes of a file, in the order of their members.
+def _scan(part: _Part) -> tuple[list[tuple], list[_Part]]:
+    """The rows (tar, offset, size, key, label) of the images of a tar file, and inner tar files.
 
-    A label comes from `KEY.cls` or `KEY.json` beside the image `KEY.jpg`, as webdataset writes
-    them. In a tar file of tar files, as ImageNet's training images, it is the inner file's name.
+    A label is in `KEY.cls` or `KEY.json` beside the image `KEY.jpg`, as webdataset writes them. In
+    a tar file of tar files, as ImageNet's training images, it is the inner file's name.
     """
-    images: dict[str, tuple[str, str, int, int]] = {}
+    images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, Label] = {}
-    for member in _members(file, path, start, end):
-        name = member.name.removeprefix("./")
-        folder, _, base = name.rpartition("/")
-        if base.startswith("."):  # as macOS adds them
-            continue
-        key, _, suffixes = base.partition(".")
-        key, suffix = f"{folder}/{key}", suffixes.rpartition(".")[2].lower()
-        offset, size = member.offset_data, member.size
-        if suffix == "tar":
-            inner = files.printable(base.removesuffix(".tar"))
-            yield from _rows(file, path, offset, offset + size, inner)
-        elif suffix in READABLE:
-            images.setdefault(key, (name, base, offset, size))
-        elif suffixes in ("cls", "json") and not (key in labels and suffix == "json"):
-            file.seek(offset)
-            if (found := _parse_label(path, name, file.read(size))) is not None:
-                labels[key] = found
-    for key, (name, base, offset, size) in images.items():
-        own = labels.get(key, label)
-        if own is None and (validation := VALIDATION_IMAGE.fullmatch(base)):
-            own = _validation_labels()[int(validation[1]) - 1]
-        if own is None:
+    inner = []
+    path = part.path
+    with path.open("rb") as file:
+        for member in _members(file, part):
+            name, offset, size = member.name.removeprefix("./"), member.offset_data, member.size
+            folder, _, base = name.rpartition("/")
+            if base.startswith("."):  # as macOS adds them
+                continue
+            key, _, extension = base.partition(".")
+            key, extension = f"{folder}/{key}", extension.lower()
+            if extension == "tar":
+                label = files.printable(base[: -len(".tar")])
+                inner.append(_Part(part.tar, path, offset, offset + size, label))
+            elif part.label is not None and extension.rpartition(".")[2] in READABLE:
+                images[name] = (name, offset, size)
+            elif extension in READABLE:
+                if images.setdefault(key, (name, 0, 0))[0] != name:
+                    both = f"{images[key][0]} and {name}"
+                    raise UserError(f"{path}: expected one image of a name, found {both}")
+                images[key] = (name, offset, size)
+            elif extension == "cls" or (extension == "json" and key not in labels):
+                file.seek(offset)
+                if (label := _parse_label(path, name, file.read(size))) is not None:
+                    labels[key] = label
+    rows = []
+    for key, (name, offset, size) in images.items():
+        label = labels.get(key, part.label)
+        if label is None and (validation := VALIDATION_IMAGE.fullmatch(name)):
+            label = _validation_labels()[int(validation[1]) - 1]
+        if label is None:
             raise UserError(f"{path}: {files.printable(name)}: expected a label in .cls or .json")
-        yield name, offset, size, own
+        rows.append((part.tar, offset, size, name, label))
+    return rows, inner
 
 
-def _members(file: IO[bytes], path: Path, start: int, end: int) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file between two bytes of a file."""
-    file.seek(start)
+def _members(file: IO[bytes], part: _Part) -> Iterator[tarfile.TarInfo]:
+    """The files in a tar file."""
+    path, end = part.path, part.end if part.end is not None else part.path.stat().st_size
+    file.seek(part.start)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
             for member in iter(tar.next, None):
                 tar.members.clear()  # they would fill the memory
+                if member.offset >= end:  # an inner file without an end, and what follows it
+                    break
+                if member.offset_data + member.size > end:
+                    raise UserError(f"{path}: incomplete, at {files.printable(member.name)}")
                 if member.isreg():
                     yield member
             last = tar.offset
@@ -284,16 +304,16 @@ def _members(file: IO[bytes], path: Path, start: int, end: int) -> Iterator[tarf
         raise UserError(
             f"{path}: expected an uncompressed tar file that is whole: {first_line(error)}"
         ) from None
-    # The end is a block of zeros. Also at a damaged header, tarfile ends, without an error.
+    # The end is a block of zeros. At a damaged header, tarfile ends too, without an error.
     file.seek(last)
-    if last > end or file.read(min(tarfile.BLOCKSIZE, end - last)).strip(b"\0"):
-        raise UserError(f"{path}: damaged or incomplete at byte {last}")
+    if last < end and file.read(min(tarfile.BLOCKSIZE, end - last)).strip(b"\0"):
+        raise UserError(f"{path}: damaged at byte {last}")
 
 
 def _parse_label(path: Path, name: str, text: bytes) -> Label | None:
     """The content of a .cls or .json member; None if a .json has no label."""
     try:
-        if name.endswith(".json"):
+        if name.lower().endswith(".json"):
             label = json.loads(text).get("label")
         else:
             label = text.decode().strip()
