@@ -113,7 +113,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
             if label not in untrained
         }
         if not any(classes.values()):
-            raise UserError(f"{root}: too few images to hold any out; set config.data.holdout=0")
+            raise UserError(f"{root}: too few images to hold any out; set holdout to 0")
     return FolderSource(root, classes)
 
 

@@ -125,8 +125,10 @@ def open_tars(patterns: Iterable[str], train: bool, holdout: int) -> TarSource:
     split, held = choose_split(splits, train, holdout)
     source = TarSource(root, index, stamp, split, held, holdout, _class_names(root, found))
     if not len(source):
-        hint = "; set config.data.holdout=0" if held is not None else ""
-        raise UserError(f"{root}: no images of split {split!r}{hint}")
+        few = f"no images in {splits[split][0]}"
+        if held is not None:
+            few = "too few images to hold any out; set holdout to 0"
+        raise UserError(f"{root}: {few}")
     return source
 
 
