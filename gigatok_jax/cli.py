@@ -101,7 +101,7 @@ def _run(arguments: list[str]) -> int:
     if values is None:
         return 0
     if verb.several_processes:
-        _join(values)
+        _join(values, verb.devices)
     else:
         if verb.devices:
             from gigatok_jax import sharding
@@ -254,13 +254,14 @@ def _check_overrides(
     return rest, unset
 
 
-def _join(values: dict[str, Any]) -> None:
+def _join(values: dict[str, Any], devices: bool) -> None:
     """Joins the other processes of a run; all but process 0 then show only warnings."""
     from gigatok_jax import distributed, sharding
 
     names = ("coordinator", "processes", "process", "timeout")
     distributed.start(*(values.pop(name) for name in names))
-    sharding.require_accelerator()
+    if devices:
+        sharding.require_accelerator()
     if distributed.started() and not distributed.is_main():
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     _log_to_terminal(logging.INFO if distributed.is_main() else logging.WARNING)

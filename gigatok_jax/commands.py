@@ -253,6 +253,48 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
 
 
 @verb(
+    "store a data set's images as records, for fast reading",
+    flag(
+        "multi_string",
+        "from",
+        None,
+        "folder of images, or .tar or .parquet files: a folder, a pattern, or repeated",
+        required=True,
+    ),
+    required("out", "folder for the records; with --to=tfds, DATA_DIR/NAME/VERSION"),
+    flag("enum", "to", "records", ["records", "tfds"], "for data.source=records, or a TFDS set"),
+    flag(
+        "integer",
+        "holdout",
+        20,
+        "if --from has no validation images, hold out one image in so many; 0: none",
+        lower_bound=0,
+    ),
+    flag("integer", "shard_images", 1024, "images per shard", lower_bound=1),
+    *PROCESSES,
+    devices=False,
+)
+def pack(out: str, **options: Any) -> None:
+    """gigatok pack --from=PATH [--from=PATH ...] --out=DIR
+
+    Stores images in ArrayRecord shards, with the bytes of their files, labels, names and class
+    names. PATH is one of these, or a pattern such as "/data/photos-{train,val}-*.tar":
+      a folder of images, as for data.source=folder
+      tar files: webdataset shards, or ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar
+      Parquet files, as in ILSVRC/imagenet-1k on the Hugging Face Hub
+    After a kill, the same command resumes. Files that have changed since are rejected. To train on
+    the records, use --config.data.source=records --config.data.path=DIR. With --to=tfds, DIR is
+    DATA_DIR/NAME/VERSION, such as /data/tfds/imagenet2012/5.1.0: to train on them, use
+    --config.data.path=DATA_DIR --config.data.name=NAME.
+    """
+    from gigatok_jax import distributed, packing
+
+    folder = as_path(out)
+    with distributed.locked(folder):
+        packing.pack(options.pop("from"), folder, **options)
+
+
+@verb(
     "store the codes of a data set",
     required("tokenizer", MODEL),
     required("out", "folder for the codes"),
@@ -265,6 +307,13 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     ),
     batch_size(32, "images read, and crops encoded, per batch"),
     flag("integer", "shard_images", 4096, "images per shard", lower_bound=1),
+    flag(
+        "enum",
+        "format",
+        "records",
+        ["records", "parquet", "npz"],
+        "also write one file per split for other programs; records: do not",
+    ),
     flag("boolean", "overwrite", False, "replace the codes in --out"),
     *PROCESSES,
     configs={"config": REQUIRED},
@@ -275,7 +324,9 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     Stores the codes of the config's data set: ten crops of each training image, and the centre crop
     of each validation image. After a kill, the same command resumes. Images that have changed since
     are rejected; --overwrite encodes them anew. To train on the codes, use
-    --config.data.source=codes --config.data.path=DIR.
+    --config.data.source=codes --config.data.path=DIR. For other programs, --format=parquet adds
+    train.parquet and validation.parquet (a row per crop: codes, label, key, crop), and --format=npz
+    adds train.npz and validation.npz (codes [images, crops, N], labels, keys).
     """
     from gigatok_jax import bundles, distributed, encoding
     from gigatok_jax.models.tokenizer import TokenizerConfig

@@ -10,7 +10,8 @@ from tqdm import tqdm
 
 from gigatok_jax import api, bundles, distributed, files
 from gigatok_jax.data import codes as stored
-from gigatok_jax.data import pipeline
+from gigatok_jax.data import export, pipeline
+from gigatok_jax.data.parquet import import_pyarrow
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 
@@ -25,6 +26,7 @@ def encode(
     crop_factors: tuple[float, ...],
     batch_size: int,
     shard_images: int,
+    format: str = "records",
     overwrite: bool = False,
 ) -> None:
     """Encodes the training and evaluation images of a data set into ArrayRecord shards.
@@ -39,12 +41,15 @@ def encode(
         empty, store the centre crop only, as for evaluation images.
       batch_size: number of images to read, and of crops to encode, at a time.
       shard_images: images per shard, a multiple of `batch_size`.
+      format: "parquet" or "npz" also writes the codes like this; see `export.export`.
       overwrite: remove the codes that `out` holds if they are others.
 
     Raises:
       UserError: an option is invalid, the data cannot be read, or `out` holds other codes, of other
         images too.
     """
+    if format == "parquet":
+        import_pyarrow()  # if it is not installed, fail now
     if any(not 1 <= factor <= 2 for factor in crop_factors):
         raise UserError(f"--crop_factors: expected numbers in [1, 2], got {crop_factors}")
     if shard_images % batch_size:
@@ -76,15 +81,7 @@ def encode(
     def claim():
         if overwrite and stored.differs(out, info):  # not after a kill of this same command
             stored.remove(out)
-        identity = dataclasses.asdict(info)
-        for name in ("versions", "examples", "images"):  # the first two have a message of their own
-            del identity[name]
-        files.claim(out / "codes.json", identity, "codes", write=False)
-        old = stored.read_info(out)
-        if old is None:
-            stored.write_info(out, info)
-        else:
-            stored.check_unchanged(out, old, info)
+        stored.STORE.claim(out, info)
 
     distributed.in_main(claim)
 
@@ -97,15 +94,17 @@ def encode(
         paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
         _write_missing(paths, tokenizer, batches, batch_size, shard_images)
         distributed.barrier(f"codes of {split}", working=True)
-        counts[split] = tuple(stored.count(path) for path in paths)
+        counts[split] = tuple(stored.STORE.count(path) for path in paths)
         images = sum(counts[split])
         skipped = batches.examples - images
         if distributed.is_main():
             print(f"{split}: {images} images ({skipped} could not be read) in {shards} shards")
     if distributed.is_main():
         stored.write_info(out, dataclasses.replace(info, images=counts))
+        if format != "records":
+            export.export(out, format)
         print(out)
-    distributed.barrier("codes")
+    distributed.barrier("codes", working=True)
 
 
 def _write_missing(

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import errno
+import glob
 import hashlib
 import importlib.util
 import json
@@ -384,6 +385,82 @@ def refuse_other(
                 f"{directory}: holds {describes} made with another {name}: {old[name]!r}, "
                 f"not {value!r}"
             )
+
+
+def find(patterns: Iterable[str], suffixes: tuple[str, ...]) -> tuple[Path, list[str]]:
+    """The folder of the files that patterns name, and their paths relative to it, sorted.
+
+    Args:
+      patterns: each a file; a folder, which stands for the files in it with the first of `suffixes`
+        that any has; or a pattern with "*", "?", "[abc]", "{a,b}" and "{000..127}".
+      suffixes: such as ".tar".
+
+    Raises:
+      UserError: there are none, or none for one of the choices in braces.
+    """
+    paths = sorted({path for pattern in patterns for path in _find(pattern, suffixes)})
+    root = next(
+        folder
+        for folder in paths[0].parents
+        if all(folder == path.parent or folder in path.parents for path in paths)
+    )
+    return root, [path.relative_to(root).as_posix() for path in paths]
+
+
+def _find(pattern: str, suffixes: tuple[str, ...]) -> list[Path]:
+    path = as_path(pattern)
+    path = path if in_bucket(path) else path.absolute()
+    if path.is_dir():
+        names = [name for name, _ in scan(path)]
+        by_suffix = [[path / name for name in names if name.endswith(s)] for s in suffixes]
+        found = {pattern: next(filter(None, by_suffix), [])}
+    elif path.exists():
+        found = {pattern: [path]}
+    else:
+        found = {choice: _glob(choice) for choice in _without_braces(str(path))}
+    for choice, paths in found.items():
+        if not paths:
+            raise UserError(f"{choice}: expected {suffixes[0]} files, found none")
+    return [path for paths in found.values() for path in paths]
+
+
+def _glob(pattern: str) -> list[Path]:
+    if pattern.startswith(BUCKET):
+        import fsspec
+
+        system, place = fsspec.url_to_fs(pattern)
+        return [as_path(BUCKET + name) for name in system.glob(place)]
+    return [pathlib.Path(name) for name in glob.glob(pattern)]
+
+
+def _without_braces(pattern: str) -> list[str]:
+    """The patterns that one with "{a,b}" or "{000..127}" stands for, as in a shell."""
+    braces = re.search(r"\{([^{}]*)\}", pattern)
+    if braces is None:
+        return [pattern]
+    choices = braces[1].split(",")
+    if numbers := re.fullmatch(r"(\d+)\.\.(\d+)", braces[1]):
+        first, last = numbers.groups()
+        choices = [str(n).zfill(len(first)) for n in range(int(first), int(last) + 1)]
+    before, after = pattern[: braces.start()], pattern[braces.end() :]
+    return [each for choice in choices for each in _without_braces(before + choice + after)]
+
+
+def read_part(path: Path, offset: int, size: int) -> bytes:
+    """Reads `size` bytes of a file, or as many as there are, from a byte on."""
+    if in_bucket(path):  # an open file would read megabytes ahead
+        import fsspec
+
+        system, place = fsspec.url_to_fs(str(path))
+        return system.cat_file(place, offset, offset + size)
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def size_of(path: Path) -> int:
+    """Size of a file in bytes."""
+    return path.stat().length if in_bucket(path) else path.stat().st_size
 
 
 def stamp(root: Path, names: Iterable[str]) -> str:

@@ -10,11 +10,13 @@ import re
 import shutil
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 import test_commands
 
 from gigatok_jax import api, bundles, config, encoding
-from gigatok_jax.data import codes
+from gigatok_jax.data import codes, export
 from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, open_source
@@ -304,7 +306,7 @@ def test_killed_encoding_resumes_to_the_same_files(
         run(Mortal(tokenizer, after))  # half-way through the second shard
     assert set(contents(out)) == {"codes.json", SHARDS[0]}
     first = (out / SHARDS[0]).stat()
-    with pytest.raises(UserError, match="encoding is incomplete"):
+    with pytest.raises(UserError, match="not all images have been encoded"):
         codes.CodesSource(out, "train")
     # What a process leaves that has no time to tidy up.
     stale = out / f".{SHARDS[1]}.4194305.partial"
@@ -387,6 +389,37 @@ def test_resuming_over_a_damaged_shard_is_rejected(copy, bundle, data):
         encoding.encode(bundle, data, copy, **OPTIONS)
 
 
+@pytest.mark.parametrize("format", ["parquet", "npz"])
+def test_other_programs_get_the_codes_as_one_file_per_split(
+    copy, bundle, data, monkeypatch, format
+):
+    monkeypatch.setattr(export, "ROWS", 5)
+    encoding.encode(bundle, data, copy, **OPTIONS, format=format)
+    for split in ("train", "validation"):
+        expected = examples(copy, split)
+        all_codes = np.stack([example["codes"] for example in expected])
+        path = copy / f"{split}.{format}"
+        if format == "npz":
+            with np.load(path) as found:
+                assert sorted(found) == ["codes", "keys", "labels"]
+                assert found["codes"].dtype == np.uint16
+                np.testing.assert_array_equal(found["codes"], all_codes)
+                assert found["keys"].tolist() == [example["key"] for example in expected]
+                assert found["labels"].tolist() == [example["label"] for example in expected]
+            continue
+        found = pyarrow.parquet.read_table(path)
+        assert found.schema.field("codes").type.value_type == pyarrow.int32()
+        rows = found.to_pylist()
+        assert [row["codes"] for row in rows] == all_codes.reshape(-1, 4).tolist()
+        assert [(row["key"], row["label"], row["crop"]) for row in rows] == [
+            (example["key"], example["label"], crop)
+            for example in expected
+            for crop in range(len(example["codes"]))
+        ]
+    codes.remove(copy)
+    assert not list(copy.iterdir())
+
+
 # Reading.
 
 
@@ -422,7 +455,7 @@ def change(**fields):
             Path.unlink,
             "{folder}: no codes.json, expected the output of `gigatok encode`",
         ),
-        ("codes.json", unfinished, "{folder}: encoding is incomplete; the same `gigatok encode`"),
+        ("codes.json", unfinished, "{folder}: not all images have been encoded; the same"),
         ("codes.json", half, "{path}: expected JSON"),
         ("codes.json", change(codes=None), "{path}: info.codes: missing"),
         ("codes.json", change(codes="4"), "{path}: info.codes: expected integer, got '4'"),

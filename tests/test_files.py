@@ -86,3 +86,25 @@ def test_cache_directory_follows_the_environment(monkeypatch):
     assert files.cache_dir() == pathlib.Path("/xdg/gigatok_jax")
     monkeypatch.setenv("GIGATOK_CACHE", "~/mine")
     assert files.cache_dir() == pathlib.Path("/home/someone/mine")
+
+
+def test_patterns_name_files_as_in_a_shell(tmp_path):
+    for name in ("a-07.tar", "a-08.tar", "a-09.tar", "b.tar", "c{x}.tar", "d.tar.gz", "notes.txt"):
+        (tmp_path / name).touch()
+    whole = ["a-07.tar", "a-08.tar", "a-09.tar", "b.tar", "c{x}.tar"]
+    expected = {
+        "": whole,
+        "*.tar": whole,
+        "a-{07..08}.tar": whole[:2],
+        "{b,a-0{9..9}}.tar": ["a-09.tar", "b.tar"],
+        "a-0[89].tar": whole[1:3],
+        "c{x}.tar": ["c{x}.tar"],
+    }
+    for pattern, found in expected.items():
+        root, names = files.find([str(tmp_path / pattern)], (".tar", ".tar.gz"))
+        assert (root, names) == (tmp_path, found)
+    for pattern in ("a-{07..10}.tar", "{b,x}.tar", "x"):
+        with pytest.raises(
+            UserError, match=r"(a-10\.tar|x\.tar|x): expected \.tar files, found none"
+        ):
+            files.find([str(tmp_path / pattern)], (".tar",))

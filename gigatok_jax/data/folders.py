@@ -2,7 +2,6 @@
 
 import collections
 from collections.abc import Iterator
-import hashlib
 import logging
 import os
 import re
@@ -11,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from gigatok_jax.data import crops
+from gigatok_jax.data.encoded import EncodedSource, held_out
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path, printable, real_path, scan, stamp
+from gigatok_jax.files import Path, printable, real_path, reason, scan, stamp
 
 logger = logging.getLogger(__name__)
 
@@ -37,15 +37,13 @@ UNREADABLE -= READABLE
 SPLITS = {"train", "training", "val", "valid", "validation", "eval", "dev", "test", "testing"}
 
 
-class FolderSource:
+class FolderSource(EncodedSource):
     """Images of a folder, sorted by class, then by path.
 
     Args:
       root: the folder; keys are paths relative to it.
       classes: class names, in the order of labels, to paths relative to `root`.
     """
-
-    codes = 0
 
     def __init__(self, root: Path, classes: dict[str, list[str]]):
         self.root, self.class_names = root, tuple(map(printable, classes))
@@ -57,13 +55,13 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def encoded(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
-        path, key = os.fsdecode(self._names[index]), self._key(index)
+        key = self._key(index)
         try:
-            image = crops.load(self.root / path)
-        except crops.BadImage as error:
-            raise crops.BadImage(f"{key}: {error}") from error
+            image = (self.root / os.fsdecode(self._names[index])).read_bytes()
+        except Exception as error:  # those of buckets have many types
+            raise crops.BadImage(f"{key}: {reason(error)}") from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def label(self, index: int) -> int:
@@ -102,7 +100,7 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
         )
     classes = _classes(root, "")
     if holdout:
-        held = _held_out([name for group in classes.values() for name in group], holdout)
+        held = held_out([name for group in classes.values() for name in group], holdout)
         untrained = [label for label, group in classes.items() if held.issuperset(group)]
         if len(untrained) == len(classes):
             raise UserError(f"{root}: all its images are held out for evaluation")
@@ -114,21 +112,8 @@ def open_folder(root: Path, train: bool, holdout: int) -> FolderSource:
             if label not in untrained
         }
         if not any(classes.values()):
-            raise UserError(f"{root}: too few images to hold any out; set config.data.holdout=0")
+            raise UserError(f"{root}: too few images to hold any out; set holdout to 0")
     return FolderSource(root, classes)
-
-
-def _held_out(names: list[str], every: int) -> set[str]:
-    """About one name in `every`, at least one.
-
-    A hash of the name decides, so that adding images never holds out one that was trained on.
-    """
-    digests = {
-        name: int.from_bytes(hashlib.blake2b(os.fsencode(name), digest_size=8).digest(), "big")
-        for name in names
-    }
-    held = {name for name, digest in digests.items() if digest * every < 2**64}
-    return held or {min(digests, key=digests.get)}
 
 
 def _split(root: Path, train: bool, validation: str) -> dict[str, list[str]]:

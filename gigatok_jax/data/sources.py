@@ -1,4 +1,4 @@
-"""Where labelled images come from: folders, TensorFlow Datasets, drawings, or stored codes.
+"""Where labelled images come from: files of several kinds, drawings, or stored codes.
 
 A source gives random access: `source[i]` is a dict of `image` (a Pillow image in mode RGB, or uint8
 [H, W, 3]) or `codes` (int32 [crops, N]), `label` (int) and `key` (str, the example's name). Sources
@@ -20,6 +20,8 @@ from gigatok_jax.config import configclass
 from gigatok_jax.data import codes, crops
 from gigatok_jax.data.drawings import EmbeddedSource
 from gigatok_jax.data.folders import open_folder
+from gigatok_jax.data.records import RecordsSource
+from gigatok_jax.data.tars import open_tars
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import as_path, scan, stamp
 
@@ -36,15 +38,20 @@ Example = dict[str, Any]
 class DataConfig:
     """Which images to read, and how."""
 
+    # "tar": webdataset shards, or ImageNet's own tar files. "records": output of `gigatok pack`.
     # "embedded": drawings, generated on the fly. "codes": output of `gigatok encode`.
-    source: Literal["tfds", "folder", "embedded", "codes"] = "tfds"
-    path: str = ""  # folder or codes: the folder; tfds: `data_dir`, where "" is TFDS's default
+    source: Literal["tfds", "folder", "tar", "records", "embedded", "codes"] = "tfds"
+
+    # The folder; tar: the folder, or a pattern such as "/data/photos-{train,val}-*.tar"; tfds:
+    # `data_dir`, where "" is TFDS's default.
+    path: str = ""
     name: str = "imagenet2012"  # tfds: `builder[/config][:version]`
     split: str = "train"  # tfds: training split or a slice of it, such as "train[:90%]"
     eval_split: str = "validation"  # tfds: likewise, for evaluation
 
-    # A folder without train/ and val/: hold out one image in n for evaluation. A hash of its name
-    # decides, so that adding images holds out none that was trained on. 0: the training images.
+    # A folder without train/ and val/, or tar files without these words in their names: hold out
+    # one image in n for evaluation. A hash of its name decides, so that adding images holds out
+    # none that was trained on. 0: the training images.
     holdout: NonNegativeInt = 20
 
     # Use only n examples, chosen at random, always the same; 0 means all. Embedded: the number of
@@ -72,6 +79,8 @@ class DataConfig:
         required = {
             "tfds": ("name", "split", "eval_split"),
             "folder": ("path",),
+            "tar": ("path",),
+            "records": ("path",),
             "embedded": ("length", "eval_length"),
             "codes": ("path",),
         }
@@ -243,6 +252,8 @@ OPENERS: dict[str, Callable[[DataConfig, bool, int], Source]] = {
     "folder": lambda config, train, image_size: open_folder(
         as_path(config.path), train, config.holdout
     ),
+    "tar": lambda config, train, image_size: open_tars([config.path], train, config.holdout),
+    "records": lambda config, train, image_size: RecordsSource(config.path, train),
     "embedded": _open_embedded,
     "codes": lambda config, train, image_size: codes.CodesSource(
         config.path, "train" if train else "validation"
