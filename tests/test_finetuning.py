@@ -226,7 +226,7 @@ def test_resumed_run_does_not_need_the_bundle(folder, tuned, tmp_path, caplog):
         raise KeyError("the machine")
 
     options = {"freeze": ("encoder", "quantizer")}
-    with mock.patch.object(loop.Telemetry, "scalars", die), pytest.raises(KeyError):
+    with mock.patch.object(loop.Telemetry, "row", die), pytest.raises(KeyError):
         train(run(folder, **options), tmp_path)  # at step 15
     with caplog.at_level(logging.WARNING, logger="gigatok_jax"):
         train(run(folder, **options, init_from="lost"), tmp_path)
