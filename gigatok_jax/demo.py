@@ -11,7 +11,7 @@ from gigatok_jax import api, frozen_networks, pictures
 from gigatok_jax.data.sources import DataConfig, Source, open_source
 from gigatok_jax.evaluation import generation, probing
 from gigatok_jax.evaluation.reconstruction import reconstruct
-from gigatok_jax.files import Path, read_json, remove_folder, replacing
+from gigatok_jax.files import Path, local_copy, read_json, remove_folder, replacing
 from gigatok_jax.models import vit
 from gigatok_jax.training.loop import train
 from gigatok_jax.training.tokenizer import TokenizerRun
@@ -62,7 +62,7 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
         seed=0,
         batch_size=100,
     )
-    share = np.mean(_classify(np.load(out / "samples.npz")["arr_0"], real) == classes)
+    share = np.mean(_classify(np.load(local_copy(out / "samples.npz"))["arr_0"], real) == classes)
     print(f"a classifier of real drawings finds the intended class in {share:.1%} of the samples")
     print(workdir / "probe" / "report.html")
 

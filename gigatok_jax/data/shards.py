@@ -154,7 +154,7 @@ class ShardsSource:
         for path, expected in zip(self._paths, counts, strict=True):
             if (found := store.count(path)) != expected:
                 raise UserError(f"{path}: holds {found} records, expected {expected}")
-        self._records = ArrayRecordDataSource(self._paths)
+        self._records = ArrayRecordDataSource(list(map(str, self._paths)))
 
     def __len__(self) -> int:
         return len(self._records)

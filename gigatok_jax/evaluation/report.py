@@ -23,7 +23,7 @@ from PIL import Image
 
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path, read_json, real_path, replacing
+from gigatok_jax.files import Path, local_copy, read_json, real_path, replacing
 from gigatok_jax.training import TASKS
 from gigatok_jax.training.telemetry import read_metrics
 
@@ -199,7 +199,7 @@ def _probe_charts(workdir: Path, results: Mapping[str, Any]) -> dict[str, str]:
     pair = colors(2)
     generator = _read_metrics(workdir / "generator" / "metrics.jsonl")
     linear_probe = _read_metrics(workdir / "linear_probe" / "metrics.jsonl")
-    counts = np.sort(np.load(workdir / "reconstruction" / "code_counts.npy"))[::-1]
+    counts = np.sort(np.load(local_copy(workdir / "reconstruction" / "code_counts.npy")))[::-1]
     search = results.get("search", [])
 
     def draw_loss(axes):

@@ -3,14 +3,15 @@
 from collections.abc import Callable, Mapping, Sequence
 import json
 import pathlib
+import shutil
+import tempfile
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 
-from gigatok_jax.files import json_text, replacing
-from gigatok_jax.pictures import save_png
+from gigatok_jax import pictures as png
+from gigatok_jax.files import Lines, Path, in_bucket, json_text, replacing, upload
 from gigatok_jax.training.trackers import Run, Trackers, is_evaluation
 
 
@@ -28,7 +29,7 @@ class Telemetry:
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        workdir: Path,
         step: int,
         trackers: Sequence[str] = (),
         config: Mapping[str, Any] | None = None,
@@ -36,7 +37,7 @@ class Telemetry:
         self._pictures = workdir / "pictures"
         self._path = workdir / "metrics.jsonl"
         rows = _keep_rows(self._path, step)
-        self._file = self._path.open("a")
+        self._lines = Lines(self._path)
         self._trackers = Trackers(trackers, Run(workdir, step, rows, config or {}), self._stored)
 
     def evaluated(self, step: int) -> bool:
@@ -52,20 +53,19 @@ class Telemetry:
         """Records metrics, and uint8 pictures `[H, W, 3]` as `pictures/NAME_STEP.png`."""
         pictures = pictures or {}
         for name, array in pictures.items():
-            save_png(self._pictures / f"{name}_{step:08d}.png", array)
+            png.save_png(self._pictures / f"{name}_{step:08d}.png", array)
         # After the pictures: the row says that the evaluation is done.
-        self._file.write(json_text({"step": step} | dict(values)) + "\n")
-        self._file.flush()
+        self._lines.add(json_text({"step": step} | dict(values)))
         self._trackers.row(step, values, pictures)
 
     def _stored(self, step: int) -> dict[str, np.ndarray]:
         """The pictures of a step that were written before."""
         ending = f"_{step:08d}.png"
         paths = sorted(self._pictures.glob(f"*{ending}"))
-        return {path.name.removesuffix(ending): np.asarray(Image.open(path)) for path in paths}
+        return {path.name.removesuffix(ending): png.read(path) for path in paths}
 
     def close(self, *, failed: bool = False) -> None:
-        self._file.close()
+        self._lines.close()
         self._trackers.close(failed=failed)
 
 
@@ -79,31 +79,35 @@ class Trace:
       paused: context manager around what is not part of training.
     """
 
-    def __init__(self, folder: pathlib.Path, first: int, last: int, paused: Callable):
+    def __init__(self, folder: Path, first: int, last: int, paused: Callable):
         self._folder, self._first, self._last, self._paused = folder, first, last, paused
-        self._active = False
+        self._written: pathlib.Path | None = None  # where, while a trace is taken
 
     def before(self, step: int, state: Any) -> None:
         """Starts the trace before its first step; `state` is what the step before returned."""
         if step == self._first:
             jax.block_until_ready(state)  # so that earlier steps are not in the trace
             with self._paused():
-                jax.profiler.start_trace(self._folder)
-            self._active = True
+                here = not in_bucket(self._folder)
+                self._written = self._folder if here else pathlib.Path(tempfile.mkdtemp())
+                jax.profiler.start_trace(self._written)
 
     def after(self, step: int, state: Any) -> None:
-        if self._active and step == self._last:
+        if self._written and step == self._last:
             jax.block_until_ready(state)
             with self._paused():
                 self.close()
 
     def close(self) -> None:
-        if self._active:
-            self._active = False
+        if self._written:
+            written, self._written = self._written, None
             jax.profiler.stop_trace()
+            if written != self._folder:
+                upload(written, self._folder)
+                shutil.rmtree(written)
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
     """Rows of a `metrics.jsonl`, up to the first line that a kill cut off or that is damaged."""
     rows = []
     for line in path.read_bytes().decode(errors="replace").splitlines():
@@ -117,7 +121,7 @@ def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
     return rows
 
 
-def _keep_rows(path: pathlib.Path, step: int) -> list[dict[str, float]]:
+def _keep_rows(path: Path, step: int) -> list[dict[str, float]]:
     """Drops the rows after `step`, and returns the others."""
     if not path.exists():
         return []

@@ -11,10 +11,13 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import logging
 import os
 import pathlib
 import secrets
+import shutil
+import tempfile
 import time
 from typing import Any, Protocol
 
@@ -24,7 +27,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import read_json, write_json
+from gigatok_jax.files import Path, as_path, in_bucket, read_json, real_path, upload, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +45,14 @@ class Run:
       config: the configuration, flat: `a.b` to a JSON value.
     """
 
-    workdir: pathlib.Path
+    workdir: Path
     step: int
     rows: Sequence[Mapping[str, float]]
     config: Mapping[str, Any]
 
     @property
     def name(self) -> str:
-        return self.workdir.resolve().name
+        return real_path(self.workdir).name
 
     @functools.cached_property
     def id(self) -> str:
@@ -62,11 +65,11 @@ class Run:
         record = {"id": secrets.token_hex(4)}
         if path.exists():
             found = read_json(path, "the run in trackers")
-            origin = pathlib.Path(found["path"])
-            elsewhere = origin != path.resolve() and origin.exists()
+            origin = as_path(found["path"])
+            elsewhere = origin != real_path(path) and origin.exists()
             if not elsewhere or read_json(origin, "the run in trackers")["id"] != found["id"]:
                 record = found
-        write_json(path, record | {"path": str(path.resolve())})
+        write_json(path, record | {"path": str(real_path(path))})
         return record["id"]
 
 
@@ -88,17 +91,25 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`."""
+    """Event files in `tensorboard/`; in a bucket, each row uploads the newest one again."""
+
+    PART = 4_000_000  # bytes of an event file in a bucket before the next one begins
 
     def __init__(self, run: Run):
-        folder = run.workdir / "tensorboard"
+        self._folder = folder = run.workdir / "tensorboard"
         has_events = any(folder.glob("events*"))
         self.last = place(run.rows[-1]["step"], run.rows[-1]) if has_events and run.rows else -1
+        self._written, self._parts = folder, itertools.count()
+        if in_bucket(folder):
+            self._written = pathlib.Path(tempfile.mkdtemp(prefix="gigatok-"))
         folder.mkdir(exist_ok=True)
-        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
-        self._events = EventsWriter(str(folder / "events"))
+        self._open()
         start = SessionLog(status=SessionLog.START)  # TensorBoard drops later points of older files
         self._write(Event(step=run.step + 1, session_log=start))
+
+    def _open(self) -> None:
+        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
+        self._events = EventsWriter(str(self._written / "events"), f".{next(self._parts)}")
 
     def row(self, step, values, pictures):
         for name, array in pictures.items():
@@ -106,6 +117,13 @@ class TensorBoard:
             self._write(Event(step=step, summary=image))
         for name, value in values.items():
             self._write(Event(step=step, summary=summary.scalar(name, value)))
+        if self._written != self._folder:
+            upload(self._written, self._folder)
+            (part,) = self._written.iterdir()
+            if part.stat().st_size > self.PART:
+                self._events.close()
+                part.unlink()
+                self._open()
 
     def _write(self, event: Event) -> None:
         event.wall_time = time.time()
@@ -114,6 +132,8 @@ class TensorBoard:
 
     def close(self, *, failed):
         self._events.close()
+        if self._written != self._folder:
+            shutil.rmtree(self._written)
 
 
 class Wandb:
@@ -134,7 +154,8 @@ class Wandb:
         os.environ.setdefault("WANDB_FINISH_TIMEOUT", "60")
         import wandb
 
-        folder = {} if "WANDB_DIR" in os.environ else {"dir": str(run.workdir)}
+        given = "WANDB_DIR" in os.environ or in_bucket(run.workdir)  # W&B's default: this folder
+        folder = {} if given else {"dir": str(run.workdir)}
         offline = wandb.setup().settings.mode in ("offline", "dryrun")
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
