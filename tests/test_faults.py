@@ -121,21 +121,21 @@ def test_large_finite_values_are_no_fault():
 @pytest.mark.parametrize(
     "arguments, where",
     [
-        (["train", "--config=tokenizer:s_s", "--workdir=gs://bucket/run"], "--workdir"),
-        (["train", "--config=gs://bucket/x.py:s_s", "--workdir=x"], "--config"),
-        (["demo", "--probe=gs://bucket/x.py", "--workdir=x"], "--probe"),
-        (["reconstruct", "--tokenizer=hf://a/b", "--images=x", "--out=y"], "--tokenizer"),
+        (["train", "--config=tokenizer:s_s", "--workdir=s3://bucket/run"], "--workdir"),
+        (["train", "--config=s3://bucket/x.py:s_s", "--workdir=x"], "--config"),
+        (["demo", "--probe=s3://bucket/x.py", "--workdir=x"], "--probe"),
+        (["reconstruct", "--tokenizer=http://a/b", "--images=x", "--out=y"], "--tokenizer"),
         (["reconstruct", "--tokenizer=x", "--images=https://a/b", "--out=y"], "--images"),
         (["reconstruct", "--tokenizer=x", "--images=y", "--out=s3://b/x"], "--out"),
         (
-            ["train", "--config=tokenizer:s_s", "--workdir=x", "--config.data.path=gs://b"],
+            ["train", "--config=tokenizer:s_s", "--workdir=x", "--config.data.path=s3://b"],
             "config.data.path",
         ),
     ],
 )
 def test_urls_are_rejected_and_make_no_folder(gigatok, tmp_path, monkeypatch, arguments, where):
     monkeypatch.chdir(tmp_path)
-    assert refused(gigatok(*arguments)).startswith(f"{where}: expected a local path, got ")
+    assert refused(gigatok(*arguments)).startswith(f"{where}: expected a local path or gs://")
     assert not [path for path in tmp_path.iterdir() if path.name not in ("cache", "compilations")]
 
 
@@ -143,15 +143,17 @@ def test_urls_are_rejected_and_make_no_folder(gigatok, tmp_path, monkeypatch, ar
 def test_url_of_a_cache_is_rejected(gigatok, tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("GIGATOK_CACHE")
-    monkeypatch.setenv(name, "gs://bucket/cache")
-    message = f"{name}: expected a local path, got 'gs://bucket/cache'; buckets are not supported"
+    monkeypatch.setenv(name, "s3://bucket/cache")
+    message = f"{name}: expected a local path or gs://BUCKET/PATH, got 's3://bucket/cache'"
     assert refused(gigatok("weights", "fetch", "lpips_vgg16")) == message
-    assert not (tmp_path / "gs:").exists()
+    assert not (tmp_path / "s3:").exists()
 
 
-@pytest.mark.parametrize("path", ["gs://bucket/x.pt", pathlib.Path("gs://bucket/x.pt")])
+@pytest.mark.parametrize("path", ["s3://bucket/x.pt", pathlib.Path("gs://bucket/x.pt")])
 def test_url_of_a_checkpoint_is_rejected(path):
-    with pytest.raises(UserError, match=r"^checkpoint: expected a local path, got 'gs:/"):
+    with pytest.raises(
+        UserError, match=r"^checkpoint: expected a local path or gs://BUCKET/PATH, got '(s3|gs):/"
+    ):
         api.tokenizer_from_torch(path, "b_l")
 
 
@@ -434,7 +436,7 @@ def test_an_evaluation_whose_picture_was_not_written_is_made_again(tmp_path, mon
         def full(path, picture):
             raise OSError(errno.ENOSPC, "No space left on device", "x.png")
 
-        patch.setattr(telemetry, "save_png", full)
+        patch.setattr(telemetry.png, "save_png", full)
         with pytest.raises(RunStopped, match=r"^x\.png: the disk is full; .* step 20\. "):
             test_loop.run_toy(tmp_path, evaluate=evaluate)
     test_loop.run_toy(tmp_path, evaluate=evaluate)

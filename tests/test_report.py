@@ -80,6 +80,8 @@ def test_report_shows_everything_a_run_logged(tmp_path):
         "Learning rate",
         "Images per second",
         "Time spent waiting for input",
+        "Model FLOPs, of the peak",
+        "Peak memory of a device, GB",
     }
     both = charts(html)["L2"]
     assert "training" in both and "held out" in both
@@ -117,7 +119,7 @@ def test_report_of_an_unfinished_run(tmp_path):
 def test_report_of_several_runs_overlays_their_curves(tmp_path):
     other = dataclasses.replace(RUN, optimizer=OptimizerConfig(rate=7e-4))
     html = html_of(train(tmp_path / "a" / "run"), train(tmp_path / "b" / "run", other, steps=4))
-    assert len(charts(html)) == 6
+    assert len(charts(html)) == 8
     for svg in charts(html).values():
         assert all(color in svg for color in report.COLORS[:2])
         assert report.COLORS[2] not in svg

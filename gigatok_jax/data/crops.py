@@ -3,7 +3,6 @@
 import functools
 import io
 import os
-import pathlib
 from typing import Literal
 import warnings
 
@@ -11,7 +10,7 @@ import numpy as np
 from PIL import ExifTags, Image, PngImagePlugin, UnidentifiedImageError, features
 
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path
+from gigatok_jax.files import Path, as_path
 
 Resize = Literal["bicubic", "linear"]
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
@@ -40,7 +39,7 @@ class BadImage(ValueError):
     """An unreadable image; the message says why."""
 
 
-def load(data: bytes | Path) -> Image.Image:
+def load(data: bytes | str | Path) -> Image.Image:
     """Decodes an image file, given as its path or content, to RGB.
 
     Opaque 8-bit images of any mode, including CMYK JPEGs, are converted by Pillow's
@@ -53,9 +52,8 @@ def load(data: bytes | Path) -> Image.Image:
           is undefined.
     """
     try:
-        if not isinstance(data, bytes | pathlib.Path):  # in a bucket
-            data = data.read_bytes()
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as image:
+        content = data if isinstance(data, bytes) else as_path(data, "image").read_bytes()
+        with Image.open(io.BytesIO(content)) as image:
             return _rgb(image)
     except BadImage:
         raise

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
-import itertools
 import logging
 import os
 import pathlib
@@ -99,7 +98,7 @@ class TensorBoard:
         self._folder = folder = run.workdir / "tensorboard"
         has_events = any(folder.glob("events*"))
         self.last = place(run.rows[-1]["step"], run.rows[-1]) if has_events and run.rows else -1
-        self._written, self._parts = folder, itertools.count()
+        self._written = folder
         if in_bucket(folder):
             self._written = pathlib.Path(tempfile.mkdtemp(prefix="gigatok-"))
         folder.mkdir(exist_ok=True)
@@ -108,8 +107,9 @@ class TensorBoard:
         self._write(Event(step=run.step + 1, session_log=start))
 
     def _open(self) -> None:
-        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs.
-        self._events = EventsWriter(str(self._written / "events"), f".{next(self._parts)}")
+        # Not SummaryWriter, whose thread would keep a full disk to itself until the run hangs. By
+        # itself the name has only seconds, and an earlier file of this second must stay.
+        self._events = EventsWriter(str(self._written / "events"), f".{time.time_ns()}")
 
     def row(self, step, values, pictures):
         for name, array in pictures.items():
