@@ -35,6 +35,7 @@ from gigatok_jax.files import (
     read_json,
     real_path,
     refuse_foreign,
+    replacing,
     write_json,
     write_safetensors,
 )
@@ -136,6 +137,7 @@ def save(
     made_by: Mapping[str, Any],
     *,
     file_bytes: int = FILE_BYTES,
+    alone: bool = False,
 ) -> None:
     """Writes a bundle; an existing one is replaced only once the new one is complete.
 
@@ -149,6 +151,7 @@ def save(
       weights: nested dictionaries of arrays.
       made_by: provenance, as JSON values.
       file_bytes: maximum size of a file.
+      alone: this process writes NumPy arrays by itself, whatever the others do.
 
     Raises:
       UserError: `directory` holds other things than a bundle.
@@ -170,8 +173,9 @@ def save(
     record = {"format": FORMAT, "kind": kind, "config": config, "made_by": dict(made_by)}
     digests = {}
 
-    with distributed.replacing(directory, check_replaceable) as aside:
-        if distributed.is_main():
+    writes = alone or distributed.is_main()
+    with (replacing if alone else distributed.replacing)(directory, check_replaceable) as aside:
+        if writes:
             aside.mkdir()
             if len(parts) > 1:
                 places = {
@@ -181,16 +185,16 @@ def save(
                 index = {"metadata": {"total_size": total}, "weight_map": places}
                 write_json(aside / INDEX, index)
         for file, part in zip(files, parts, strict=True):
-            arrays = {name: _gather(flat[name]) for name in part}
-            if distributed.is_main():
+            arrays = {name: _gather(flat[name], writes) for name in part}
+            if writes:
                 write_safetensors(aside / file, arrays)
                 digests |= _digests(arrays)
-        if distributed.is_main():
+        if writes:
             write_json(aside / "config.json", record | {"digest": _digest(record, digests)})
 
 
-def _gather(array: Any) -> np.ndarray | None:
-    """The full array in process 0, None in the others."""
+def _gather(array: Any, writes: bool) -> np.ndarray | None:
+    """The full array in the process that writes it, None in the others."""
     if isinstance(array, jax.Array):
         # Read a copy or a shard: a JAX array caches its host value for as long as it lives.
         if array.is_fully_replicated:
@@ -199,7 +203,7 @@ def _gather(array: Any) -> np.ndarray | None:
             array = array.copy()
         else:
             array = multihost_utils.process_allgather(array, tiled=True)
-    return np.asarray(array, order="C") if distributed.is_main() else None
+    return np.asarray(array, order="C") if writes else None
 
 
 def load(name: str | Path, kind: str | Sequence[str], config_type: type | None = None) -> Bundle:

@@ -13,9 +13,8 @@ import typing
 from typing import Any
 
 from gigatok_jax.errors import RunStopped, UserError, first_line, lookup
-from gigatok_jax.files import MACHINE, cache_dir, checked_path, reason
+from gigatok_jax.files import MACHINE, cache_dir, checked_path, is_of_bucket, reason
 
-BUCKETS = ("gcsfs", "google", "aiohttp")  # libraries whose errors are those of a bucket
 HELP = ("-h", "--help", "-help", "help")
 
 
@@ -32,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"gigatok: error: {what}", file=sys.stderr)
         return RunStopped.exit_code if error.errno in MACHINE else UserError.exit_code
     except Exception as error:
-        if not type(error).__module__.startswith(BUCKETS):
+        if not is_of_bucket(error):
             raise
         print(f"gigatok: error: gs://: {first_line(error)}", file=sys.stderr)
         return RunStopped.exit_code

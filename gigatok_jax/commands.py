@@ -818,7 +818,7 @@ def weights(words: list[str]) -> None:
             )
             for name, published in fetch.PUBLISHED.items():
                 folder = fetch.bundle_path(name)
-                where = folder if folder.exists() else "not fetched"
+                where = folder if fetch.is_there(name) else "not fetched"
                 count = converters.parameter_count(published.kind, published.model)
                 size = f"{count / 1e6:>6,.0f}M {4 * count / 1e9:>5.2f} GB"  # float32
                 print(f"{name:<28} {published.kind:<10} {size}  {published.figure:<12} {where}")

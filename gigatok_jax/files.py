@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # its import takes longer than `gigatok --help`
 
 Path: TypeAlias = Union[pathlib.Path, "epath.Path"]
 BUCKET = "gs://"
+CLIENTS = ("gcsfs", "google", "aiohttp")  # libraries whose errors are those of a bucket
 DEFAULT_CACHE = pathlib.Path("~/.cache/gigatok_jax")
 
 
@@ -75,6 +76,23 @@ def in_bucket(path: Path) -> bool:
     return not isinstance(path, pathlib.Path)
 
 
+def is_of_bucket(error: BaseException) -> bool:
+    """Whether an error is one of a bucket's client, such as a lost connection."""
+    return type(error).__module__.startswith(CLIENTS)
+
+
+def create(path: "epath.Path", text: str) -> bool:
+    """Writes a file in a bucket, and returns True, unless it exists."""
+    import fsspec
+
+    system, place = fsspec.url_to_fs(str(path))
+    try:
+        system.pipe_file(place, text.encode(), mode="create")
+    except FileExistsError:
+        return False
+    return True
+
+
 def local_copy(path: Path) -> pathlib.Path:
     """A local file of the same name and content; that of a file in a bucket is removed at exit."""
     if not in_bucket(path):
@@ -91,7 +109,9 @@ def scan(folder: Path) -> Iterator[tuple[str, bool]]:
 
         system, root = fsspec.url_to_fs(str(folder))
         for info in system.ls(root, detail=True):
-            yield info["name"].rpartition("/")[2], info["type"] == "directory"
+            path = info["name"].rstrip("/")
+            if path != root.rstrip("/"):  # an empty object that other programs make for the folder
+                yield path.rpartition("/")[2], info["type"] == "directory"
         return
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -171,7 +191,9 @@ def _listing(folder: "epath.Path") -> list[tuple[str, dict[str, Any]]]:
 
     system, root = fsspec.url_to_fs(str(folder))
     found = system.find(root, detail=True)
-    return [(name[len(root) :].lstrip("/"), found[name]) for name in sorted(found)]
+    names = {name[len(root) :].lstrip("/"): found[name] for name in sorted(found)}
+    # Other programs make empty objects for folders.
+    return [(name, info) for name, info in names.items() if name and name[-1] != "/"]
 
 
 def refuse_foreign(folder: Path, own: Iterable[str], describes: str) -> None:
@@ -184,6 +206,8 @@ def refuse_foreign(folder: Path, own: Iterable[str], describes: str) -> None:
       describes: these files together, for messages.
     """
     known = {*own, "Thumbs.db"}  # Windows hides the latter
+    if in_bucket(folder) and (folder / UPLOADING).exists():
+        known |= set(json.loads((folder / UPLOADING).read_text()))
     found = [] if folder.is_dir() or not folder.exists() else ["a file"]
     for name in _names_below(folder):
         hidden = any(part[0] == "." for part in name.split("/"))
@@ -244,6 +268,7 @@ def replacing(path: Path, check: Callable[[Path], None] = _refuse_folder) -> Ite
 
 
 MARKER = "config.json"  # in a directory in a bucket, which is whole only if it has this file
+UPLOADING = ".uploading"  # in one whose upload has not ended: names of all files, old and new
 
 
 def _upload(source: pathlib.Path, target: "epath.Path") -> None:
@@ -253,12 +278,15 @@ def _upload(source: pathlib.Path, target: "epath.Path") -> None:
     if not source.is_dir():
         epath.Path(source).copy(target, overwrite=True)
         return
-    (target / MARKER).unlink(missing_ok=True)
     new = sorted(_names_below(source), key=lambda name: (name == MARKER, name))
+    names = {*new, *_names_below(target)} - {UPLOADING}
+    (target / UPLOADING).write_text(json.dumps(sorted(names)))
+    (target / MARKER).unlink(missing_ok=True)
     for name in new:
         epath.Path(source / name).copy(target / name, overwrite=True)
-    for name in set(_names_below(target)).difference(new):
+    for name in names.difference(new):
         (target / name).unlink(missing_ok=True)
+    (target / UPLOADING).unlink()
 
 
 def upload(source: pathlib.Path, target: Path) -> None:

@@ -57,7 +57,7 @@ def load_dino() -> dict[str, Any]:
 
 def has_lpips() -> bool:
     """Whether LPIPS has been downloaded."""
-    return fetch.bundle_path("lpips_vgg16").exists()
+    return fetch.is_there("lpips_vgg16")
 
 
 def load_lpips() -> dict[str, Any]:

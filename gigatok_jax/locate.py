@@ -8,7 +8,7 @@ from typing import Any
 
 from gigatok_jax import distributed
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path, as_path
+from gigatok_jax.files import Path, as_path, in_bucket
 from gigatok_jax.weights import fetch, hub
 
 logger = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
     from gigatok_jax.weights import convert  # imports `bundles`, which imports this module
 
     published = fetch.PUBLISHED.get(name)
-    if not published or _holds_model(as_path(name)) or fetch.bundle_path(name).exists():
+    if not published or _holds_model(as_path(name)) or fetch.is_there(name):
         return None
     _check_kind(name, kinds)
     model = convert.KINDS[published.kind].model
@@ -81,7 +81,12 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
 def _fetch(name: str) -> Path:
     from gigatok_jax.weights import convert
 
-    return INCLUDED[name][1] if name in INCLUDED else convert.fetch_bundle(name)
+    if name in INCLUDED:
+        return INCLUDED[name][1]
+    if in_bucket(fetch.bundle_path(name)):
+        distributed.in_main(lambda: convert.fetch_bundle(name))
+        return fetch.bundle_path(name)
+    return convert.fetch_bundle(name)
 
 
 def _together(folder: Path) -> Path:

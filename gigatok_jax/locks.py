@@ -1,5 +1,6 @@
 """Locks on folders that only one command at a time may write to."""
 
+import _thread
 from collections.abc import Callable, Iterator
 import contextlib
 import json
@@ -75,20 +76,29 @@ def hold(folder: files.Path) -> Iterator[None]:
 def _hold_object(path: files.Path) -> Iterator[None]:
     """Holds a lock that is an object in a bucket, which its owner writes again and again."""
     mine, done = _myself() | {"id": uuid.uuid4().hex}, threading.Event()
-    if path.exists():
-        owner = _parse(path.read_text())
-        if not _has_ended(owner) and _beats(path, owner):
+
+    def text() -> str:
+        return json.dumps(mine | {"time": time.time()})
+
+    if not files.create(path, text()):
+        owner = _owner(path)
+        if owner and not _has_ended(owner) and _beats(path, owner):
+            raise UserError(_held(path, owner))
+        path.write_text(text())
+        # Of processes that take over a lost lock at the same time, the last one to write has it.
+        time.sleep(SETTLED)
+        owner = _owner(path)
+        if owner.get("id") != mine["id"]:
             raise UserError(_held(path, owner))
 
     def beat():
-        path.write_text(json.dumps(mine | {"time": time.time()}))
+        if _owner(path).get("id") == mine["id"]:
+            path.write_text(text())
+        elif not done.is_set():
+            done.set()
+            logger.error("%s: another process took this one for lost; stopping", path.parent)
+            _thread.interrupt_main()
 
-    beat()
-    # Of processes that found no owner at the same time, the last one to write has the lock.
-    time.sleep(SETTLED)
-    owner = _parse(path.read_text())
-    if owner.get("id") != mine["id"]:
-        raise UserError(_held(path, owner))
     thread = threading.Thread(target=_beat, args=(done, beat), daemon=True)
     thread.start()
     try:
@@ -96,8 +106,16 @@ def _hold_object(path: files.Path) -> Iterator[None]:
     finally:
         done.set()
         thread.join()  # its last beat would write the lock again
-        if _parse(path.read_text()).get("id") == mine["id"]:
+        if _owner(path).get("id") == mine["id"]:
             path.unlink()
+
+
+def _owner(path: files.Path) -> dict[str, object]:
+    """Of a lock in a bucket; empty if it has none."""
+    try:
+        return _parse(path.read_text())
+    except FileNotFoundError:
+        return {}
 
 
 def _myself() -> dict[str, object]:

@@ -6,6 +6,7 @@ import pathlib
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -169,3 +170,52 @@ def test_folder_in_use_is_refused_until_its_owner_is_lost(bucket, monkeypatch):
 def test_other_places_are_refused_and_nothing_is_created(url, capsys):
     assert cli.main(["train", TRAIN, f"--workdir={url}"]) == 2
     assert "--workdir: expected" in capsys.readouterr().err
+
+
+def test_upload_that_was_killed_is_replaced_by_the_next_one(bucket, monkeypatch):
+    folder, config = files.as_path(f"{bucket}/cut"), tiny.config()
+    weights = tiny.weights(config)
+    bundles.save(folder, "tokenizer", config, weights, {"made": "first"}, file_bytes=1)
+
+    def die(self, target, overwrite):
+        if target.name == files.MARKER:
+            raise KeyboardInterrupt
+        target.write_bytes(self.read_bytes())
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(type(folder), "copy", die)
+        bundles.save(folder, "tokenizer", config, weights, {"made": "second"})
+    with pytest.raises(UserError, match=r"cut: not a bundle"):
+        bundles.load(folder, "tokenizer")
+    bundles.save(folder, "tokenizer", config, weights, {"made": "third"})
+    assert bundles.load(folder, "tokenizer").made_by == {"made": "third"}
+    assert {name for name, _ in files.scan(folder)} == {"config.json", "model.safetensors"}
+    (folder / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"expected a bundle to replace.*found mine\.txt"):
+        bundles.save(folder, "tokenizer", config, weights, {})
+
+
+def test_empty_objects_for_folders_are_not_files(bucket):
+    import fsspec
+
+    system, _ = fsspec.url_to_fs(bucket)
+    for name in ("made/", "made/a/"):  # as the Cloud Console makes them
+        system.pipe_file(f"bucket/{name}", b"")
+    folder = files.as_path(f"{bucket}/made")
+    (folder / "a" / "1.png").write_bytes(b"1")
+    assert list(files.scan(folder)) == [("a", True)]
+    assert list(files.scan(folder / "a")) == [("1.png", False)]
+    with pytest.raises(UserError, match=r"found a/1\.png$"):
+        files.refuse_foreign(folder, [], "nothing")
+
+
+def test_lock_that_another_process_took_stops_its_owner(bucket, monkeypatch):
+    monkeypatch.setattr(locks, "BEAT", 0.05)
+    folder = files.as_path(f"{bucket}/taken")
+    with pytest.raises(KeyboardInterrupt), locks.hold(folder):
+        (folder / locks.NAME).write_text(json.dumps({"id": "another"}))
+        time.sleep(5)
+    assert json.loads((folder / locks.NAME).read_text()) == {"id": "another"}
+    with pytest.raises(ValueError, match="of the block"), locks.hold(folder / "below"):
+        (folder / "below" / locks.NAME).unlink()
+        raise ValueError("of the block")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import bundles
+from gigatok_jax import bundles, distributed
 from gigatok_jax.errors import UserError
 from gigatok_jax.models import generator
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
@@ -284,3 +284,14 @@ def test_weights_of_a_generator_must_be_those_of_its_architecture(tmp_path):
     bundles.save(tmp_path, "generator", small, weights, {})
     with pytest.raises(UserError, match=r": params/\S+: expected float32 \[.*8.*\] by config.json"):
         bundles.load(tmp_path, "generator", generator.GeneratorConfig)
+
+
+def test_one_process_of_a_run_can_save_by_itself(tmp_path, monkeypatch):
+    def wait(*args, **options):
+        raise AssertionError("waits for the others")
+
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    monkeypatch.setattr(distributed, "barrier", wait)
+    config = tiny.config()
+    bundles.save(tmp_path / "b", "tokenizer", config, tiny.weights(config), {}, alone=True)
+    assert bundles.load(tmp_path / "b", "tokenizer", TokenizerConfig).config == config

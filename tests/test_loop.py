@@ -210,6 +210,20 @@ def test_checkpoints_are_of_their_step_although_training_goes_on(tmp_path):
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
 
 
+def test_checkpoint_that_was_cut_off_in_place_is_ignored_and_written_again(tmp_path, caplog):
+    folder = tmp_path / "checkpoints"
+    options = {"keep_last": 3, "checkpoint_every": 2, "steps": 6}
+    (expected,) = run_toy(tmp_path, commit="file", **options)
+    (folder / "6" / checkpoints.DONE).unlink()
+    shutil.rmtree(folder / "6" / "progress")
+    assert checkpoints.saved_steps(folder) == [2, 4]
+    with caplog.at_level(logging.INFO, logger="gigatok_jax"):
+        (state,) = run_toy(tmp_path, **options)  # without commit="file"
+    assert f"resuming from step 4 in {tmp_path}" in caplog.text
+    assert checkpoints.saved_steps(folder) == [2, 4, 6]
+    np.testing.assert_array_equal(state.w, expected.w)
+
+
 def test_no_changed_byte_of_a_checkpoint_is_restored(tmp_path):
     run_toy(tmp_path / "run", keep_last=1, steps=5)
     mesh = sharding.make_mesh(sharding.MeshConfig())

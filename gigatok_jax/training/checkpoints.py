@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 from gigatok_jax import files, sharding
 from gigatok_jax.errors import RunStopped, UserError, first_line
 
-DONE = "commit_success.txt"  # written last, by Orbax, to a checkpoint that is written in place
+DONE = "commit_success.txt"  # which Orbax writes last
 Commit = Literal["rename", "file"]
 
 
@@ -35,7 +35,7 @@ class Checkpoints:
       read_only: leave the directory untouched, because another run may be using it.
       commit: "rename" writes a checkpoint aside and renames it; "file" writes it in place, and last
         a file that says that it is complete, as is always done in buckets. Ignored if the directory
-        has checkpoints of the second kind.
+        has a checkpoint that was cut off in place.
     """
 
     def __init__(
@@ -48,7 +48,8 @@ class Checkpoints:
         commit: Commit = "rename",
     ):
         mode = ocp.options.AtomicityMode.AUTO
-        if commit == "file" or (_marked(directory) and not files.in_bucket(directory)):
+        cut_off = set(_numbered(directory)).difference(saved_steps(directory))
+        if not files.in_bucket(directory) and (commit == "file" or cut_off):
             mode = ocp.options.AtomicityMode.COMMIT_FILE
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep_last,
@@ -191,18 +192,15 @@ def _checksum(state: Any) -> jax.Array:
 
 
 def saved_steps(directory: files.Path) -> list[int]:
-    """Steps of the complete checkpoints.
-
-    One that was cut off has more than digits in its name or, if written in place, no `DONE`.
-    """
-    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit()]
-    done = _marked(directory)
-    return sorted(done) if done or files.in_bucket(directory) else steps
+    """Steps of the complete checkpoints."""
+    found = sorted(int(path.parent.name) for path in directory.glob(f"*/{DONE}"))
+    # Checkpoints of older versions of Orbax are complete without it, except in buckets.
+    return found if found or files.in_bucket(directory) else _numbered(directory)
 
 
-def _marked(directory: files.Path) -> set[int]:
-    """Steps of the complete checkpoints among those that were written in place."""
-    return {int(path.parent.name) for path in directory.glob(f"*/{DONE}")}
+def _numbered(directory: files.Path) -> list[int]:
+    """Steps of the complete checkpoints, and of those that were cut off while written in place."""
+    return sorted(int(path.name) for path in directory.glob("*") if path.name.isdigit())
 
 
 def last_good(directory: files.Path) -> str:

@@ -25,7 +25,7 @@ from gigatok_jax import bundles, distributed, sharding
 from gigatok_jax.config import from_mapping
 from gigatok_jax.data import pipeline
 from gigatok_jax.errors import RunStopped, UserError
-from gigatok_jax.files import MACHINE, Path, as_path, read_json, reason, write_json
+from gigatok_jax.files import MACHINE, Path, as_path, is_of_bucket, read_json, reason, write_json
 from gigatok_jax.planning import chips, flops
 from gigatok_jax.training import finetuning
 from gigatok_jax.training.checkpoints import Checkpoints, Restored, last_good, saved_steps
@@ -87,7 +87,7 @@ def train(run: RunConfig, workdir: Path) -> None:
     with contextlib.ExitStack() as stack:
         stack.callback(batches.close)
         stack.enter_context(distributed.locked(workdir))
-        stack.enter_context(_full_disk(workdir))
+        stack.enter_context(_unwritable(workdir))
         changed = _check_workdir(workdir, run)
         distributed.in_main(lambda: bundles.check_replaceable(workdir / "bundle"))
         given = finetuning.read(task) if run.init_from and changed is None else None
@@ -295,14 +295,14 @@ def _restore_branch(task: Task, abstract: Any, check: Callable) -> Restored:
 
 
 @contextlib.contextmanager
-def _full_disk(workdir: Path) -> Iterator[None]:
+def _unwritable(workdir: Path) -> Iterator[None]:
     """Turns the error of a file that cannot be written in the middle of a run into RunStopped."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in MACHINE:
+    except Exception as error:
+        if not is_of_bucket(error) and getattr(error, "errno", None) not in MACHINE:
             raise
-        where = f"{error.filename or workdir}: {reason(error)}"
+        where = f"{getattr(error, 'filename', None) or workdir}: {reason(error)}"
         raise RunStopped(f"{where}; {last_good(workdir / 'checkpoints')}") from error
 
 

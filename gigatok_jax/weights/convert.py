@@ -5,7 +5,6 @@ Conversions preserve float32 values bit for bit.
 
 from collections import ChainMap
 from collections.abc import Callable, Iterable, Mapping
-import contextlib
 import dataclasses
 import fnmatch
 import functools
@@ -18,7 +17,7 @@ import numpy as np
 
 from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
-from gigatok_jax.files import Path, as_path, in_bucket, local_copy
+from gigatok_jax.files import Path, as_path, in_bucket, local_cache_dir, local_copy
 from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
@@ -174,7 +173,7 @@ def to_bundle(
     except ValueError as error:
         raise UserError(f"{', '.join(map(str, files))}: {error}") from error
     origin = {"converted_from": [file.name for file in files], "model": model}
-    bundles.save(directory, kind, config, converted, origin | dict(made_by or {}))
+    bundles.save(directory, kind, config, converted, origin | dict(made_by or {}), alone=True)
 
 
 def to_file(kind: str, name: str | Path, file: str | Path) -> None:
@@ -211,7 +210,7 @@ def fetch_bundle(name: str) -> Path:
     """
     published = lookup(name, fetch.PUBLISHED, "weights")
     directory = fetch.bundle_path(name)
-    if directory.exists():
+    if fetch.is_there(name):
         return directory
     for file in published.files:
         if not file.name.endswith(".safetensors"):
@@ -223,11 +222,11 @@ def fetch_bundle(name: str) -> Path:
         made_by["published_tokenizer"] = published.tokenizer
         made_by["sampling"] = dict(published.sampling)
         del tokenizer  # it can be larger than the generator
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    # Two processes that write the same bundle to a bucket both succeed.
-    lock = filelock.FileLock(directory.with_name(f".{name}.lock"))
-    with contextlib.nullcontext() if in_bucket(directory) else lock:
-        if not directory.exists():  # another process may have been faster
+    # A bucket has no such locks, so there process 0 of a run does the work, see `locate`.
+    beside = local_cache_dir() / "bundles" if in_bucket(directory) else directory.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(beside / f".{name}.lock"):
+        if not fetch.is_there(name):  # another process may have been faster
             files = fetch.download(name)
             to_bundle(published.kind, files, directory, model=published.model, made_by=made_by)
     return directory

@@ -169,6 +169,12 @@ def bundle_path(name: str) -> Path:
     return cache_dir() / "bundles" / name
 
 
+def is_there(name: str) -> bool:
+    """Whether published weights are fetched."""
+    # In a bucket, this file is the last to be uploaded.
+    return (bundle_path(name) / "config.json").exists()
+
+
 def download(name: str, *, cache: str | pathlib.Path | None = None) -> list[pathlib.Path]:
     """Returns the files of published weights, after downloading those missing from the cache.
 
