@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -21,7 +22,7 @@ import test_commands
 import webdataset
 
 from gigatok_jax import distributed, files, packing
-from gigatok_jax.data import tars
+from gigatok_jax.data import encoded, tars
 from gigatok_jax.data.crops import BadImage
 from gigatok_jax.data.pipeline import eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, missing_classes, open_source
@@ -421,6 +422,57 @@ def test_killed_packing_resumes_to_the_same_files(tmp_path, photos):
     assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) > 600
     last = (out / sorted(contents(out))[1]).stat()
     assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
+
+
+class HttpError(Exception):
+    """Like gcsfs's, which is no OSError."""
+
+
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HttpError("Busy, 503")])
+def test_failed_reading_loses_no_image(photos, tmp_path, gigatok, monkeypatch, source, error):
+    """The disk or the network fails once, in the second of four shards."""
+    root = photos
+    if source == "tar":
+        root = tmp_path / "tar"
+        write_shards(root, images(photos))
+    reads = itertools.count()
+
+    def failing(read):
+        def run(*args):
+            if next(reads) == 6:
+                raise error
+            return read(*args)
+
+        return run
+
+    for owner, name in ((Path, "read_bytes"), (files, "read_part")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    monkeypatch.setattr(encoded, "READERS", 1)
+    command = ("pack", f"--from={root}", f"--out={tmp_path / 'out'}", "--shard_images=4")
+    code, out, lines = gigatok(*command, "--holdout=0")
+    assert code == 1 and not out and len([line for line in lines if "error" in line]) == 1
+    assert re.search(rf"error: {root}.*: (Input/output error|Busy, 503)$", lines[-1])
+    code, out, lines = gigatok(*command, "--holdout=0")
+    assert code == 0 and out.startswith("train: 15 images (0 could not be read) in 4 shards\n")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_failed_reading_ends_a_pass(photos, tmp_path, workers):
+    """As in `encode`, which would store no codes of the image."""
+    write_tar(tmp_path / "a.tar", labelled(images(photos)))
+    with eval_batches(config("tar", tmp_path, workers=workers), 16, 3) as stream:
+        (tmp_path / "a.tar").unlink()
+        with pytest.raises(OSError, match=r"No such file or directory: .*a\.tar"):
+            next(stream)
+
+
+def test_images_that_are_missing_are_skipped(tmp_path, gigatok):
+    image_folders.make(tmp_path / "in", COUNTS)
+    (tmp_path / "in" / "ant" / "x.png").symlink_to("/nowhere.png")
+    (tmp_path / "in" / "ant" / "y.png").symlink_to("y.png")
+    code, out, _ = gigatok("pack", f"--from={tmp_path / 'in'}", f"--out={tmp_path / 'out'}")
+    assert code == 0 and "(2 could not be read)" in out
 
 
 @pytest.mark.parametrize("to", ["records", "tfds"])

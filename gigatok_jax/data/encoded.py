@@ -25,7 +25,12 @@ class EncodedSource:
         raise NotImplementedError
 
     def encoded(self, index: int) -> dict[str, Any]:
-        """An example whose `image` is the file's content; raises BadImage if it cannot be read."""
+        """An example whose `image` is the file's content.
+
+        Raises:
+          BadImage: there is no such image, now and at the next try.
+          OSError: the disk or the network failed.
+        """
         raise NotImplementedError
 
     def version(self) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator
+import errno
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 from gigatok_jax.data import crops
 from gigatok_jax.data.encoded import EncodedSource, held_out
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path, printable, real_path, reason, scan, stamp
+from gigatok_jax.files import NO_FILE, Path, printable, real_path, reason, scan, stamp, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class FolderSource(EncodedSource):
     def encoded(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         key = self._key(index)
+        path = self.root / os.fsdecode(self._names[index])
         try:
-            image = (self.root / os.fsdecode(self._names[index])).read_bytes()
-        except Exception as error:  # those of buckets have many types
-            raise crops.BadImage(f"{key}: {reason(error)}") from error
+            image = path.read_bytes()
+        except Exception as error:
+            if isinstance(error, NO_FILE) or getattr(error, "errno", None) == errno.ELOOP:
+                raise crops.BadImage(f"{key}: {reason(error)}") from error
+            raise unreadable(path, error) from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def label(self, index: int) -> int:

@@ -20,7 +20,6 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import files
-from gigatok_jax.data import crops
 from gigatok_jax.data.encoded import READERS, EncodedSource, choose_split, part, split_files
 from gigatok_jax.data.folders import READABLE
 from gigatok_jax.errors import UserError, first_line
@@ -84,8 +83,8 @@ class TarSource(EncodedSource):
         path = self._root / self._tars[self._tar[index]]
         try:
             image = files.read_part(path, int(self._offset[index]), int(self._size[index]))
-        except Exception as error:  # those of buckets have many types
-            raise crops.BadImage(f"{key}: {path}: {files.reason(error)}") from error
+        except Exception as error:  # of the whole file: the image was there
+            raise files.unreadable(path, error) from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def label(self, index: int) -> int:
