@@ -214,15 +214,20 @@ def test_index_is_made_once_and_again_when_a_file_changes(photos, tmp_path, cach
     assert not cache.exists()
 
 
+class HttpError(Exception):
+    """Like gcsfs's, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), HttpError("401")])
 def test_index_is_cached_where_the_folder_cannot_be_written_to(
-    photos, tmp_path, cache, monkeypatch
+    photos, tmp_path, cache, monkeypatch, error
 ):
     write_shards(tmp_path / "tar", images(photos))
     write = files.write_npz
 
     def refuse(path, arrays):
         if path.parent == tmp_path / "tar":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise error
         write(path, arrays)
 
     monkeypatch.setattr(files, "write_npz", refuse)
@@ -422,10 +427,6 @@ def test_killed_packing_resumes_to_the_same_files(tmp_path, photos):
     assert contents(out) == contents(tmp_path / "whole") and len(contents(out)) > 600
     last = (out / sorted(contents(out))[1]).stat()
     assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
-
-
-class HttpError(Exception):
-    """Like gcsfs's, which is no OSError."""
 
 
 @pytest.mark.parametrize("source", ["folder", "tar"])

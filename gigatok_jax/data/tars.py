@@ -185,8 +185,8 @@ def _find_index(root: Path, tars: list[str], stamp: str) -> tuple[Path, _Index]:
     try:
         files.write_npz(paths[0], made._asdict())
         return paths[0], made
-    except OSError as error:
-        logger.info("%s; keeping the index of the tar files in %s", error, paths[1])
+    except Exception as error:  # those of buckets have many types
+        logger.info("%s; keeping the index of the tar files in %s", first_line(error), paths[1])
         files.write_npz(paths[1], made._asdict())
         return paths[1], made
 
