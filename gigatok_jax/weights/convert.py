@@ -222,6 +222,7 @@ def fetch_bundle(name: str) -> Path:
         made_by["tokenizer"] = tokenizer.fingerprint
         made_by["published_tokenizer"] = published.tokenizer
         made_by["sampling"] = dict(published.sampling)
+        made_by["data"] = {"class_names": list(published.class_names)}
         del tokenizer  # it can be larger than the generator
     directory.parent.mkdir(parents=True, exist_ok=True)
     # Two processes that write the same bundle to a bucket both succeed.
