@@ -1,5 +1,6 @@
 """The same images as folder, tar, Parquet, TFDS and records; packing them, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
 import itertools
@@ -211,7 +212,25 @@ def test_index_is_made_once_and_again_when_a_file_changes(photos, tmp_path, cach
     assert len(scanned) == 6 and after.version() != before.version() and len(after) == 12
     with pytest.raises(UserError, match="have changed since this run started"):
         pickle.loads(pickle.dumps(before))
-    assert not cache.exists()
+    assert not list(cache.rglob("*.npz"))
+
+
+def test_processes_at_once_make_the_index_once(photos, tmp_path, monkeypatch):
+    """Threads stand for processes: each has its own lock."""
+    write_shards(tmp_path / "tar", images(photos))
+    scanned = []
+    scan = tars._scan
+    monkeypatch.setattr(tars, "_scan", lambda part: scanned.append(part) or scan(part))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: opened("tar", tmp_path / "tar"), range(4)))
+    assert len(scanned) == 3 and {len(source) for source in found} == {15}
+
+
+def test_index_needs_no_lock(photos, tmp_path, monkeypatch):
+    write_shards(tmp_path / "tar", images(photos))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "file" / "cache"))
+    assert len(opened("tar", tmp_path / "tar")) == 15
 
 
 class HttpError(Exception):
@@ -268,6 +287,35 @@ def test_labels_come_from_json_too_and_may_be_names(photos, tmp_path):
     assert source.class_names == ("cat", "dog") and [source.label(i) for i in (0, 1)] == [1, 0]
 
 
+def test_every_picture_of_a_tar_file_is_read_or_counted(photos, tmp_path, caplog, monkeypatch):
+    content = images(photos)["ant/ant_000.png"]
+    members = {f"{i}.cls": b"0" for i in range(1, 7)}
+    members |= {"1.v2.png": content, "2.jxl": b"1", "3.jxl": b"1", "3.mask.png": content}
+    members |= {"4.jxl": b"1", "4.PNG": content, "5.mask.png": content, "5.png": content}
+    write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, kind in (("6.png", tarfile.LNKTYPE), ("7.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "5.png"
+            tar.addfile(link)
+    for _ in range(2):  # with a new index, and with the one that is kept
+        caplog.clear()
+        source = opened("tar", tmp_path)
+        assert keys(source) == ["1.v2.png", "4.PNG", "5.png", "6.png"]
+        np.testing.assert_array_equal(source[3]["image"], source[2]["image"])
+        assert caplog.text.count("cannot be read: 2 .jxl, 1 .png (link)") == 1
+    monkeypatch.setattr(tars, "READABLE", {*tars.READABLE, "jxl"})  # by a library installed since
+    with pytest.raises(UserError, match=r"found 4\.jxl and 4\.PNG"):
+        opened("tar", tmp_path)
+    write_tar(tmp_path / "a.tar", {"1.v1.png": content, "1.v2.png": content, "1.cls": b"0"})
+    with pytest.raises(UserError, match=r"one image of a name, up .* found 1\.v1\.png and 1\.v2"):
+        opened("tar", tmp_path)
+    write_tar(tmp_path / "a.tar", {"1.svg": b"1", "1.cls": b"0"})
+    with pytest.raises(UserError, match=r"no images in a\.tar"):
+        opened("tar", tmp_path)
+    assert "cannot be read: 1 .svg" in caplog.text
+
+
 def test_damaged_members_are_named_and_skipped(photos, tmp_path):
     found = images(photos)
     found["ant/ant_003.png"] = found["ant/ant_003.png"][:200]
@@ -320,7 +368,7 @@ def cut(path: Path) -> None:
         ),
         (
             lambda path: write_tar(path, {"x.png": b"1", "x.jpg": b"1", "x.cls": b"1"}),
-            r"a\.tar: expected one image of a name, found x\.png and x\.jpg",
+            r"a\.tar: expected one image of a name, .* found x\.png and x\.jpg",
         ),
         (lambda path: path.unlink(), r"expected \.tar files, found none"),
         (

@@ -149,7 +149,7 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     files = [name for name, is_folder in scan(folder) if not is_folder]
     unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
     found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
-    _report(folder, unread)
+    report_unread(folder, unread)
     classes = {name: images for name, images in found.items() if images}
     loose = sorted(name for name in files if _suffix(name) in READABLE)
     if classes and loose:
@@ -172,7 +172,8 @@ def _suffix(name: str) -> str:
     return found[1].lower() if found else ""
 
 
-def _report(folder: Path, unread: collections.Counter) -> None:
+def report_unread(folder: Path, unread: collections.Counter) -> None:
+    """Warns of pictures of a folder that cannot be read, whose suffixes were counted."""
     if unread:
         counts = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(unread.items()))
         hint = "; pip install 'gigatok_jax[heif]' reads .heic" if unread["heic"] else ""
@@ -228,7 +229,7 @@ def image_paths(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or folder, expected images")
     unread = collections.Counter()
     found = [path / name for name in sorted(_walk(path, "", unread))]
-    _report(path, unread)
+    report_unread(path, unread)
     if not found:
         raise UserError(f"{path}: no images")
     return found
