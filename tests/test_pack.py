@@ -186,7 +186,10 @@ def test_words_in_the_names_of_tar_files_tell_the_splits(photos, tmp_path):
         source = opened("tar", tmp_path / path, holdout=2, train=False)
         assert keys(source) == list(held) and source.class_names == ("0", "1", "2")
     (tmp_path / "a" / "photos-test-000.tar").rename(tmp_path / "a" / "more.tar")
-    with pytest.raises(UserError, match=r"^more\.tar: expected train, validation or test"):
+    with pytest.raises(UserError, match=r"^more\.tar: expected one of train, .* found none$"):
+        opened("tar", tmp_path / "a")
+    (tmp_path / "a" / "more.tar").rename(tmp_path / "a" / "train-val-1.tar")
+    with pytest.raises(UserError, match=r"^train-val-1\.tar: .* one, found train and val$"):
         opened("tar", tmp_path / "a")
 
 
@@ -566,6 +569,37 @@ def test_hidden_labels_and_test_files_of_parquet_do_not_count(tmp_path, photos):
     assert found == wanted and len(opened("records", tmp_path / "out", train=False)) == 3
 
 
+def test_damaged_row_groups_of_parquet_are_named(tmp_path, photos, monkeypatch):
+    path, some = tmp_path / "a.parquet", rows(images(photos))
+    write_parquet(path, some, row_group_size=4, use_dictionary=False)
+    source = packing.open_files([str(tmp_path)], train=True, holdout=0)
+    whole = path.read_bytes()
+
+    def damage(column: int):
+        place = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(column)
+        start = place.data_page_offset
+        path.write_bytes(whole[:start] + b"\xff" * 20 + whole[start + 20 :])
+
+    damage(0)  # image.bytes
+    found = list(source.read(0, 15))
+    bad = [i for i, example in enumerate(found) if isinstance(example, BadImage)]
+    assert bad == [4, 5, 6, 7]
+    key = some[4]["image"]["path"]
+    assert re.match(rf"{key}: {path}: row group 1 is damaged: .+$", str(found[4]))
+    damage(2)  # label
+    with pytest.raises(UserError, match=rf"^{path}: row group 1 is damaged: .+$"):
+        packing.open_files([str(tmp_path)], train=True, holdout=0)
+    for error in (OSError(5, "Input/output error"), HttpError("Busy, 503")):
+
+        def fail(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", fail)
+        path.write_bytes(whole)
+        with pytest.raises(OSError, match=r"(Input/output error|Busy, 503): .*a\.parquet"):
+            next(source.read(0, 15))
+
+
 def test_changed_images_and_other_folders_are_rejected(tmp_path, photos):
     image_folders.make(tmp_path / "in", COUNTS)
     packing.pack([str(tmp_path / "in")], tmp_path / "out", **OPTIONS)
@@ -619,6 +653,16 @@ def write_other_parquet(folder: Path) -> None:
         ),
         ("", lambda f: None, "no images"),
         ("nothing", lambda f: None, "no such folder"),
+        (
+            "",
+            lambda f: [image_folders.make(f, {"ant": 1}), write_tar(f / "x.tar", {})],
+            r"--from: expected a folder of images, or of \.tar files, but .* has x\.tar and ant/;",
+        ),
+        (
+            "",
+            lambda f: [(f / "a.png").touch(), write_parquet(f / "x.parquet", [])],
+            r"of \.parquet files, but .* has x\.parquet and a\.png; move one kind, or give a pat",
+        ),
         ("*.tar", lambda f: None, r"expected \.tar files, found none"),
     ],
 )

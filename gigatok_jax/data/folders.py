@@ -147,11 +147,11 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     folder = root / split
     prefix = f"{split}/" if split else ""
     files = [name for name, is_folder in scan(folder) if not is_folder]
-    unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
+    unread = collections.Counter(s for s in map(suffix_of, files) if s in UNREADABLE)
     found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
     report_unread(folder, unread)
     classes = {name: images for name, images in found.items() if images}
-    loose = sorted(name for name in files if _suffix(name) in READABLE)
+    loose = sorted(name for name in files if suffix_of(name) in READABLE)
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
@@ -166,7 +166,7 @@ def _folders(folder: Path) -> list[str]:
     return sorted(name for name, is_folder in scan(folder) if is_folder and name[0] != ".")
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     """The suffix of a file that is not hidden, in lower case."""
     found = SUFFIX.fullmatch(name)
     return found[1].lower() if found else ""
@@ -202,7 +202,7 @@ def _walk(
         if is_folder:
             if name[0] != ".":
                 yield from _walk(root, path, unread, (*above, real), visited)
-        elif (suffix := _suffix(name)) in READABLE:
+        elif (suffix := suffix_of(name)) in READABLE:
             yield path
         elif suffix in UNREADABLE:
             unread[suffix] += 1
