@@ -304,7 +304,7 @@ def evaluate_loss(
                 f"training, got {found!r}"
             )
     if data.source == "codes":
-        info = codes.find_info(data.path)
+        info = codes.STORE.find_info(data.path)
         check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
     losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))

@@ -116,7 +116,7 @@ class GeneratorRun(RunConfig):
             check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.codes_of if tokenizer else None
         if from_codes:
-            info = stored.find_info(self.data.path)
+            info = stored.STORE.find_info(self.data.path)
             check_tokenizer(self.data.path, info, self.model, fingerprint)
             fingerprint = info.tokenizer
         if self.branch_from:
