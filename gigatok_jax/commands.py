@@ -4,6 +4,7 @@ A verb is a function of its flags' values, and its docstring is the help text. F
 they need when they run, so that `gigatok --help` answers at once.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -347,7 +348,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     required("generator", MODEL),
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the images"),
-    flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,cat, or all"),
+    flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,otter, or all"),
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
@@ -403,26 +404,36 @@ def sample(
 
 
 def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Expands "all", or numbers, ranges such as "10-19" and names, to numbers of classes."""
+    """Expands "all", or numbers, ranges such as "10-19" and names, to numbers of classes.
+
+    The classes of ImageNet have two names, a WordNet id and a word.
+    """
     import difflib
 
+    from gigatok_jax import imagenet
     from gigatok_jax.api import class_list
 
     if items == ["all"]:
         return list(trained)
-    numbers_of, ranges = {name.lower(): number for number, name in enumerate(names)}, []
+    numbers_of, ranges = collections.defaultdict(list), []
+    for number, both in enumerate(zip(names, imagenet.words(names), strict=True)):
+        for name in {name.lower() for name in both}:
+            numbers_of[name].append(number)
     for item in items:
         first, dash, last = item.partition("-")
         last = last if dash else first
         if first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             ranges.append(range(int(first), int(last) + 1))
-        elif (number := numbers_of.get(item.strip().lower())) is not None:
-            ranges.append(range(number, number + 1))
+        elif found := numbers_of.get(item.strip().lower()):
+            if len(found) > 1:
+                raise UserError(
+                    f"--classes: expected a name of one class, got {item!r}, which is that of "
+                    f"{', '.join(map(str, found))}; give the number"
+                )
+            ranges.append(found)
         else:
             near = difflib.get_close_matches(item.lower(), numbers_of, 3, 0.5)
-            hint = (
-                f"; is it {' or '.join(repr(names[numbers_of[n]]) for n in near)}?" if near else ""
-            )
+            hint = f"; is it {' or '.join(map(repr, near))}?" if near else ""
             raise UserError(
                 "--classes: expected numbers, ranges and names of classes, such as 0,10-19, got "
                 f"{item!r}{hint}"

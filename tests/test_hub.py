@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import test_commands
 
-from gigatok_jax import bundles, locate
+from gigatok_jax import api, bundles, locate
+from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import generation
 from gigatok_jax.models import generator
 from gigatok_jax.weights import convert, fetch, hub, torch_files
 
+import image_folders
 import stub_hub
 import tiny
 
@@ -274,10 +277,11 @@ AUTHORS = "authors/weights"
 def published(monkeypatch, server, tmp_path):
     """A tiny tokenizer and its generator, as safetensors of the authors on the Hub."""
     made = {"it": tiny.weights(CONFIG), "its_gpt": {"params": tiny.fill(MODEL_SHAPES)}}
-    sampling = {"guidance": 2.5, "schedule": "step", "schedule_start": 0.18}
+    its = {"tokenizer": "it", "class_names": ("ant", "bee", "cat")}
+    its["sampling"] = {"guidance": 2.5, "schedule": "step", "schedule_start": 0.18}
     for name, kind, config, more in (
         ("it", "tokenizer", CONFIG, {}),
-        ("its_gpt", "generator", MODEL, {"tokenizer": "it", "sampling": sampling}),
+        ("its_gpt", "generator", MODEL, its),
     ):
         rule = convert.KINDS[kind]
         changed = dataclasses.replace(rule, model=lambda _, config=config: config)
@@ -293,7 +297,7 @@ def published(monkeypatch, server, tmp_path):
 
 
 def test_published_generator_brings_its_tokenizer_and_guidance(published, gigatok, tmp_path):
-    command = ["sample", "--generator=its_gpt", "--classes=2", "--count=2", "--batch_size=2"]
+    command = ["sample", "--generator=its_gpt", "--classes=cat", "--count=2", "--batch_size=2"]
     code, _, lines = gigatok(*command, f"--out={tmp_path / 'out'}")
     assert code == 0, lines
     record = json.loads((tmp_path / "out" / "images" / "sampling.json").read_text())
@@ -304,6 +308,17 @@ def test_published_generator_brings_its_tokenizer_and_guidance(published, gigato
     assert gigatok(*command, "--guidance=3", f"--out={tmp_path / 'own'}")[0] == 0
     record = json.loads((tmp_path / "own" / "images" / "sampling.json").read_text())
     assert record["sampling"]["guidance"] == 3 and record["sampling"]["schedule"] == "constant"
+
+
+def test_data_may_name_the_classes_of_a_published_generator_otherwise(published, tmp_path):
+    image_folders.make(tmp_path / "photos", {"a": 1, "b": 1, "c": 1})
+    model, tokenizer = api.load_generator("its_gpt"), api.load_tokenizer("it")
+    assert model.class_names == ("ant", "bee", "cat")
+    data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=0)
+    assert generation.evaluate_loss(model, tokenizer, data, 3)["images"] == 3
+    model.made_by.pop("published")
+    with pytest.raises(UserError, match=r"expected class 0 to be 'ant', .* got 'a'"):
+        generation.evaluate_loss(model, tokenizer, data, 3)
 
 
 def test_published_file_is_downloaded_once_and_its_hash_remembered(published, server, tmp_path):

@@ -105,7 +105,7 @@ class _Probe:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return stored.find_info(self.codes.path).class_names
+        return stored.STORE.find_info(self.codes.path).class_names
 
     @functools.cached_property
     def generator(self) -> api.PretrainedGenerator:

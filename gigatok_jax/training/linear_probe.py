@@ -96,7 +96,7 @@ def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
     bundle = bundles.load(run.generator, "generator", GeneratorConfig)
     config, made_by = bundle.config, bundle.made_by.get("tokenizer")
     if run.data.source == "codes":
-        check_tokenizer(run.data.path, stored.find_info(run.data.path), config, made_by)
+        check_tokenizer(run.data.path, stored.STORE.find_info(run.data.path), config, made_by)
     else:
         check_tokenizer(run.tokenizer, tokenizer, config, made_by)
     layer = _chosen_layer(run, config.depth // 2, config.depth)

@@ -221,6 +221,7 @@ def fetch_bundle(name: str) -> Path:
         made_by["tokenizer"] = tokenizer.fingerprint
         made_by["published_tokenizer"] = published.tokenizer
         made_by["sampling"] = dict(published.sampling)
+        made_by["data"] = {"class_names": list(published.class_names)}
         del tokenizer  # it can be larger than the generator
     # A bucket has no such locks, so there process 0 of a run does the work, see `locate`.
     beside = local_cache_dir() / "bundles" if in_bucket(directory) else directory.parent
