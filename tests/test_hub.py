@@ -133,6 +133,15 @@ def test_only_the_config_is_downloaded_for_an_architecture(server, bundle, gigat
     assert {path for _, path in server.requests} == {f"/{REPO}/resolve/main/config.json"}
 
 
+def test_architecture_of_a_conversion_is_that_of_an_address(server, bundle, tmp_path, gigatok):
+    assert gigatok("push", bundle, f"hf://{REPO}")[0] == 0
+    file, out = tmp_path / "file.safetensors", tmp_path / "out"
+    torch_files.write(file, convert.to_torch("tokenizer", tiny.weights(CONFIG), CONFIG))
+    command = ["convert", "tokenizer", f"--from={file}", f"--model=hf://{REPO}", f"--out={out}"]
+    assert gigatok(*command)[0] == 0
+    assert load(out).fingerprint == load(bundle).fingerprint
+
+
 def test_card_has_what_was_measured_and_nothing_else(server, bundle, tmp_path, gigatok):
     metrics = tmp_path / "probe" / "results.json"
     metrics.parent.mkdir()
@@ -344,6 +353,12 @@ def test_published_file_is_downloaded_once_and_its_hash_remembered(published, se
 
 def assert_equal_params(found: bundles.Bundle, expected: dict) -> None:
     assert found.fingerprint == bundles.fingerprint(expected["params"])
+
+
+def test_published_file_that_is_gone_is_one_line(published, server):
+    server.commit(AUTHORS, {})
+    with pytest.raises(UserError, match=r"/it\.safetensors: no such file in the repository; downl"):
+        load("it")
 
 
 def test_file_put_into_the_cache_by_hand_needs_no_hub(published, server, tmp_path, monkeypatch):
