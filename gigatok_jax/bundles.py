@@ -202,7 +202,13 @@ def _gather(array: Any) -> np.ndarray | None:
     return np.asarray(array, order="C") if distributed.is_main() else None
 
 
-def load(name: str | Path, kind: str | Sequence[str], config_type: type | None = None) -> Bundle:
+def load(
+    name: str | Path,
+    kind: str | Sequence[str],
+    config_type: type | None = None,
+    *,
+    where: str = "",
+) -> Bundle:
     """Reads a bundle; each process of a run reads it independently.
 
     Args:
@@ -210,6 +216,7 @@ def load(name: str | Path, kind: str | Sequence[str], config_type: type | None =
         `locate.find` takes. Published weights and those of the Hub are downloaded if need be.
       kind: the expected kind, or several acceptable ones.
       config_type: the architecture's dataclass; None leaves it as the mapping in the file.
+      where: flag or field that holds the name, for messages.
 
     Returns:
       The bundle; floating-point arrays are float32.
@@ -219,7 +226,7 @@ def load(name: str | Path, kind: str | Sequence[str], config_type: type | None =
         or not those of its architecture.
     """
     kinds = _several(kind)
-    directory, config, record = _describe(locate.find(name, kinds), kinds, config_type)
+    directory, config, record = _describe(locate.find(name, kinds, where=where), kinds, config_type)
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
@@ -266,7 +273,9 @@ def _check_content(directory: Path, expected: Any, weights: Any) -> None:
             raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
-def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
+def load_config(
+    name: str | Path, kind: str | Sequence[str], config_type: type, *, where: str = ""
+) -> Any:
     """Reads only a bundle's architecture, without downloading its weights.
 
     Arguments and errors are those of `load`.
@@ -274,7 +283,7 @@ def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) 
     kinds = _several(kind)
     config = locate.architecture(str(name), kinds)
     if config is None:
-        folder = locate.find(name, kinds, weights=False)
+        folder = locate.find(name, kinds, where=where, weights=False)
         config = _describe(folder, kinds, config_type)[1]
     return config
 

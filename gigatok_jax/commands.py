@@ -248,7 +248,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     source, folder = as_path(images), as_path(out)
     _check_no_evaluation(folder)
     _check_apart("out", folder, images, ("images", "grid.png"))
-    loaded = api.load_tokenizer(tokenizer)
+    loaded = api.load_tokenizer(tokenizer, where="--tokenizer")
     with locks.hold(folder):
         reconstruction.reconstruct(loaded, source, folder, **options)
 
@@ -338,7 +338,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
     data, folder = _data(config), as_path(out)
     _check_data("out", folder, data)
-    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig, where="--tokenizer")
     with distributed.locked(folder):
         encoding.encode(bundle, data, folder, crop_factors=factors, **options)
 
@@ -381,7 +381,7 @@ def sample(
 
     settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
-    loaded = api.load_generator(generator)
+    loaded = api.load_generator(generator, where="--generator")
     settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
@@ -527,7 +527,7 @@ def _evaluate_reconstruction(args: types.SimpleNamespace) -> tuple[dict[str, flo
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, reconstruction
 
-    tokenizer = api.load_tokenizer(_name(args, "tokenizer"))
+    tokenizer = api.load_tokenizer(_name(args, "tokenizer"), where="--tokenizer")
     metrics = reconstruction.evaluate(
         tokenizer,
         features.load(args.features),
@@ -543,7 +543,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], M
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, fid, generation
 
-    generator = api.load_generator(_name(args, "generator"))
+    generator = api.load_generator(_name(args, "generator"), where="--generator")
     tokenizer = _tokenizer_of(generator, args.tokenizer)
     sampling = _as_published(args.sampling, args.guided, generator)
     extractor = features.load(args.features)
@@ -578,7 +578,7 @@ def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Model
     from gigatok_jax.evaluation import generation
 
     data, tokenizer = _data(args.config), None
-    generator = api.load_generator(_name(args, "generator"))
+    generator = api.load_generator(_name(args, "generator"), where="--generator")
     if args.tokenizer or data.source != "codes":
         tokenizer = _tokenizer_of(generator, args.tokenizer)
     metrics = generation.evaluate_loss(generator, tokenizer, data, args.batch_size)

@@ -395,9 +395,37 @@ def test_names_are_checked_before_anything_is_downloaded(published, server, giga
     with pytest.raises(UserError, match=r"^it: holds a tokenizer, expected a generator"):
         bundles.load("it", "generator")
     message = refused(gigatok("reconstruct", "--tokenizer=gigatok_b", "--images=x", "--out=y"))
-    assert message.startswith("'gigatok_b': no such folder; known: gigatok_s_s, gigatok_s_b, ")
+    start = "--tokenizer: 'gigatok_b': no such folder; known: gigatok_s_s, gigatok_s_b, "
+    assert message.startswith(start)
     assert message.endswith("it; or give hf://OWNER/REPO[/FOLDER][@REVISION]")
     assert "gigatok_gpt" not in message and not server.requests
+
+
+PROBE = f"--config={pathlib.Path(__file__).parent / 'probe_config.py'}"
+MISNAMED = {
+    "--tokenizer": ["encode", "--tokenizer=typo", "--config=tokenizer:tiny_tiny", "--out=out"],
+    "--tokenizer ": ["probe", "--tokenizer=typo", PROBE, "--workdir=out"],
+    "--generator": ["sample", "--generator=typo", "--out=out"],
+    "--from": ["convert", "generator", "--to-torch", "--from=typo", "--out=out"],
+    "config.tokenizer": ["train", "--config=generator:tiny", "--workdir=out"],
+    "config.tokenizer ": ["plan", "--config=generator:tiny", "--topology=h100:8"],
+    "config.objective.teacher": ["plan", "--config=tokenizer:tiny_tiny", "--topology=h100:8"],
+}
+
+
+@pytest.mark.parametrize("where", MISNAMED)
+def test_unknown_model_is_one_line_that_names_the_flag_or_field(gigatok, where):
+    command, where = MISNAMED[where], where.strip()
+    field = [f"--{where}=typo"] if where.startswith("config") else []
+    code, _, lines = gigatok(*command, *field)
+    assert code == 2
+    assert lines[-1].startswith(f"gigatok: error: {where}: 'typo': no such folder; known: ")
+
+
+def test_all_names_are_known_where_any_model_may_be_named(gigatok):
+    message = refused(gigatok("push", "typo", f"hf://{REPO}"))
+    assert message.startswith("'typo': no such folder; known: embedded, dinov2_vits14, ")
+    assert "gigatok_s_s" in message and "gigatok_gpt_b_s_s" in message
 
 
 def test_processes_at_once_download_published_weights_once(published, server):

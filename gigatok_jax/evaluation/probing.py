@@ -127,7 +127,7 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     Raises:
       UserError: `workdir` holds another probe, or the input of a step is wrong.
     """
-    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig, where="--tokenizer")
     extractor = features.load(config.features)
     # Opening the data is cheap; reading them with other codes would mix two probes.
     sources = {

@@ -183,7 +183,7 @@ def to_file(kind: str, name: str | Path, file: str | Path) -> None:
     Raises:
       UserError: there is no such model (see `locate.find`), or the suffix is unknown.
     """
-    bundle = bundles.load(name, kind, find(kind).config)
+    bundle = bundles.load(name, kind, find(kind).config, where="--from")
     torch_files.write(file, to_torch(kind, bundle.weights, bundle.config))
 
 
