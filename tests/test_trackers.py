@@ -377,13 +377,21 @@ def traced_steps(workdir):
     return sorted(int(step) for step in found)
 
 
-def test_trace_has_its_steps_and_a_resumed_run_makes_no_other(tmp_path):
+def test_trace_has_its_steps_and_a_resumed_run_makes_no_other(tmp_path, caplog):
     run_toy(tmp_path, steps=9, profile_at=8, profile_steps=3)
     assert traced_steps(tmp_path) == [8, 9]  # the run ends before the trace
-    run_toy(tmp_path, profile_at=9)
+    with caplog.at_level(logging.INFO, "gigatok_jax"):
+        run_toy(tmp_path, profile_at=9)
     assert traced_steps(tmp_path) == [8, 9]
-    run_toy(tmp_path / "other", profile_at=21, trackers=())
-    assert not (tmp_path / "other" / "tensorboard").exists()
+    line = "config.loop.profile_at: no trace of step 9: the run goes on after step 9"
+    assert line in caplog.messages
+
+
+def test_trace_after_the_last_step_is_refused():
+    message = r"loop\.profile_at: expected at most the run's 20 steps, got 21"
+    with pytest.raises(ValueError, match=message):
+        test_loop.ToyRun(loop=LoopConfig(profile_at=21))
+    assert test_loop.ToyRun(loop=LoopConfig(profile_at=20)).total_steps == 20
 
 
 def test_trace_is_closed_when_the_run_fails(tmp_path):
