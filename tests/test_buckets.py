@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 import pytest
 import test_pack
+import test_trackers
 
 from gigatok_jax import bundles, cli, commands, files, locks, packing
 from gigatok_jax.data.sources import DataConfig, open_source
@@ -93,7 +94,8 @@ def test_training_that_stops_goes_on_to_the_same_weights(bucket, tmp_path):
     assert not (workdir / locks.NAME).exists()
     names = {name for name, _ in files.scan(workdir)}
     assert names == {path.name for path in (tmp_path / "run").iterdir()}
-    assert [name for name, _ in files.scan(workdir / "tensorboard")]
+    steps = [row["step"] for row in rows(workdir) if "total" in row]
+    assert [step for step, _ in test_trackers.shown(workdir, "total")] == steps
 
 
 def test_probe_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def load_matching_tokenizer(
     Raises:
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig, where="--tokenizer")
     check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
     return PretrainedTokenizer(bundle.config, bundle.weights, fingerprint=bundle.fingerprint)
 

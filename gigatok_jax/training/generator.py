@@ -112,7 +112,9 @@ class GeneratorRun(RunConfig):
             )
         tokenizer = None
         if self.tokenizer:
-            tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
+            tokenizer = bundles.load(
+                self.tokenizer, "tokenizer", TokenizerConfig, where="config.tokenizer"
+            )
             check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.codes_of if tokenizer else None
         if from_codes:

@@ -164,7 +164,7 @@ def to_bundle(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_model = as_path(model).is_dir() or locate.is_name(model)
+        is_model = locate.is_name(model) or as_path(model, "--model").is_dir()
         config = bundles.load_config(model, kind, rule.config) if is_model else rule.model(model)
     files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])
@@ -182,7 +182,7 @@ def to_file(kind: str, name: str | Path, file: str | Path) -> None:
     Raises:
       UserError: there is no such model (see `locate.find`), or the suffix is unknown.
     """
-    bundle = bundles.load(name, kind, find(kind).config)
+    bundle = bundles.load(name, kind, find(kind).config, where="--from")
     torch_files.write(file, to_torch(kind, bundle.weights, bundle.config))
 
 
