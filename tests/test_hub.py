@@ -163,6 +163,18 @@ def test_card_has_what_was_measured_and_nothing_else(server, bundle, tmp_path, g
     assert "license" not in card and "metric" not in card
 
 
+def test_card_of_a_run_has_its_last_evaluation(server, bundle, gigatok):
+    run = bundle.with_name("run")
+    run.mkdir()
+    bundle.rename(run / "bundle")
+    rows = [{"step": 5, "held_out/psnr": 9.5}, {"step": 9, "held_out/psnr": 20.5}]
+    rows.append({"step": 10, "total": 1.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gigatok("push", run, f"hf://{REPO}")[0] == 0
+    card = server.commits[REPO][-1][1]["README.md"].decode()
+    assert "step 9\n" in card and "| psnr | 20.5 | of reconstructions, dB |" in card
+
+
 def test_metrics_of_another_model_are_refused(server, bundle, tmp_path, gigatok):
     metrics = tmp_path / "results.json"
     metrics.write_text('{"psnr": 20.5}')
