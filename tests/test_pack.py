@@ -675,6 +675,25 @@ def test_pack_rejects_what_it_cannot_read_in_one_line(gigatok, tmp_path, name, m
     assert not out.exists()
 
 
+def test_records_that_cannot_be_read_now_are_no_bad_images(forms):
+    source = open_source(forms["records"], train=True, image_size=16)
+
+    class Failing:
+        def __len__(self):
+            return 15
+
+        def __getitem__(self, index):
+            raise RuntimeError(message)
+
+    source._records = Failing()
+    message = "Corrupted Riegeli/records file: chunk data hash mismatch"
+    with pytest.raises(BadImage, match="record 3 is damaged: Corrupted"):
+        source[3]
+    message = "pread() failed: Input/output error"
+    with pytest.raises(OSError, match=r"pread\(\) failed"):
+        source[3]
+
+
 def test_records_that_are_incomplete_or_elsewhere_are_named(tmp_path, forms):
     with pytest.raises(UserError, match=r"no info\.json, expected the output of `gigatok pack`"):
         opened("records", tmp_path)
