@@ -1,6 +1,5 @@
 """Locks on folders that only one command at a time may write to."""
 
-import _thread
 from collections.abc import Callable, Iterator
 import contextlib
 import json
@@ -14,7 +13,7 @@ from typing import IO
 import uuid
 
 from gigatok_jax import files
-from gigatok_jax.errors import UserError
+from gigatok_jax.errors import RunStopped, UserError
 
 try:
     import fcntl
@@ -95,9 +94,8 @@ def _hold_object(path: files.Path) -> Iterator[None]:
         if _owner(path).get("id") == mine["id"]:
             path.write_text(text())
         elif not done.is_set():
-            done.set()
             logger.error("%s: another process took this one for lost; stopping", path.parent)
-            _thread.interrupt_main()
+            os._exit(RunStopped.exit_code)  # at once: all that it writes now is the other's
 
     thread = threading.Thread(target=_beat, args=(done, beat), daemon=True)
     thread.start()
