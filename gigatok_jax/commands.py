@@ -21,6 +21,7 @@ from gigatok_jax.files import Path, as_path, real_path
 logger = logging.getLogger(__name__)
 
 Define = Callable[[flags.FlagValues], Any]
+Models = Mapping[str, Any]  # `api.Pretrained` by kind
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +80,7 @@ def batch_size(default: int, text: str = "images per batch") -> Define:
     return flag("integer", "batch_size", default, text, lower_bound=1)
 
 
-MEASURED = "evaluation.json"  # in a folder of results of `evaluate`: what was measured
+MEASURED = "evaluation.json"  # in a folder of results of `evaluate`: the measure, the models
 SEED = {"lower_bound": 0, "upper_bound": 2**32 - 1}
 
 PROCESSES = (
@@ -502,12 +503,13 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
         # Results of all measures have the same names.
         mark, record = folder / MEASURED, {"measure": measure[0]}
         distributed.in_main(lambda: files.claim(mark, record, "results", write=False))
-        result = measures[measure[0]](args)
+        result, models = measures[measure[0]](args)
         print_metrics(result)
         if distributed.is_main():
+            # So that a kill never leaves the metrics of one model beside the mark of another.
+            (folder / "metrics.json").unlink(missing_ok=True)
+            files.write_json(mark, record | {kind: m.fingerprint for kind, m in models.items()})
             files.write_json(folder / "metrics.json", result)
-            if not mark.exists():
-                files.write_json(mark, record)
     print(folder)
 
 
@@ -518,21 +520,26 @@ def _name(args: types.SimpleNamespace, name: str) -> str:
     return value
 
 
-def _evaluate_reconstruction(args: types.SimpleNamespace) -> dict[str, float]:
+# These return the metrics, and the models that were measured.
+
+
+def _evaluate_reconstruction(args: types.SimpleNamespace) -> tuple[dict[str, float], Models]:
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, reconstruction
 
-    return reconstruction.evaluate(
-        api.load_tokenizer(_name(args, "tokenizer")),
+    tokenizer = api.load_tokenizer(_name(args, "tokenizer"))
+    metrics = reconstruction.evaluate(
+        tokenizer,
         features.load(args.features),
         _data(args.config),
         args.out,
         batch_size=args.batch_size,
         ssim_range=args.ssim_range,
     )
+    return metrics, {"tokenizer": tokenizer}
 
 
-def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
+def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]:
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, fid, generation
 
@@ -552,7 +559,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
     evaluate, out = generation.evaluate, generation.guidance_folder(args.out, sampling)
     if args.search:
         evaluate, out = generation.evaluate_best, args.out
-    return evaluate(
+    metrics = evaluate(
         generator,
         tokenizer,
         extractor,
@@ -563,9 +570,10 @@ def _evaluate_generation(args: types.SimpleNamespace) -> dict[str, Any]:
         seed=args.seed,
         batch_size=args.batch_size,
     )
+    return metrics, {"generator": generator, "tokenizer": tokenizer}
 
 
-def _evaluate_loss(args: types.SimpleNamespace) -> dict[str, float]:
+def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Models]:
     from gigatok_jax import api
     from gigatok_jax.evaluation import generation
 
@@ -573,10 +581,11 @@ def _evaluate_loss(args: types.SimpleNamespace) -> dict[str, float]:
     generator = api.load_generator(_name(args, "generator"))
     if args.tokenizer or data.source != "codes":
         tokenizer = _tokenizer_of(generator, args.tokenizer)
-    return generation.evaluate_loss(generator, tokenizer, data, args.batch_size)
+    metrics = generation.evaluate_loss(generator, tokenizer, data, args.batch_size)
+    return metrics, {"generator": generator}
 
 
-def _evaluate_cost(args: types.SimpleNamespace) -> dict[str, Any]:
+def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]:
     import jax
 
     from gigatok_jax.evaluation import cost
@@ -586,7 +595,7 @@ def _evaluate_cost(args: types.SimpleNamespace) -> dict[str, Any]:
     print("decoder / generator" + "".join(f"{name:>10}" for name in args.generators))
     for decoder, row in table.items():
         print(f"{decoder:<19}" + "".join(f"{share:>10.1%}" for share in row.values()))
-    return {**size, "device": jax.devices()[0].device_kind, "shares": table}
+    return {**size, "device": jax.devices()[0].device_kind, "shares": table}, {}
 
 
 @verb(

@@ -10,6 +10,7 @@ from gigatok_jax import bundles, locate
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path, local_copy, read_json
 from gigatok_jax.training.telemetry import read_metrics
+from gigatok_jax.training.trackers import is_evaluation
 from gigatok_jax.weights import hub
 
 CARD = "README.md"
@@ -49,15 +50,16 @@ def push(
       The address of the new commit.
 
     Raises:
-      UserError: the bundle is damaged, a file of metrics is not this model's, the Hub refuses, or
-        the repository has another model or, with `private`, is public.
+      UserError: the bundle is damaged, the record beside a file of metrics names another model, the
+        Hub refuses, or the repository has another model or, with `private`, is public.
     """
     import huggingface_hub
 
     target = hub.parse(address)
     directory, record = bundles.read_record(name)
     bundle = bundles.load(directory, record["kind"])  # rejects what is damaged before an upload
-    measured = _measured(None if locate.is_name(name) else as_path(name), metrics, bundle)
+    folder = None if locate.is_name(name) else as_path(name)
+    measured = _measured(folder, metrics, record["kind"], bundle)
     card = _card(target, record["kind"], bundle, license, measured)
     api = huggingface_hub.HfApi(library_name=hub.LIBRARY)
     with hub.one_line(str(target)):
@@ -121,26 +123,42 @@ def _open_repository(api: Any, target: hub.Address, private: bool) -> set[str]:
 
 
 def _measured(
-    folder: Path | None, files: Sequence[Path], bundle: bundles.Bundle
+    folder: Path | None, files: Sequence[Path], kind: str, bundle: bundles.Bundle
 ) -> dict[str, dict[str, float]]:
     """Measured numbers, by where they come from; `folder` is the model's, if it has one."""
     probe = folder and folder.parent / "results.json"  # of the probe that trained this generator
-    if not files and probe and probe.exists():
+    if not files and kind == "generator" and probe and probe.exists():
         files = [probe]
     result = {}
     for file in files:
-        record = file.with_name("probe.json")
-        if record.exists():
-            probed = read_json(record, "a probe").get("tokenizer")
-            if probed not in (bundle.fingerprint, bundle.made_by.get("tokenizer")):
-                raise UserError(f"{file}: expected metrics of this model, got those of another")
+        _check_measured(file, kind, bundle)
         result[f"{file.parent.name}/{file.name}"] = _numbers(read_json(file, "metrics"))
     log = folder and folder / "metrics.jsonl"
     if not files and log and log.exists():
-        rows = [row for row in read_metrics(log) if "total" not in row]
+        rows = [row for row in read_metrics(log) if is_evaluation(row)]
         if rows:
             result[f"held-out images in training, step {rows[-1]['step']}"] = _numbers(rows[-1])
     return {source: numbers for source, numbers in result.items() if numbers}
+
+
+def _check_measured(file: Path, kind: str, bundle: bundles.Bundle) -> None:
+    """Raises UserError if the record beside a file of metrics does not name this model.
+
+    A file without a record is taken as it is.
+    """
+    for name in ("probe.json", "evaluation.json"):
+        if not file.with_name(name).exists():
+            continue
+        found, culprit = read_json(file.with_name(name), "what was measured"), "it"
+        named, ours = [found.get(kind)], bundle.fingerprint
+        if kind == "generator" and name == "probe.json":  # older than the probe's generator
+            named = [found.get("tokenizer"), found.get("codes_of")]
+            ours, culprit = bundle.made_by.get("tokenizer"), "its tokenizer"
+        if not ours or ours not in named:
+            raise UserError(
+                f"{file}: expected metrics of this model, but {name} beside it does not name "
+                f"{culprit}"
+            )
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:

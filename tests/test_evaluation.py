@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from gigatok_jax import api, cli, config
+from gigatok_jax import api, bundles, cli, config
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import features, fid, generation
@@ -146,9 +146,14 @@ def test_commands_write_metrics(networks, tmp_path, capsys):
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["images"] == 12 and len(metrics["search"]) >= 2
     assert metrics["gfd_teacher"] == min(row["gfd_teacher"] for row in metrics["search"])
+    models = {kind: bundles.load(path, kind).fingerprint for kind, path in networks.items()}
+    measured = json.loads((out / "evaluation.json").read_text())
+    assert measured == {"measure": "generation", **models}
     out = tmp_path / "reconstruction"
     assert not cli.main(["evaluate", "reconstruction", arguments[0], *data, f"--out={out}"])
     assert json.loads((out / "metrics.json").read_text())["images"] == 20
+    measured = json.loads((out / "evaluation.json").read_text())
+    assert measured == {"measure": "reconstruction", "tokenizer": models["tokenizer"]}
     assert "rfd_teacher" in capsys.readouterr().out
 
 

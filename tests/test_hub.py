@@ -133,6 +133,15 @@ def test_only_the_config_is_downloaded_for_an_architecture(server, bundle, gigat
     assert {path for _, path in server.requests} == {f"/{REPO}/resolve/main/config.json"}
 
 
+def test_architecture_of_a_conversion_is_that_of_an_address(server, bundle, tmp_path, gigatok):
+    assert gigatok("push", bundle, f"hf://{REPO}")[0] == 0
+    file, out = tmp_path / "file.safetensors", tmp_path / "out"
+    torch_files.write(file, convert.to_torch("tokenizer", tiny.weights(CONFIG), CONFIG))
+    command = ["convert", "tokenizer", f"--from={file}", f"--model=hf://{REPO}", f"--out={out}"]
+    assert gigatok(*command)[0] == 0
+    assert load(out).fingerprint == load(bundle).fingerprint
+
+
 def test_card_has_what_was_measured_and_nothing_else(server, bundle, tmp_path, gigatok):
     metrics = tmp_path / "probe" / "results.json"
     metrics.parent.mkdir()
@@ -154,10 +163,33 @@ def test_card_has_what_was_measured_and_nothing_else(server, bundle, tmp_path, g
 def test_metrics_of_another_model_are_refused(server, bundle, tmp_path, gigatok):
     metrics = tmp_path / "results.json"
     metrics.write_text('{"psnr": 20.5}')
-    (tmp_path / "probe.json").write_text('{"tokenizer": "0123456789abcdef"}')
-    message = refused(gigatok("push", bundle, f"hf://{REPO}", f"--metrics={metrics}"))
-    assert message == f"{metrics}: expected metrics of this model, got those of another"
+    ours = load(bundle).fingerprint
+    for record, named in (
+        ("probe.json", {"tokenizer": "0123456789abcdef"}),
+        ("probe.json", {"tokenizer": "0123456789abcdef", "codes_of": ours}),  # another decoder
+        ("evaluation.json", {"measure": "reconstruction", "tokenizer": "0123456789abcdef"}),
+        ("evaluation.json", {"measure": "cost"}),
+    ):
+        (tmp_path / record).write_text(json.dumps(named))
+        message = refused(gigatok("push", bundle, f"hf://{REPO}", f"--metrics={metrics}"))
+        text = f"expected metrics of this model, but {record} beside it does not name it"
+        assert message == f"{metrics}: {text}"
+        (tmp_path / record).unlink()
     assert REPO not in server.commits
+
+
+def test_generator_has_the_metrics_of_the_probe_of_a_tuned_decoder(server, tmp_path, gigatok):
+    made_by = {"tokenizer": "1111111111111111"}
+    params = {"params": tiny.fill(MODEL_SHAPES)}
+    bundles.save(tmp_path / "generator" / "bundle", "generator", MODEL, params, made_by)
+    (tmp_path / "results.json").write_text('{"loss": 2.5}')
+    record = {"tokenizer": "2222222222222222"}
+    (tmp_path / "probe.json").write_text(json.dumps(record))
+    message = refused(gigatok("push", tmp_path / "generator", f"hf://{REPO}"))
+    assert message.endswith("but probe.json beside it does not name its tokenizer")
+    (tmp_path / "probe.json").write_text(json.dumps(record | {"codes_of": "1111111111111111"}))
+    assert gigatok("push", tmp_path / "generator", f"hf://{REPO}")[0] == 0
+    assert "| loss | 2.5 |" in server.commits[REPO][-1][1]["README.md"].decode()
 
 
 def test_new_repository_is_private_if_asked(server, bundle, gigatok):
@@ -321,6 +353,12 @@ def test_published_file_is_downloaded_once_and_its_hash_remembered(published, se
 
 def assert_equal_params(found: bundles.Bundle, expected: dict) -> None:
     assert found.fingerprint == bundles.fingerprint(expected["params"])
+
+
+def test_published_file_that_is_gone_is_one_line(published, server):
+    server.commit(AUTHORS, {})
+    with pytest.raises(UserError, match=r"/it\.safetensors: no such file in the repository; downl"):
+        load("it")
 
 
 def test_file_put_into_the_cache_by_hand_needs_no_hub(published, server, tmp_path, monkeypatch):

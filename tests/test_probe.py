@@ -61,7 +61,10 @@ def test_probe_measures_all(whole):
     images = {name: found[name] for name in found if "images" in name}
     assert images == {"reconstruction_images": 24, "loss_images": 24, "generation_images": 16}
     assert found["loss"] > 0 and 0 <= found["linear_accuracy"] <= 1
-    assert bundles.load(whole / "generator", "generator").config["codes"] == TOKENIZER.latents
+    generator = bundles.load(whole / "generator", "generator")
+    assert generator.config["codes"] == TOKENIZER.latents
+    record = json.loads((whole / "probe.json").read_text())
+    assert record["tokenizer"] == record["codes_of"] == generator.made_by["tokenizer"]
 
 
 class Killed(Exception):

@@ -134,7 +134,8 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
         split: open_source(config.data, train=train, image_size=bundle.config.image_size)
         for split, train in (("training", True), ("evaluation", False))
     }
-    identity = {"tokenizer": bundle.fingerprint, **config.identity()}
+    made = {"tokenizer": bundle.fingerprint, "codes_of": bundle.codes_of}
+    identity = {**made, **config.identity()}
     for split, source in sources.items():
         identity[f"set of {split} images"] = f"{len(source)} images, version {source.version()}"
     # Reject another probe's workdir early: the reference can take hours to compute.

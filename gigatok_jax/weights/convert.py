@@ -164,7 +164,7 @@ def to_bundle(
             f"--model: expected the architecture of this {kind}, such as {rule.example}"
         )
     if rule.model:
-        is_model = as_path(model).is_dir() or locate.is_name(model)
+        is_model = locate.is_name(model) or as_path(model, "--model").is_dir()
         config = bundles.load_config(model, kind, rule.config) if is_model else rule.model(model)
     files = [shard for file in files for shard in torch_files.shards(file)]
     tensors = ChainMap(*[torch_files.read(file, weights) for file in files])

@@ -64,7 +64,7 @@ def download(text: str, *, weights: bool = True) -> pathlib.Path:
     from huggingface_hub import errors
 
     address = parse(text)
-    with one_line(text):
+    with one_line(text, "not a bundle: it has no config.json, or no model.safetensors"):
         config = download_file(address.repo, address.path("config.json"), address.revision)
         commit = config.parents[address.path("").count("/")].name  # snapshots/COMMIT/FOLDER
         if weights:
@@ -94,17 +94,22 @@ def discard(path: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
-def one_line(where: str) -> Iterator[None]:
-    """Turns errors of the Hub into UserErrors; `where` names the repository or the file."""
+def one_line(where: str, missing: str = "no such file in the repository") -> Iterator[None]:
+    """Turns errors of the Hub into UserErrors.
+
+    Args:
+      where: names the repository or the file.
+      missing: what it means if the repository lacks a file.
+    """
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # of the Hub, the connection, or the check of a name
-        raise UserError(f"{where}: {_reason(error)}") from error
+        raise UserError(f"{where}: {_reason(error, missing)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, missing: str) -> str:
     from huggingface_hub import constants, errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
@@ -122,7 +127,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return "no such revision"
     if isinstance(error, errors.EntryNotFoundError):
-        return "not a bundle: it has no config.json, or no model.safetensors"
+        return missing
     if status in (401, 403):
         return f"access refused (HTTP {status}); check the token (HF_TOKEN, or `hf auth login`)"
     return first_line(error)
