@@ -74,7 +74,7 @@ class ProbeConfig:
         """Fields that affect results, by dotted name; the others may change on a restart."""
         fields = dataclasses.asdict(self) | {"data": self.data.content()}
         if self.reference:  # its content, wherever it lies
-            fields["reference"] = fid.describe_npz(as_path(self.reference))
+            fields["reference"] = fid.describe(as_path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
         for run in (fields["generator"], fields["linear_probe"]):
             for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):
