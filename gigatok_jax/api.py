@@ -291,7 +291,7 @@ def _check_range(expected: str, array, low: int, high: int) -> None:
             raise ValueError(f"{expected} {low}..{high}, got {value}")
 
 
-def load_tokenizer(name: Path, dtype: str = "auto") -> PretrainedTokenizer:
+def load_tokenizer(name: Path, dtype: str = "auto", *, where: str = "") -> PretrainedTokenizer:
     """Loads a tokenizer.
 
     Args:
@@ -300,22 +300,23 @@ def load_tokenizer(name: Path, dtype: str = "auto") -> PretrainedTokenizer:
         "hf://OWNER/REPO[/FOLDER][@REVISION]". What is not on this machine is downloaded.
       dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
         and bfloat16 elsewhere.
+      where: what holds the name, such as a flag of a program, for messages.
 
     Raises:
       UserError: the name is unknown (the message lists the published ones), cannot be downloaded,
         or is no tokenizer's; or JAX finds no device of JAX_PLATFORMS.
     """
-    bundle = _load(name, "tokenizer", TokenizerConfig)
+    bundle = _load(name, "tokenizer", TokenizerConfig, where)
     return PretrainedTokenizer(bundle.config, bundle.weights, dtype, bundle.fingerprint)
 
 
-def load_generator(name: Path, dtype: str = "auto") -> PretrainedGenerator:
+def load_generator(name: Path, dtype: str = "auto", *, where: str = "") -> PretrainedGenerator:
     """Loads a generator; arguments and errors as for `load_tokenizer`.
 
     For a published one, such as "gigatok_gpt_b_s_s", `made_by["published_tokenizer"]` is the name
     of its tokenizer, and `made_by["sampling"]` are settings of `sample`.
     """
-    bundle = _load(name, "generator", GeneratorConfig)
+    bundle = _load(name, "generator", GeneratorConfig, where)
     return PretrainedGenerator(
         bundle.config, bundle.weights, dtype, bundle.made_by, bundle.fingerprint
     )
@@ -352,9 +353,9 @@ def generator_from_torch(
     return PretrainedGenerator(config, weights, dtype)
 
 
-def _load(name: Path, kind: str, config_type: type) -> bundles.Bundle:
+def _load(name: Path, kind: str, config_type: type, where: str) -> bundles.Bundle:
     sharding.require_accelerator(fallback=True)
-    return bundles.load(name, kind, config_type)
+    return bundles.load(name, kind, config_type, where=where)
 
 
 def _tensors(checkpoint) -> Mapping[str, np.ndarray]:

@@ -206,7 +206,13 @@ def _gather(array: Any, writes: bool) -> np.ndarray | None:
     return np.asarray(array, order="C") if writes else None
 
 
-def load(name: str | Path, kind: str | Sequence[str], config_type: type | None = None) -> Bundle:
+def load(
+    name: str | Path,
+    kind: str | Sequence[str],
+    config_type: type | None = None,
+    *,
+    where: str = "",
+) -> Bundle:
     """Reads a bundle; each process of a run reads it independently.
 
     Args:
@@ -214,6 +220,7 @@ def load(name: str | Path, kind: str | Sequence[str], config_type: type | None =
         `locate.find` takes. Published weights and those of the Hub are downloaded if need be.
       kind: the expected kind, or several acceptable ones.
       config_type: the architecture's dataclass; None leaves it as the mapping in the file.
+      where: flag or field that holds the name, for messages.
 
     Returns:
       The bundle; floating-point arrays are float32.
@@ -223,7 +230,7 @@ def load(name: str | Path, kind: str | Sequence[str], config_type: type | None =
         or not those of its architecture.
     """
     kinds = _several(kind)
-    directory, config, record = _describe(locate.find(name, kinds), kinds, config_type)
+    directory, config, record = _describe(locate.find(name, kinds, where=where), kinds, config_type)
     places, arrays = {}, {}
     try:
         if (directory / INDEX).exists():
@@ -270,7 +277,9 @@ def _check_content(directory: Path, expected: Any, weights: Any) -> None:
             raise UserError(f"{directory}: {name}: expected {wanted} by config.json, got {got}")
 
 
-def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) -> Any:
+def load_config(
+    name: str | Path, kind: str | Sequence[str], config_type: type, *, where: str = ""
+) -> Any:
     """Reads only a bundle's architecture, without downloading its weights.
 
     Arguments and errors are those of `load`.
@@ -278,7 +287,7 @@ def load_config(name: str | Path, kind: str | Sequence[str], config_type: type) 
     kinds = _several(kind)
     config = locate.architecture(str(name), kinds)
     if config is None:
-        folder = locate.find(name, kinds, weights=False)
+        folder = locate.find(name, kinds, where=where, weights=False)
         config = _describe(folder, kinds, config_type)[1]
     return config
 

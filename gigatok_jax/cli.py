@@ -26,15 +26,15 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"gigatok: error: {error}", file=sys.stderr)
         return error.exit_code
-    except OSError as error:
+    except Exception as error:
+        if is_of_bucket(error):
+            print(f"gigatok: error: gs://: {first_line(error)}", file=sys.stderr)
+            return RunStopped.exit_code
+        if not isinstance(error, OSError):
+            raise
         what = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
         print(f"gigatok: error: {what}", file=sys.stderr)
         return RunStopped.exit_code if error.errno in MACHINE else UserError.exit_code
-    except Exception as error:
-        if not is_of_bucket(error):
-            raise
-        print(f"gigatok: error: gs://: {first_line(error)}", file=sys.stderr)
-        return RunStopped.exit_code
 
 
 def entry() -> None:
@@ -276,7 +276,7 @@ class _TerminalHandler(logging.Handler):
 
 
 def _without_traceback(record: logging.LogRecord) -> bool:
-    """Drops what Orbax logs of errors in its threads; they are raised too, and end as one line."""
+    """Drops what libraries log of errors that they also raise, which end as one line."""
     return not record.exc_info
 
 
@@ -287,7 +287,7 @@ def _log_to_terminal(level: int = logging.INFO) -> None:
 
     flags.FLAGS.mark_as_parsed()  # Grain and absl's logging fail on unparsed flags
     absl_logging.set_verbosity(absl_logging.WARNING)
-    for name in ("absl", "asyncio"):
+    for name in ("absl", "asyncio", "gcsfs"):
         logging.getLogger(name).addFilter(_without_traceback)
     handler = _TerminalHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))

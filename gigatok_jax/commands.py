@@ -4,6 +4,7 @@ A verb is a function of its flags' values, and its docstring is the help text. F
 they need when they run, so that `gigatok --help` answers at once.
 """
 
+import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
 import dataclasses
@@ -248,7 +249,7 @@ def reconstruct(tokenizer: str, images: str, out: str, **options: Any) -> None:
     source, folder = as_path(images), as_path(out)
     _check_no_evaluation(folder)
     _check_apart("out", folder, images, ("images", "grid.png"))
-    loaded = api.load_tokenizer(tokenizer)
+    loaded = api.load_tokenizer(tokenizer, where="--tokenizer")
     with locks.hold(folder):
         reconstruction.reconstruct(loaded, source, folder, **options)
 
@@ -338,7 +339,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
     data, folder = _data(config), as_path(out)
     _check_data("out", folder, data)
-    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig, where="--tokenizer")
     with distributed.locked(folder):
         encoding.encode(bundle, data, folder, crop_factors=factors, **options)
 
@@ -348,7 +349,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     required("generator", MODEL),
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the images"),
-    flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,cat, or all"),
+    flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,otter, or all"),
     flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
@@ -381,7 +382,7 @@ def sample(
 
     settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
-    loaded = api.load_generator(generator)
+    loaded = api.load_generator(generator, where="--generator")
     settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
@@ -404,26 +405,36 @@ def sample(
 
 
 def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str]) -> list[int]:
-    """Expands "all", or numbers, ranges such as "10-19" and names, to numbers of classes."""
+    """Expands "all", or numbers, ranges such as "10-19" and names, to numbers of classes.
+
+    The classes of ImageNet have two names, a WordNet id and a word.
+    """
     import difflib
 
+    from gigatok_jax import imagenet
     from gigatok_jax.api import class_list
 
     if items == ["all"]:
         return list(trained)
-    numbers_of, ranges = {name.lower(): number for number, name in enumerate(names)}, []
+    numbers_of, ranges = collections.defaultdict(list), []
+    for number, both in enumerate(zip(names, imagenet.words(names), strict=True)):
+        for name in {name.lower() for name in both}:
+            numbers_of[name].append(number)
     for item in items:
         first, dash, last = item.partition("-")
         last = last if dash else first
         if first.isdecimal() and last.isdecimal() and int(first) <= int(last):
             ranges.append(range(int(first), int(last) + 1))
-        elif (number := numbers_of.get(item.strip().lower())) is not None:
-            ranges.append(range(number, number + 1))
+        elif found := numbers_of.get(item.strip().lower()):
+            if len(found) > 1:
+                raise UserError(
+                    f"--classes: expected a name of one class, got {item!r}, which is that of "
+                    f"{', '.join(map(str, found))}; give the number"
+                )
+            ranges.append(found)
         else:
             near = difflib.get_close_matches(item.lower(), numbers_of, 3, 0.5)
-            hint = (
-                f"; is it {' or '.join(repr(names[numbers_of[n]]) for n in near)}?" if near else ""
-            )
+            hint = f"; is it {' or '.join(map(repr, near))}?" if near else ""
             raise UserError(
                 "--classes: expected numbers, ranges and names of classes, such as 0,10-19, got "
                 f"{item!r}{hint}"
@@ -531,7 +542,7 @@ def _evaluate_reconstruction(args: types.SimpleNamespace) -> tuple[dict[str, flo
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, reconstruction
 
-    tokenizer = api.load_tokenizer(_name(args, "tokenizer"))
+    tokenizer = api.load_tokenizer(_name(args, "tokenizer"), where="--tokenizer")
     metrics = reconstruction.evaluate(
         tokenizer,
         features.load(args.features),
@@ -547,7 +558,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], M
     from gigatok_jax import api
     from gigatok_jax.evaluation import features, fid, generation
 
-    generator = api.load_generator(_name(args, "generator"))
+    generator = api.load_generator(_name(args, "generator"), where="--generator")
     tokenizer = _tokenizer_of(generator, args.tokenizer)
     sampling = _as_published(args.sampling, args.guided, generator)
     extractor = features.load(args.features)
@@ -597,7 +608,7 @@ def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Model
     from gigatok_jax.evaluation import generation
 
     data, tokenizer = _data(args.config), None
-    generator = api.load_generator(_name(args, "generator"))
+    generator = api.load_generator(_name(args, "generator"), where="--generator")
     if args.tokenizer or data.source != "codes":
         tokenizer = _tokenizer_of(generator, args.tokenizer)
     metrics = generation.evaluate_loss(generator, tokenizer, data, args.batch_size)

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from gigatok_jax import api, bundles, distributed, files
 from gigatok_jax.data import codes as stored
-from gigatok_jax.data import export, pipeline
+from gigatok_jax.data import export, pipeline, shards
 from gigatok_jax.data.parquet import import_pyarrow
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -64,7 +64,7 @@ def encode(
             train=split == "train",
             crop_factors=crop_factors if split == "train" else (),
         )
-        for split in stored.SPLITS
+        for split in shards.SPLITS
     }
     info = stored.CodesInfo(
         tokenizer=bundle.codes_of,
@@ -79,8 +79,8 @@ def encode(
     )
 
     def claim():
-        if overwrite and stored.differs(out, info):  # not after a kill of this same command
-            stored.remove(out)
+        if overwrite and _differs(out, info):  # not after a kill of this same command
+            remove(out)
         stored.STORE.claim(out, info)
 
     distributed.in_main(claim)
@@ -90,21 +90,40 @@ def encode(
     )
     counts = {}
     for split, batches in splits.items():
-        shards = math.ceil(batches.examples / shard_images)
-        paths = [stored.shard_path(out, split, shard, shards) for shard in range(shards)]
+        number = math.ceil(batches.examples / shard_images)
+        paths = [shards.shard_path(out, split, shard, number) for shard in range(number)]
         _write_missing(paths, tokenizer, batches, batch_size, shard_images)
         distributed.barrier(f"codes of {split}", working=True)
         counts[split] = tuple(stored.STORE.count(path) for path in paths)
         images = sum(counts[split])
         skipped = batches.examples - images
         if distributed.is_main():
-            print(f"{split}: {images} images ({skipped} could not be read) in {shards} shards")
+            print(f"{split}: {images} images ({skipped} could not be read) in {number} shards")
     if distributed.is_main():
-        stored.write_info(out, dataclasses.replace(info, images=counts))
+        stored.STORE.write_info(out, dataclasses.replace(info, images=counts))
         if format != "records":
             export.export(out, format)
         print(out)
     distributed.barrier("codes", working=True)
+
+
+def _differs(folder: files.Path, new: stored.CodesInfo) -> bool:
+    """Whether a folder's codes are others than those that `new` describes, or damaged."""
+    try:
+        old = stored.STORE.read_info(folder)
+    except UserError:
+        return True
+    return old is not None and dataclasses.replace(old, images={}) != new
+
+
+def remove(folder: files.Path) -> None:
+    """Removes the stored codes of a folder, and nothing else."""
+    (folder / stored.STORE.file).unlink(missing_ok=True)
+    for split in shards.SPLITS:
+        for path in folder.glob(f"{split}-?????-of-?????.array_record"):
+            path.unlink()
+        for suffix in export.FORMATS:
+            (folder / f"{split}.{suffix}").unlink(missing_ok=True)
 
 
 def _write_missing(

@@ -154,6 +154,16 @@ def reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or first_line(error)
 
 
+# Errors of a file that is not there or not for us. Others may be gone at the next try: those of
+# disks and networks, and those of buckets, which have many types.
+NO_FILE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
+
+
+def unreadable(path: Path, error: Exception) -> OSError:
+    """The error of the machine that a file could not be read, whichever library says it."""
+    return OSError(errno.EIO, reason(error), str(path))
+
+
 def unwritable(path: Path, error: Exception, size: int) -> OSError:
     """The error of a file of about `size` bytes that a library failed to write."""
     number, text = getattr(error, "errno", None) or errno.EIO, reason(error)

@@ -40,7 +40,7 @@ def load_teacher(
 
 def architecture(name: str) -> vit.ViTConfig:
     """A teacher's architecture; its weights need not be downloaded."""
-    return bundles.load_config(name, KINDS, vit.ViTConfig)
+    return bundles.load_config(name, KINDS, vit.ViTConfig, where=TEACHER)
 
 
 def load_dino() -> dict[str, Any]:

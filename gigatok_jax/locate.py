@@ -53,9 +53,10 @@ def find(
             return _together(_fetch(name))
         logger.info("%s: taking the folder of this name, not the published weights", name)
     elif not folder.exists() and (where or not os.path.dirname(name)):
-        known = [*others, *(known for known, kind in _kinds().items() if kind in kinds)]
+        fitting = [model for model, kind in _kinds().items() if not kinds or kind in kinds]
+        known = ", ".join([*others, *fitting])
         culprit = f"{where}: {name!r}" if where else repr(name)
-        listed = f"; known: {', '.join(known)}" if known else ""
+        listed = f"; known: {known}" if known else ""
         raise UserError(f"{culprit}: no such folder{listed}; or give {hub.FORM}")
     return folder
 

@@ -15,7 +15,7 @@ from gigatok_jax.data import parquet, shards, tars
 from gigatok_jax.data import records as stored
 from gigatok_jax.data.crops import BadImage
 from gigatok_jax.data.encoded import EncodedSource
-from gigatok_jax.data.folders import open_folder
+from gigatok_jax.data.folders import READABLE, open_folder, suffix_of
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path
 
@@ -86,11 +86,27 @@ def open_files(sources: Sequence[str], *, train: bool, holdout: int) -> EncodedS
 
 
 def _has(source: str, suffixes: tuple[str, ...]) -> bool:
-    """Whether a path or pattern is of files with these suffixes, or is a folder of them."""
+    """Whether a path or pattern is of files with these suffixes, or is a folder of them.
+
+    Raises:
+      UserError: it is a folder of such files, and of images or folders, too.
+    """
     path = as_path(source)
-    if path.is_dir():
-        return any(name.endswith(suffixes) for name, _ in files.scan(path))
-    return source.endswith(suffixes)
+    if not path.is_dir():
+        return source.endswith(suffixes)
+    archives, others = [], []
+    for name, is_folder in files.scan(path):
+        if name.endswith(suffixes) and not is_folder:
+            archives.append(name)
+        elif (is_folder and not name.startswith(".")) or suffix_of(name) in READABLE:
+            others.append(f"{name}/" if is_folder else name)
+    if archives and others:
+        raise UserError(
+            f"--from: expected a folder of images, or of {suffixes[0]} files, but {path} has "
+            f"{min(archives)} and {min(others)}; move one kind, or give a pattern such as "
+            f"{path}/*{suffixes[0]}"
+        )
+    return bool(archives)
 
 
 def _write_missing(

@@ -163,7 +163,7 @@ def _check_measured(file: Path, kind: str, bundle: bundles.Bundle) -> None:
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
     return {
-        key: value
+        key.removeprefix("held_out/"): value
         for key, value in values.items()
         if isinstance(value, int | float) and not isinstance(value, bool) and key != "step"
     }

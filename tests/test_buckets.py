@@ -9,12 +9,17 @@ import sys
 import time
 
 import numpy as np
+from PIL import Image
 import pytest
+import test_pack
+import test_trackers
 
-from gigatok_jax import bundles, cli, commands, files, locks
+from gigatok_jax import bundles, cli, commands, files, locks, packing
+from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.training.telemetry import read_metrics
 
+import image_folders
 import tiny
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -89,7 +94,8 @@ def test_training_that_stops_goes_on_to_the_same_weights(bucket, tmp_path):
     assert not (workdir / locks.NAME).exists()
     names = {name for name, _ in files.scan(workdir)}
     assert names == {path.name for path in (tmp_path / "run").iterdir()}
-    assert [name for name, _ in files.scan(workdir / "tensorboard")]
+    steps = [row["step"] for row in rows(workdir) if "total" in row]
+    assert [step for step, _ in test_trackers.shown(workdir, "total")] == steps
 
 
 def test_probe_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):
@@ -112,10 +118,6 @@ def test_probe_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):
 
 def test_folder_of_photos_is_read_like_a_local_one(bucket, tmp_path):
     rng = np.random.default_rng(0)
-    from PIL import Image
-
-    from gigatok_jax.data.sources import DataConfig, open_source
-
     remote = files.as_path(f"{bucket}/photos")
     for name in ("a/1.png", "a/2.png", "b/deep/3.png", "b/.hidden.png", "b/notes.txt"):
         path = tmp_path / "photos" / name
@@ -138,6 +140,37 @@ def test_folder_of_photos_is_read_like_a_local_one(bucket, tmp_path):
         DataConfig(source="folder", path=str(remote), holdout=0), train=True, image_size=8
     )
     assert again.version() != before
+
+
+def test_every_form_of_images_is_packed_from_and_to_a_bucket(bucket, tmp_path):
+    image_folders.make(tmp_path / "folder", {"ant": 7, "bee": 3, "cat": 5})
+    photos = test_pack.images(tmp_path / "folder")
+    test_pack.write_shards(tmp_path / "tar", photos)
+    (tmp_path / "parquet").mkdir()
+    test_pack.write_parquet(tmp_path / "parquet" / "photos.parquet", test_pack.rows(photos))
+    remote = files.as_path(f"{bucket}/forms")
+    for form in ("folder", "tar", "parquet"):
+        files.upload(tmp_path / form, remote / form)
+    expected = examples(DataConfig(source="folder", path=str(tmp_path / "folder"), holdout=0))
+    options = {"holdout": 0, "shard_images": 4}
+    for form in ("folder", "tar", "parquet"):
+        out = remote / f"{form}_records"
+        packing.pack([str(remote / form)], out, to="records", **options)
+        assert examples(DataConfig(source="records", path=str(out))) == expected, form
+    tars = {"source": "tar", "holdout": 0}
+    for path in (remote / "tar", remote / "tar" / "photos-000{0..2}.tar", remote / "tar" / "*.tar"):
+        assert examples(DataConfig(path=str(path), **tars)) == expected
+    index = [name for name, _ in files.scan(remote / "tar") if name.startswith(".tar_index")]
+    assert len(index) == 1
+    packing.pack([str(remote / "tar")], remote / "tfds" / "photos" / "1.0.0", to="tfds", **options)
+    tfds = DataConfig(source="tfds", path=str(remote / "tfds"), name="photos", eval_split="train")
+    assert examples(tfds) == expected
+
+
+def examples(config: DataConfig) -> list[tuple]:
+    source = open_source(config, train=True, image_size=16)
+    found = [source[i] for i in range(len(source))]
+    return sorted((x["key"], x["label"], np.asarray(x["image"]).tobytes()) for x in found)
 
 
 def test_folder_in_use_is_refused_until_its_owner_is_lost(bucket, monkeypatch):

@@ -16,7 +16,7 @@ import pytest
 import test_commands
 
 from gigatok_jax import api, bundles, config, encoding
-from gigatok_jax.data import codes, export
+from gigatok_jax.data import codes, export, shards
 from gigatok_jax.data import crops as cropping
 from gigatok_jax.data.pipeline import Batches, eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, open_source
@@ -194,7 +194,7 @@ def test_each_readable_image_is_stored_once_with_its_label(whole, split, crops):
 
 def test_folder_holds_what_its_description_says(whole, bundle, data):
     assert set(contents(whole)) == FILES
-    info = codes.read_info(whole)
+    info = codes.STORE.read_info(whole)
     assert (info.codes, info.codebook_size, info.crop_factors) == (4, 512, FACTORS)
     assert info.tokenizer == bundle.fingerprint and info.class_names == tuple(COUNTS)
     assert DataConfig(**info.data) == dataclasses.replace(data, max_bad_share=0.05)
@@ -321,12 +321,12 @@ def test_killed_encoding_resumes_to_the_same_files(
 
 
 def test_finished_codes_stay_unchanged(copy, whole, bundle, data, tokenizer, monkeypatch):
-    shards = sorted(copy.glob("*.array_record"))
-    before = [path.stat().st_mtime_ns for path in shards]
+    paths = sorted(copy.glob("*.array_record"))
+    before = [path.stat().st_mtime_ns for path in paths]
     monkeypatch.setattr(api, "PretrainedTokenizer", lambda *args, **kwargs: Mortal(tokenizer, 1))
     encoding.encode(bundle, data, copy, **OPTIONS)
     assert contents(copy) == contents(whole)
-    assert [path.stat().st_mtime_ns for path in shards] == before
+    assert [path.stat().st_mtime_ns for path in paths] == before
 
 
 def test_options_that_change_no_code_may_change(copy, whole, bundle, data):
@@ -416,7 +416,7 @@ def test_other_programs_get_the_codes_as_one_file_per_split(
             for example in expected
             for crop in range(len(example["codes"]))
         ]
-    codes.remove(copy)
+    encoding.remove(copy)
     assert not list(copy.iterdir())
 
 
@@ -428,7 +428,9 @@ def half(path):
 
 
 def unfinished(path):
-    codes.write_info(path.parent, dataclasses.replace(codes.read_info(path.parent), images={}))
+    codes.STORE.write_info(
+        path.parent, dataclasses.replace(codes.STORE.read_info(path.parent), images={})
+    )
 
 
 def change(**fields):
@@ -471,9 +473,9 @@ def test_damaged_codes_raise_one_line_that_names_the_file(copy, name, damage, me
 
 
 def test_split_that_was_not_encoded_is_an_error(copy):
-    info = codes.read_info(copy)
+    info = codes.STORE.read_info(copy)
     only = dataclasses.replace(info, images={"train": info.images["train"]})
-    codes.write_info(copy, only)
+    codes.STORE.write_info(copy, only)
     with pytest.raises(UserError, match=r"^\S+: no codes of split 'validation'$"):
         codes.CodesSource(copy, "validation")
 
@@ -486,21 +488,21 @@ def numbered(tmp_path_factory) -> DataConfig:
     """Codes that say whose they are: crop c of image i has [i, c]. Some shards are empty."""
     folder = tmp_path_factory.mktemp("numbered")
     counts = {"train": (0, 20, 0, 40, 0), "validation": (3, 0)}
-    for split, shards in counts.items():
-        ends = np.cumsum(shards)
+    for split, sizes in counts.items():
+        ends = np.cumsum(sizes)
         for shard, end in enumerate(ends):
-            path = codes.shard_path(folder, split, shard, len(ends))
+            path = shards.shard_path(folder, split, shard, len(ends))
             records = [
                 {
                     "codes": np.stack([np.full(CROPS, i), np.arange(CROPS)], 1).astype(np.uint16),
                     "label": i % 3,
                     "key": f"image {i}",
                 }
-                for i in range(end - shards[shard], end)
+                for i in range(end - sizes[shard], end)
             ]
             codes.write_shard(path, records)
     info = codes.CodesInfo("0123456789abcdef", 2, 64, ("a", "b", "c"), {}, (1.1,), 8, counts)
-    codes.write_info(folder, info)
+    codes.STORE.write_info(folder, info)
     return DataConfig(source="codes", path=str(folder))
 
 

@@ -182,7 +182,7 @@ def test_flags_of_an_earlier_call_are_forgotten(gigatok, tmp_path):
     assert "--images" in refused(gigatok("reconstruct", *everything[:1], *everything[2:]))
     for _ in range(2):  # --from may be repeated: it must not pile up
         arguments = ["convert", "lpips", "--to_torch", f"--from={missing}", "--out=x.pt"]
-        assert refused(gigatok(*arguments)).startswith(f"{missing}: no such folder")
+        assert refused(gigatok(*arguments)).startswith(f"--from: '{missing}': no such folder")
 
 
 def test_command_line_of_the_process_is_left_alone(gigatok):

@@ -160,7 +160,7 @@ def test_url_of_a_checkpoint_is_rejected(path):
 def test_home_is_expanded(gigatok, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     result = gigatok("reconstruct", "--tokenizer=~/nothing", "--images=x", "--out=y")
-    assert refused(result).startswith(f"{tmp_path}/nothing: no such folder")
+    assert refused(result).startswith(f"--tokenizer: '{tmp_path}/nothing': no such folder")
 
 
 def test_results_inside_the_images_are_rejected(gigatok, networks, tmp_path):

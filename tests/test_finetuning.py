@@ -368,7 +368,10 @@ def test_other_architectures_are_refused_by_field_before_anything_is_written(
 
 @pytest.mark.parametrize(
     "name, message",
-    [("generator", "generator: holds a generator, expected a token"), ("no", "no: no such folder")],
+    [
+        ("generator", "generator: holds a generator, expected a token"),
+        ("no", r"^config\.init_from: '.*/no': no such folder; known: gigatok_s_s, "),
+    ],
 )
 def test_other_bundles_are_refused(folder, tmp_path, name, message):
     with pytest.raises(UserError, match=message):

@@ -314,8 +314,8 @@ def test_images_have_the_loss_of_their_stored_codes(encoded, stable):
 def codes_of_another(stored: DataConfig, folder: Path) -> DataConfig:
     """A copy of `stored` that another tokenizer is said to have made."""
     shutil.copytree(stored.path, folder)
-    info = dataclasses.replace(codes.read_info(folder), tokenizer="0123456789abcdef")
-    codes.write_info(folder, info)
+    info = dataclasses.replace(codes.STORE.read_info(folder), tokenizer="0123456789abcdef")
+    codes.STORE.write_info(folder, info)
     return DataConfig(source="codes", path=str(folder))
 
 
@@ -331,7 +331,9 @@ def test_run_does_not_go_on_with_more_classes(stable, stored, tmp_path):
     workdir = shutil.copytree(stable[0], tmp_path / "run")
     path = shutil.copytree(stored.path, tmp_path / "codes")
     names = ("ant", "bee", "cat", "dog")
-    codes.write_info(path, dataclasses.replace(codes.read_info(path), class_names=names))
+    codes.STORE.write_info(
+        path, dataclasses.replace(codes.STORE.read_info(path), class_names=names)
+    )
     more = DataConfig(source="codes", path=str(path))
     # The number of classes is the data's, so that the state has another shape.
     model = dataclasses.replace(MODEL, classes=0)

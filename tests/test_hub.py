@@ -15,11 +15,14 @@ import numpy as np
 import pytest
 import test_commands
 
-from gigatok_jax import bundles, locate
+from gigatok_jax import api, bundles, locate
+from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import generation
 from gigatok_jax.models import generator
 from gigatok_jax.weights import convert, fetch, hub, torch_files
 
+import image_folders
 import stub_hub
 import tiny
 
@@ -158,6 +161,18 @@ def test_card_has_what_was_measured_and_nothing_else(server, bundle, tmp_path, g
     assert gigatok("push", bundle, f"hf://{REPO}")[0] == 0
     card = server.commits[REPO][-1][1]["README.md"].decode()
     assert "license" not in card and "metric" not in card
+
+
+def test_card_of_a_run_has_its_last_evaluation(server, bundle, gigatok):
+    run = bundle.with_name("run")
+    run.mkdir()
+    bundle.rename(run / "bundle")
+    rows = [{"step": 5, "held_out/psnr": 9.5}, {"step": 9, "held_out/psnr": 20.5}]
+    rows.append({"step": 10, "total": 1.5})
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert gigatok("push", run, f"hf://{REPO}")[0] == 0
+    card = server.commits[REPO][-1][1]["README.md"].decode()
+    assert "step 9\n" in card and "| psnr | 20.5 | of reconstructions, dB |" in card
 
 
 def test_metrics_of_another_model_are_refused(server, bundle, tmp_path, gigatok):
@@ -306,10 +321,11 @@ AUTHORS = "authors/weights"
 def published(monkeypatch, server, tmp_path):
     """A tiny tokenizer and its generator, as safetensors of the authors on the Hub."""
     made = {"it": tiny.weights(CONFIG), "its_gpt": {"params": tiny.fill(MODEL_SHAPES)}}
-    sampling = {"guidance": 2.5, "schedule": "step", "schedule_start": 0.18}
+    its = {"tokenizer": "it", "class_names": ("ant", "bee", "cat")}
+    its["sampling"] = {"guidance": 2.5, "schedule": "step", "schedule_start": 0.18}
     for name, kind, config, more in (
         ("it", "tokenizer", CONFIG, {}),
-        ("its_gpt", "generator", MODEL, {"tokenizer": "it", "sampling": sampling}),
+        ("its_gpt", "generator", MODEL, its),
     ):
         rule = convert.KINDS[kind]
         changed = dataclasses.replace(rule, model=lambda _, config=config: config)
@@ -325,7 +341,7 @@ def published(monkeypatch, server, tmp_path):
 
 
 def test_published_generator_brings_its_tokenizer_and_guidance(published, gigatok, tmp_path):
-    command = ["sample", "--generator=its_gpt", "--classes=2", "--count=2", "--batch_size=2"]
+    command = ["sample", "--generator=its_gpt", "--classes=cat", "--count=2", "--batch_size=2"]
     code, _, lines = gigatok(*command, f"--out={tmp_path / 'out'}")
     assert code == 0, lines
     record = json.loads((tmp_path / "out" / "images" / "sampling.json").read_text())
@@ -336,6 +352,17 @@ def test_published_generator_brings_its_tokenizer_and_guidance(published, gigato
     assert gigatok(*command, "--guidance=3", f"--out={tmp_path / 'own'}")[0] == 0
     record = json.loads((tmp_path / "own" / "images" / "sampling.json").read_text())
     assert record["sampling"]["guidance"] == 3 and record["sampling"]["schedule"] == "constant"
+
+
+def test_data_may_name_the_classes_of_a_published_generator_otherwise(published, tmp_path):
+    image_folders.make(tmp_path / "photos", {"a": 1, "b": 1, "c": 1})
+    model, tokenizer = api.load_generator("its_gpt"), api.load_tokenizer("it")
+    assert model.class_names == ("ant", "bee", "cat")
+    data = DataConfig(source="folder", path=str(tmp_path / "photos"), holdout=0)
+    assert generation.evaluate_loss(model, tokenizer, data, 3)["images"] == 3
+    model.made_by.pop("published")
+    with pytest.raises(UserError, match=r"expected class 0 to be 'ant', .* got 'a'"):
+        generation.evaluate_loss(model, tokenizer, data, 3)
 
 
 def test_published_file_is_downloaded_once_and_its_hash_remembered(published, server, tmp_path):
@@ -395,9 +422,37 @@ def test_names_are_checked_before_anything_is_downloaded(published, server, giga
     with pytest.raises(UserError, match=r"^it: holds a tokenizer, expected a generator"):
         bundles.load("it", "generator")
     message = refused(gigatok("reconstruct", "--tokenizer=gigatok_b", "--images=x", "--out=y"))
-    assert message.startswith("'gigatok_b': no such folder; known: gigatok_s_s, gigatok_s_b, ")
+    start = "--tokenizer: 'gigatok_b': no such folder; known: gigatok_s_s, gigatok_s_b, "
+    assert message.startswith(start)
     assert message.endswith("it; or give hf://OWNER/REPO[/FOLDER][@REVISION]")
     assert "gigatok_gpt" not in message and not server.requests
+
+
+PROBE = f"--config={pathlib.Path(__file__).parent / 'probe_config.py'}"
+MISNAMED = {
+    "--tokenizer": ["encode", "--tokenizer=typo", "--config=tokenizer:tiny_tiny", "--out=out"],
+    "--tokenizer ": ["probe", "--tokenizer=typo", PROBE, "--workdir=out"],
+    "--generator": ["sample", "--generator=typo", "--out=out"],
+    "--from": ["convert", "generator", "--to-torch", "--from=typo", "--out=out"],
+    "config.tokenizer": ["train", "--config=generator:tiny", "--workdir=out"],
+    "config.tokenizer ": ["plan", "--config=generator:tiny", "--topology=h100:8"],
+    "config.objective.teacher": ["plan", "--config=tokenizer:tiny_tiny", "--topology=h100:8"],
+}
+
+
+@pytest.mark.parametrize("where", MISNAMED)
+def test_unknown_model_is_one_line_that_names_the_flag_or_field(gigatok, where):
+    command, where = MISNAMED[where], where.strip()
+    field = [f"--{where}=typo"] if where.startswith("config") else []
+    code, _, lines = gigatok(*command, *field)
+    assert code == 2
+    assert lines[-1].startswith(f"gigatok: error: {where}: 'typo': no such folder; known: ")
+
+
+def test_all_names_are_known_where_any_model_may_be_named(gigatok):
+    message = refused(gigatok("push", "typo", f"hf://{REPO}"))
+    assert message.startswith("'typo': no such folder; known: embedded, dinov2_vits14, ")
+    assert "gigatok_s_s" in message and "gigatok_gpt_b_s_s" in message
 
 
 def test_processes_at_once_download_published_weights_once(published, server):

@@ -1,7 +1,9 @@
 """The same images as folder, tar, Parquet, TFDS and records; packing them, and what is refused."""
 
+from concurrent.futures import ThreadPoolExecutor
 import dataclasses
 import io
+import itertools
 import json
 import os
 from pathlib import Path
@@ -21,7 +23,7 @@ import test_commands
 import webdataset
 
 from gigatok_jax import distributed, files, packing
-from gigatok_jax.data import tars
+from gigatok_jax.data import encoded, tars
 from gigatok_jax.data.crops import BadImage
 from gigatok_jax.data.pipeline import eval_batches, train_batches
 from gigatok_jax.data.sources import DataConfig, missing_classes, open_source
@@ -184,7 +186,10 @@ def test_words_in_the_names_of_tar_files_tell_the_splits(photos, tmp_path):
         source = opened("tar", tmp_path / path, holdout=2, train=False)
         assert keys(source) == list(held) and source.class_names == ("0", "1", "2")
     (tmp_path / "a" / "photos-test-000.tar").rename(tmp_path / "a" / "more.tar")
-    with pytest.raises(UserError, match=r"^more\.tar: expected train, validation or test"):
+    with pytest.raises(UserError, match=r"^more\.tar: expected one of train, .* found none$"):
+        opened("tar", tmp_path / "a")
+    (tmp_path / "a" / "more.tar").rename(tmp_path / "a" / "train-val-1.tar")
+    with pytest.raises(UserError, match=r"^train-val-1\.tar: .* one, found train and val$"):
         opened("tar", tmp_path / "a")
 
 
@@ -210,18 +215,41 @@ def test_index_is_made_once_and_again_when_a_file_changes(photos, tmp_path, cach
     assert len(scanned) == 6 and after.version() != before.version() and len(after) == 12
     with pytest.raises(UserError, match="have changed since this run started"):
         pickle.loads(pickle.dumps(before))
-    assert not cache.exists()
+    assert not list(cache.rglob("*.npz"))
 
 
+def test_processes_at_once_make_the_index_once(photos, tmp_path, monkeypatch):
+    """Threads stand for processes: each has its own lock."""
+    write_shards(tmp_path / "tar", images(photos))
+    scanned = []
+    scan = tars._scan
+    monkeypatch.setattr(tars, "_scan", lambda part: scanned.append(part) or scan(part))
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: opened("tar", tmp_path / "tar"), range(4)))
+    assert len(scanned) == 3 and {len(source) for source in found} == {15}
+
+
+def test_index_needs_no_lock(photos, tmp_path, monkeypatch):
+    write_shards(tmp_path / "tar", images(photos))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "file" / "cache"))
+    assert len(opened("tar", tmp_path / "tar")) == 15
+
+
+class HttpError(Exception):
+    """Like gcsfs's, which is no OSError."""
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), HttpError("401")])
 def test_index_is_cached_where_the_folder_cannot_be_written_to(
-    photos, tmp_path, cache, monkeypatch
+    photos, tmp_path, cache, monkeypatch, error
 ):
     write_shards(tmp_path / "tar", images(photos))
     write = files.write_npz
 
     def refuse(path, arrays):
         if path.parent == tmp_path / "tar":
-            raise PermissionError(13, "Permission denied", str(path))
+            raise error
         write(path, arrays)
 
     monkeypatch.setattr(files, "write_npz", refuse)
@@ -260,6 +288,35 @@ def test_labels_come_from_json_too_and_may_be_names(photos, tmp_path):
     write_tar(tmp_path / "names" / "a.tar", members)
     source = opened("tar", tmp_path / "names")
     assert source.class_names == ("cat", "dog") and [source.label(i) for i in (0, 1)] == [1, 0]
+
+
+def test_every_picture_of_a_tar_file_is_read_or_counted(photos, tmp_path, caplog, monkeypatch):
+    content = images(photos)["ant/ant_000.png"]
+    members = {f"{i}.cls": b"0" for i in range(1, 7)}
+    members |= {"1.v2.png": content, "2.jxl": b"1", "3.jxl": b"1", "3.mask.png": content}
+    members |= {"4.jxl": b"1", "4.PNG": content, "5.mask.png": content, "5.png": content}
+    write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(tmp_path / "a.tar", "a") as tar:
+        for name, kind in (("6.png", tarfile.LNKTYPE), ("7.png", tarfile.SYMTYPE)):
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, "5.png"
+            tar.addfile(link)
+    for _ in range(2):  # with a new index, and with the one that is kept
+        caplog.clear()
+        source = opened("tar", tmp_path)
+        assert keys(source) == ["1.v2.png", "4.PNG", "5.png", "6.png"]
+        np.testing.assert_array_equal(source[3]["image"], source[2]["image"])
+        assert caplog.text.count("cannot be read: 2 .jxl, 1 .png (link)") == 1
+    monkeypatch.setattr(tars, "READABLE", {*tars.READABLE, "jxl"})  # by a library installed since
+    with pytest.raises(UserError, match=r"found 4\.jxl and 4\.PNG"):
+        opened("tar", tmp_path)
+    write_tar(tmp_path / "a.tar", {"1.v1.png": content, "1.v2.png": content, "1.cls": b"0"})
+    with pytest.raises(UserError, match=r"one image of a name, up .* found 1\.v1\.png and 1\.v2"):
+        opened("tar", tmp_path)
+    write_tar(tmp_path / "a.tar", {"1.svg": b"1", "1.cls": b"0"})
+    with pytest.raises(UserError, match=r"no images in a\.tar"):
+        opened("tar", tmp_path)
+    assert "cannot be read: 1 .svg" in caplog.text
 
 
 def test_damaged_members_are_named_and_skipped(photos, tmp_path):
@@ -314,7 +371,7 @@ def cut(path: Path) -> None:
         ),
         (
             lambda path: write_tar(path, {"x.png": b"1", "x.jpg": b"1", "x.cls": b"1"}),
-            r"a\.tar: expected one image of a name, found x\.png and x\.jpg",
+            r"a\.tar: expected one image of a name, .* found x\.png and x\.jpg",
         ),
         (lambda path: path.unlink(), r"expected \.tar files, found none"),
         (
@@ -423,6 +480,53 @@ def test_killed_packing_resumes_to_the_same_files(tmp_path, photos):
     assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
 
 
+@pytest.mark.parametrize("source", ["folder", "tar"])
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), HttpError("Busy, 503")])
+def test_failed_reading_loses_no_image(photos, tmp_path, gigatok, monkeypatch, source, error):
+    """The disk or the network fails once, in the second of four shards."""
+    root = photos
+    if source == "tar":
+        root = tmp_path / "tar"
+        write_shards(root, images(photos))
+    reads = itertools.count()
+
+    def failing(read):
+        def run(*args):
+            if next(reads) == 6:
+                raise error
+            return read(*args)
+
+        return run
+
+    for owner, name in ((Path, "read_bytes"), (files, "read_part")):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    monkeypatch.setattr(encoded, "READERS", 1)
+    command = ("pack", f"--from={root}", f"--out={tmp_path / 'out'}", "--shard_images=4")
+    code, out, lines = gigatok(*command, "--holdout=0")
+    assert code == 1 and not out and len([line for line in lines if "error" in line]) == 1
+    assert re.search(rf"error: {root}.*: (Input/output error|Busy, 503)$", lines[-1])
+    code, out, lines = gigatok(*command, "--holdout=0")
+    assert code == 0 and out.startswith("train: 15 images (0 could not be read) in 4 shards\n")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_failed_reading_ends_a_pass(photos, tmp_path, workers):
+    """As in `encode`, which would store no codes of the image."""
+    write_tar(tmp_path / "a.tar", labelled(images(photos)))
+    with eval_batches(config("tar", tmp_path, workers=workers), 16, 3) as stream:
+        (tmp_path / "a.tar").unlink()
+        with pytest.raises(OSError, match=r"No such file or directory: .*a\.tar"):
+            next(stream)
+
+
+def test_images_that_are_missing_are_skipped(tmp_path, gigatok):
+    image_folders.make(tmp_path / "in", COUNTS)
+    (tmp_path / "in" / "ant" / "x.png").symlink_to("/nowhere.png")
+    (tmp_path / "in" / "ant" / "y.png").symlink_to("y.png")
+    code, out, _ = gigatok("pack", f"--from={tmp_path / 'in'}", f"--out={tmp_path / 'out'}")
+    assert code == 0 and "(2 could not be read)" in out
+
+
 @pytest.mark.parametrize("to", ["records", "tfds"])
 def test_two_processes_write_what_one_does(photos, tmp_path, monkeypatch, to):
     options = OPTIONS | {"to": to}
@@ -463,6 +567,37 @@ def test_hidden_labels_and_test_files_of_parquet_do_not_count(tmp_path, photos):
     wanted = [row["image"]["path"] for i, row in enumerate(some[:12]) if i not in (2, 5)]
     wanted[3] = "train-00000-of-00001.parquet/0/4"
     assert found == wanted and len(opened("records", tmp_path / "out", train=False)) == 3
+
+
+def test_damaged_row_groups_of_parquet_are_named(tmp_path, photos, monkeypatch):
+    path, some = tmp_path / "a.parquet", rows(images(photos))
+    write_parquet(path, some, row_group_size=4, use_dictionary=False)
+    source = packing.open_files([str(tmp_path)], train=True, holdout=0)
+    whole = path.read_bytes()
+
+    def damage(column: int):
+        place = pyarrow.parquet.ParquetFile(path).metadata.row_group(1).column(column)
+        start = place.data_page_offset
+        path.write_bytes(whole[:start] + b"\xff" * 20 + whole[start + 20 :])
+
+    damage(0)  # image.bytes
+    found = list(source.read(0, 15))
+    bad = [i for i, example in enumerate(found) if isinstance(example, BadImage)]
+    assert bad == [4, 5, 6, 7]
+    key = some[4]["image"]["path"]
+    assert re.match(rf"{key}: {path}: row group 1 is damaged: .+$", str(found[4]))
+    damage(2)  # label
+    with pytest.raises(UserError, match=rf"^{path}: row group 1 is damaged: .+$"):
+        packing.open_files([str(tmp_path)], train=True, holdout=0)
+    for error in (OSError(5, "Input/output error"), HttpError("Busy, 503")):
+
+        def fail(*args, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(pyarrow.parquet.ParquetFile, "read_row_group", fail)
+        path.write_bytes(whole)
+        with pytest.raises(OSError, match=r"(Input/output error|Busy, 503): .*a\.parquet"):
+            next(source.read(0, 15))
 
 
 def test_changed_images_and_other_folders_are_rejected(tmp_path, photos):
@@ -518,6 +653,16 @@ def write_other_parquet(folder: Path) -> None:
         ),
         ("", lambda f: None, "no images"),
         ("nothing", lambda f: None, "no such folder"),
+        (
+            "",
+            lambda f: [image_folders.make(f, {"ant": 1}), write_tar(f / "x.tar", {})],
+            r"--from: expected a folder of images, or of \.tar files, but .* has x\.tar and ant/;",
+        ),
+        (
+            "",
+            lambda f: [(f / "a.png").touch(), write_parquet(f / "x.parquet", [])],
+            r"of \.parquet files, but .* has x\.parquet and a\.png; move one kind, or give a pat",
+        ),
         ("*.tar", lambda f: None, r"expected \.tar files, found none"),
     ],
 )
@@ -528,6 +673,25 @@ def test_pack_rejects_what_it_cannot_read_in_one_line(gigatok, tmp_path, name, m
     text = refused(gigatok("pack", f"--from={source / name}", f"--out={out}"))
     assert re.search(message, text) and str(source) in text
     assert not out.exists()
+
+
+def test_records_that_cannot_be_read_now_are_no_bad_images(forms):
+    source = open_source(forms["records"], train=True, image_size=16)
+
+    class Failing:
+        def __len__(self):
+            return 15
+
+        def __getitem__(self, index):
+            raise RuntimeError(message)
+
+    source._records = Failing()
+    message = "Corrupted Riegeli/records file: chunk data hash mismatch"
+    with pytest.raises(BadImage, match="record 3 is damaged: Corrupted"):
+        source[3]
+    message = "pread() failed: Input/output error"
+    with pytest.raises(OSError, match=r"pread\(\) failed"):
+        source[3]
 
 
 def test_records_that_are_incomplete_or_elsewhere_are_named(tmp_path, forms):

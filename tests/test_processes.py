@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import bundles, cli, commands, distributed
-from gigatok_jax.data import codes
+from gigatok_jax.data import codes, shards
 from gigatok_jax.errors import UserError
 from gigatok_jax.training.telemetry import read_metrics
 
@@ -101,8 +101,10 @@ def stored(tmp_path) -> pathlib.Path:
             {"codes": rng.integers(64, size=(1, 4), dtype=np.uint16), "label": i % 3, "key": str(i)}
             for i in range(count)
         ]
-        codes.write_shard(codes.shard_path(folder, split, 0, 1), records)
-    codes.write_info(folder, codes.CodesInfo("0" * 16, 4, 64, ("a", "b", "c"), {}, (), 16, counts))
+        codes.write_shard(shards.shard_path(folder, split, 0, 1), records)
+    codes.STORE.write_info(
+        folder, codes.CodesInfo("0" * 16, 4, 64, ("a", "b", "c"), {}, (), 16, counts)
+    )
     return folder
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from importlib import resources
 import json
 import os
 from pathlib import Path
@@ -14,12 +15,13 @@ from PIL import Image
 import pytest
 import test_commands
 
-from gigatok_jax import api, bundles, commands, pictures
+from gigatok_jax import api, bundles, commands, imagenet, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import generation
 from gigatok_jax.models.generator import GeneratorConfig, param_shapes
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
+from gigatok_jax.weights import fetch
 
 import tiny
 
@@ -271,6 +273,33 @@ def test_random_classes_come_from_the_seed(gigatok, saved, tmp_path):
 
 
 KINDS = "--classes: expected numbers, ranges and names of classes, such as 0,10-19, got "
+
+
+def test_classes_of_imagenet_have_an_id_and_a_word(whole, tmp_path):
+    ids = (resources.files("tensorflow_datasets") / "datasets/imagenet2012/labels.txt").read_text()
+    assert list(imagenet.classes()) == ids.split()
+    pairs = {0: "tench", 207: "golden retriever", 360: "otter", 387: "lesser panda"}
+    pairs |= {517: "crane", 999: "toilet tissue"}
+    words = imagenet.words(imagenet.classes())
+    assert {label: words[label] for label in pairs} == pairs
+    names = ("n02099601", "my dog", "n02444819")
+    numbers = functools.partial(commands._class_numbers, trained=[0, 1, 2], names=names)
+    assert numbers(["Otter", "n02099601", "golden retriever", "my dog"]) == [2, 0, 0, 1]
+    with pytest.raises(UserError, match="'goldn retriever'; is it 'golden retriever'\\?"):
+        numbers(["goldn retriever"])
+    paths = [whole / "images" / name for name in NAMES]
+    for some in (names, imagenet.words(names)):
+        generation._write_class_grid(tmp_path / f"{some[0]}.png", paths, CLASSES, some)
+    assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 1
+    published = fetch.PUBLISHED["gigatok_gpt_b_s_s"].class_names
+    assert commands._class_numbers(["golden retriever"], range(1000), published) == [207]
+
+
+def test_names_of_several_classes_are_refused():
+    names = ("crane", "heron", "Crane", "crane")
+    with pytest.raises(UserError, match=r"got 'crane', which is that of 0, 2, 3; give the number$"):
+        commands._class_numbers(["crane"], range(4), names)
+    assert commands._class_numbers(["heron", "2"], range(4), names) == [1, 2]
 
 
 def test_classes_may_be_named():

@@ -187,8 +187,21 @@ def events(workdir):
         content, at = path.read_bytes(), 0
         while at < len(content):  # length, its checksum, the event, its checksum
             (size,) = struct.unpack_from("<Q", content, at)
-            found.append(Event.FromString(content[at + 12 : at + 12 + size]))
+            if at + size + 16 <= len(content):
+                found.append(Event.FromString(content[at + 12 : at + 12 + size]))
             at += size + 16
+    return found
+
+
+def shown(workdir, name):
+    """The points that TensorBoard shows: a start drops the points of its step and later ones."""
+    found = []
+    for event in events(workdir):
+        if event.HasField("session_log"):
+            found = [point for point in found if point[0] < event.step]
+        for value in event.summary.value:
+            if value.tag == name:
+                found.append((event.step, value.simple_value))
     return found
 
 
@@ -209,6 +222,45 @@ def test_tensorboard_has_points_pictures_and_a_start_after_each_resume(tmp_path)
     assert [step for step, _ in points(tmp_path, "reconstruction")] == [10, 20]
     starts = [event.step for event in events(tmp_path) if event.HasField("session_log")]
     assert starts == [1, 11]
+
+
+def assert_all_shown(workdir):
+    """Asserts that TensorBoard shows each number of `metrics.jsonl` once, in order."""
+    for name in ("total", "late", "held_out/psnr"):
+        rows = [(row["step"], row[name]) for row in written(workdir) if name in row]
+        assert shown(workdir, name) == rows
+
+
+def test_tensorboard_gets_rows_of_the_time_when_it_was_off_or_had_failed(tmp_path, monkeypatch):
+    options = {"evaluate": evaluate, "log_every": 2, "evaluate_every": 10}
+    run_toy(tmp_path, **options, steps=10)
+    run_toy(tmp_path, **options, steps=20, trackers=())
+    run_toy(tmp_path, **options, steps=30)
+    assert len(shown(tmp_path, "total")) == 15
+    assert_all_shown(tmp_path)
+
+    def full(self, step, values, pictures):
+        raise OSError("the disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trackers.TensorBoard, "row", full)
+        run_toy(tmp_path, **options, steps=40)
+    run_toy(tmp_path, **options, steps=50)
+    assert len(shown(tmp_path, "held_out/psnr")) == 5
+    assert_all_shown(tmp_path)
+
+
+def test_tensorboard_shows_one_curve_after_kills(tmp_path):
+    options = {"evaluate": evaluate, "log_every": 2, "evaluate_every": 10}
+    # The second run dies before it has made again what the first one had shown.
+    for step in (14, 9, 19):
+        with pytest.raises(KeyError):
+            run_toy(tmp_path, ToyBatches(at={step: die}), **options)
+    newest = max((tmp_path / "tensorboard").glob("events*"))
+    newest.write_bytes(newest.read_bytes()[:-9])  # in the middle of a row
+    run_toy(tmp_path, **options)
+    assert len(shown(tmp_path, "total")) == 10
+    assert_all_shown(tmp_path)
 
 
 # W&B, offline.
@@ -325,13 +377,21 @@ def traced_steps(workdir):
     return sorted(int(step) for step in found)
 
 
-def test_trace_has_its_steps_and_a_resumed_run_makes_no_other(tmp_path):
+def test_trace_has_its_steps_and_a_resumed_run_makes_no_other(tmp_path, caplog):
     run_toy(tmp_path, steps=9, profile_at=8, profile_steps=3)
     assert traced_steps(tmp_path) == [8, 9]  # the run ends before the trace
-    run_toy(tmp_path, profile_at=9)
+    with caplog.at_level(logging.INFO, "gigatok_jax"):
+        run_toy(tmp_path, profile_at=9)
     assert traced_steps(tmp_path) == [8, 9]
-    run_toy(tmp_path / "other", profile_at=21, trackers=())
-    assert not (tmp_path / "other" / "tensorboard").exists()
+    line = "config.loop.profile_at: no trace of step 9: the run goes on after step 9"
+    assert line in caplog.messages
+
+
+def test_trace_after_the_last_step_is_refused():
+    message = r"loop\.profile_at: expected at most the run's 20 steps, got 21"
+    with pytest.raises(ValueError, match=message):
+        test_loop.ToyRun(loop=LoopConfig(profile_at=21))
+    assert test_loop.ToyRun(loop=LoopConfig(profile_at=20)).total_steps == 20
 
 
 def test_trace_is_closed_when_the_run_fails(tmp_path):

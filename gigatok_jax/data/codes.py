@@ -9,7 +9,6 @@ import numpy as np
 
 from gigatok_jax.config import configclass
 from gigatok_jax.data import shards
-from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path
 
 
@@ -33,28 +32,6 @@ class CodesInfo:
 
 ANEW = ", or anew with --overwrite"
 STORE = shards.Store(CodesInfo, "codes.json", "codes", "encode", "encoded", ANEW)
-read_info, find_info, write_info = STORE.read_info, STORE.find_info, STORE.write_info
-EXPORTED = ("parquet", "npz")  # suffixes of the files of `export.export`
-SPLITS, shard_path = shards.SPLITS, shards.shard_path
-
-
-def differs(folder: Path, new: CodesInfo) -> bool:
-    """Whether a folder's codes are others than those that `new` describes, or damaged."""
-    try:
-        old = read_info(folder)
-    except UserError:
-        return True
-    return old is not None and dataclasses.replace(old, images={}) != new
-
-
-def remove(folder: Path) -> None:
-    """Removes the stored codes of a folder, and nothing else."""
-    (folder / "codes.json").unlink(missing_ok=True)
-    for split in SPLITS:
-        for path in folder.glob(f"{split}-?????-of-?????.array_record"):
-            path.unlink()
-        for suffix in EXPORTED:
-            (folder / f"{split}.{suffix}").unlink(missing_ok=True)
 
 
 def records(batch: Mapping[str, Any], codes: np.ndarray) -> Iterator[dict[str, Any]]:
@@ -80,7 +57,7 @@ class CodesSource(shards.ShardsSource):
 
     Args:
       folder: output of `gigatok encode`.
-      split: one of `SPLITS`.
+      split: one of `shards.SPLITS`.
 
     Raises:
       UserError: codes are missing or incomplete, or a shard is damaged.

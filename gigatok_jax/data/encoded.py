@@ -25,7 +25,12 @@ class EncodedSource:
         raise NotImplementedError
 
     def encoded(self, index: int) -> dict[str, Any]:
-        """An example whose `image` is the file's content; raises BadImage if it cannot be read."""
+        """An example whose `image` is the file's content.
+
+        Raises:
+          BadImage: there is no such image, now and at the next try.
+          OSError: the disk or the network failed.
+        """
         raise NotImplementedError
 
     def version(self) -> str:
@@ -78,22 +83,26 @@ def split_files(names: Iterable[str]) -> dict[str, list[str]]:
     If not both have files, none of them is a split: all files are "all".
 
     Raises:
-      UserError: some names have such a word, and others do not.
+      UserError: some names have such a word, and others none, or those of several splits.
     """
     found: dict[str, list[str]] = {}
     for name in names:
-        words = re.findall("[a-z]+", name.lower())
-        split = {SPLIT_OF[word] for word in words if word in SPLIT_OF}
+        split = {SPLIT_OF[word] for word in _split_words(name)}
         found.setdefault(split.pop() if len(split) == 1 else "all", []).append(name)
     if len(found) > 1 and "all" in found:
+        name = found["all"][0]
         raise UserError(
-            f"{found['all'][0]}: expected train, validation or test in the name, because other "
-            "files have them"
+            f"{name}: expected one of train, validation and test in the name, because other files "
+            f"have one, found {' and '.join(_split_words(name)) or 'none'}"
         )
     found.pop("test", None)
     if len(found) == 1:
         return {"all": next(iter(found.values()))}
     return found
+
+
+def _split_words(name: str) -> list[str]:
+    return [word for word in re.findall("[a-z]+", name.lower()) if word in SPLIT_OF]
 
 
 def choose_split(

@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 
 from gigatok_jax import files
-from gigatok_jax.data.codes import CodesSource, read_info
+from gigatok_jax.data.codes import STORE, CodesSource
 from gigatok_jax.data.parquet import import_pyarrow
 
 ROWS = 1024  # images in memory at a time
@@ -24,7 +24,7 @@ def export(folder: files.Path, format: str) -> None:
         and `crop`, int32, its number. "npz": the arrays `codes`, int [images, crops, N], of the
         type that is stored; `labels`, int64 [images]; and `keys`, str [images].
     """
-    for split in read_info(folder).images:
+    for split in STORE.find_info(str(folder)).images:
         path = folder / f"{split}.{format}"
         if not path.exists():
             with files.replacing(path) as aside:

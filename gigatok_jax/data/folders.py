@@ -2,6 +2,7 @@
 
 import collections
 from collections.abc import Iterator
+import errno
 import logging
 import os
 import re
@@ -12,7 +13,7 @@ import numpy as np
 from gigatok_jax.data import crops
 from gigatok_jax.data.encoded import EncodedSource, held_out
 from gigatok_jax.errors import UserError
-from gigatok_jax.files import Path, printable, real_path, reason, scan, stamp
+from gigatok_jax.files import NO_FILE, Path, printable, real_path, reason, scan, stamp, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -58,10 +59,13 @@ class FolderSource(EncodedSource):
     def encoded(self, index: int) -> dict[str, Any]:
         index = range(len(self))[index]
         key = self._key(index)
+        path = self.root / os.fsdecode(self._names[index])
         try:
-            image = (self.root / os.fsdecode(self._names[index])).read_bytes()
-        except Exception as error:  # those of buckets have many types
-            raise crops.BadImage(f"{key}: {reason(error)}") from error
+            image = path.read_bytes()
+        except Exception as error:
+            if isinstance(error, NO_FILE) or getattr(error, "errno", None) == errno.ELOOP:
+                raise crops.BadImage(f"{key}: {reason(error)}") from error
+            raise unreadable(path, error) from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def label(self, index: int) -> int:
@@ -143,11 +147,11 @@ def _classes(root: Path, split: str) -> dict[str, list[str]]:
     folder = root / split
     prefix = f"{split}/" if split else ""
     files = [name for name, is_folder in scan(folder) if not is_folder]
-    unread = collections.Counter(s for s in map(_suffix, files) if s in UNREADABLE)
+    unread = collections.Counter(s for s in map(suffix_of, files) if s in UNREADABLE)
     found = {name: sorted(_walk(root, prefix + name, unread)) for name in _folders(folder)}
-    _report(folder, unread)
+    report_unread(folder, unread)
     classes = {name: images for name, images in found.items() if images}
-    loose = sorted(name for name in files if _suffix(name) in READABLE)
+    loose = sorted(name for name in files if suffix_of(name) in READABLE)
     if classes and loose:
         logger.warning("%s: ignoring %d images outside class folders", folder, len(loose))
     if not classes and loose:
@@ -162,13 +166,14 @@ def _folders(folder: Path) -> list[str]:
     return sorted(name for name, is_folder in scan(folder) if is_folder and name[0] != ".")
 
 
-def _suffix(name: str) -> str:
+def suffix_of(name: str) -> str:
     """The suffix of a file that is not hidden, in lower case."""
     found = SUFFIX.fullmatch(name)
     return found[1].lower() if found else ""
 
 
-def _report(folder: Path, unread: collections.Counter) -> None:
+def report_unread(folder: Path, unread: collections.Counter) -> None:
+    """Warns of pictures of a folder that cannot be read, whose suffixes were counted."""
     if unread:
         counts = ", ".join(f"{count} .{suffix}" for suffix, count in sorted(unread.items()))
         hint = "; pip install 'gigatok_jax[heif]' reads .heic" if unread["heic"] else ""
@@ -197,7 +202,7 @@ def _walk(
         if is_folder:
             if name[0] != ".":
                 yield from _walk(root, path, unread, (*above, real), visited)
-        elif (suffix := _suffix(name)) in READABLE:
+        elif (suffix := suffix_of(name)) in READABLE:
             yield path
         elif suffix in UNREADABLE:
             unread[suffix] += 1
@@ -224,7 +229,7 @@ def image_paths(path: Path) -> list[Path]:
         raise UserError(f"{path}: no such file or folder, expected images")
     unread = collections.Counter()
     found = [path / name for name in sorted(_walk(path, "", unread))]
-    _report(path, unread)
+    report_unread(path, unread)
     if not found:
         raise UserError(f"{path}: no images")
     return found

@@ -51,7 +51,10 @@ class ParquetSource(EncodedSource):
                 raise UserError(f"{root / name}: expected the classes of {names[0]}, found others")
             classes = listed
             for number in range(file.num_row_groups):
-                table = file.read_row_group(number, columns=["image.path", "label"])
+                try:
+                    table = _read_group(file, root / name, number, ["image.path", "label"])
+                except crops.BadImage as error:
+                    raise UserError(str(error)) from error
                 group, count = len(self._groups), len(table)
                 labels = table["label"].fill_null(-1).to_numpy()
                 rows.append(np.stack([np.full(count, group), np.arange(count), labels], 1))
@@ -82,7 +85,11 @@ class ParquetSource(EncodedSource):
         for group, rows in itertools.groupby(range(start, stop), lambda i: self._rows[i, 0]):
             path, number = self._groups[group]
             file, _ = _open(path)
-            images = file.read_row_group(number, columns=["image.bytes"])["image"]
+            try:
+                images = _read_group(file, path, number, ["image.bytes"])["image"]
+            except crops.BadImage as error:
+                yield from (crops.BadImage(f"{self._keys[index]}: {error}") for index in rows)
+                continue
             for index in rows:
                 _, row, label = self._rows[index].tolist()
                 image = images[row].as_py()
@@ -112,6 +119,32 @@ def open_parquet(patterns: Iterable[str], train: bool, holdout: int) -> ParquetS
     return source
 
 
+def _read_group(file: Any, path: Path, number: int, columns: list[str]) -> Any:
+    """The table of a row group.
+
+    Raises:
+      BadImage: it is damaged.
+      OSError: the disk or the network failed.
+    """
+    try:
+        return file.read_row_group(number, columns=columns)
+    except Exception as error:
+        if not _is_damage(path, error):
+            raise files.unreadable(path, error) from error
+        raise crops.BadImage(
+            f"{path}: row group {number} is damaged: {first_line(error)}"
+        ) from error
+
+
+def _is_damage(path: Path, error: Exception) -> bool:
+    """Whether PyArrow understands the content of a file no more; else, it could not read it."""
+    import pyarrow
+
+    # It raises OSErrors for damaged pages too, but without a number, as buckets do for others.
+    unnumbered = type(error) is OSError and error.errno is None and not files.in_bucket(path)
+    return unnumbered or isinstance(error, pyarrow.ArrowException)
+
+
 def _open(path: Path) -> tuple[Any, tuple[str, ...]]:
     """A Parquet file, and the names of its classes, or none."""
     parquet = import_pyarrow()
@@ -119,7 +152,9 @@ def _open(path: Path) -> tuple[Any, tuple[str, ...]]:
 
     try:
         file = parquet.ParquetFile(path.open("rb") if files.in_bucket(path) else path)
-    except pyarrow.ArrowException as error:
+    except Exception as error:
+        if not _is_damage(path, error):
+            raise
         raise UserError(f"{path}: expected a Parquet file: {first_line(error)}") from None
     found = {field.name: field.type for field in file.schema_arrow}
     image, label = found.get("image", pyarrow.null()), found.get("label", pyarrow.null())

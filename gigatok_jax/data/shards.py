@@ -4,6 +4,7 @@ from collections.abc import Iterable
 import contextlib
 import dataclasses
 import errno
+import re
 from typing import Any
 
 from array_record.python.array_record_data_source import ArrayRecordDataSource
@@ -16,6 +17,7 @@ from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import Path
 
 SPLITS = ("train", "validation")
+DAMAGED = re.compile("Corrupted|Truncated")  # in ArrayRecord's messages
 
 
 def shard_path(folder: Path, split: str, shard: int, shards: int) -> Path:
@@ -167,6 +169,8 @@ class ShardsSource:
             return msgpack.unpackb(self._records[index])
         except RuntimeError as error:
             folder = self._paths[0].parent
+            if not DAMAGED.search(str(error)):  # of the disk or the network
+                raise files.unreadable(folder, error) from error
             raise UserError(f"{folder}: record {index} is damaged: {first_line(error)}") from error
 
     def version(self) -> str:

@@ -3,8 +3,10 @@
 An index of where each image lies is made once and kept, so that any image can be read by itself.
 """
 
+import collections
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+import contextlib
 import functools
 import hashlib
 import importlib.resources
@@ -16,13 +18,13 @@ import re
 import tarfile
 from typing import IO, Any, NamedTuple
 
+import filelock
 import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import files
-from gigatok_jax.data import crops
 from gigatok_jax.data.encoded import READERS, EncodedSource, choose_split, part, split_files
-from gigatok_jax.data.folders import READABLE
+from gigatok_jax.data.folders import READABLE, UNREADABLE, report_unread
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import Path
 
@@ -84,8 +86,8 @@ class TarSource(EncodedSource):
         path = self._root / self._tars[self._tar[index]]
         try:
             image = files.read_part(path, int(self._offset[index]), int(self._size[index]))
-        except Exception as error:  # those of buckets have many types
-            raise crops.BadImage(f"{key}: {path}: {files.reason(error)}") from error
+        except Exception as error:  # of the whole file: the image was there
+            raise files.unreadable(path, error) from error
         return {"image": image, "label": int(self._labels[index]), "key": key}
 
     def label(self, index: int) -> int:
@@ -122,6 +124,7 @@ def open_tars(patterns: Iterable[str], train: bool, holdout: int) -> TarSource:
         )
     stamp = files.stamp(root, tars)
     index, found = _find_index(root, tars, stamp)
+    report_unread(root, collections.Counter(found.unread.tolist()))
     split, held = choose_split(splits, train, holdout)
     source = TarSource(root, index, stamp, split, held, holdout, _class_names(root, found))
     if not len(source):
@@ -170,6 +173,7 @@ class _Index(NamedTuple):
     size: np.ndarray  # int64, in bytes
     label: np.ndarray  # int64
     keys: np.ndarray  # bytes
+    unread: np.ndarray  # str: suffixes of the pictures that cannot be read
 
 
 def _find_index(root: Path, tars: list[str], stamp: str) -> tuple[Path, _Index]:
@@ -178,41 +182,56 @@ def _find_index(root: Path, tars: list[str], stamp: str) -> tuple[Path, _Index]:
     def name(*parts: str) -> str:
         return f"tar_index_{hashlib.sha256(os.fsencode(chr(0).join(parts))).hexdigest()[:16]}.npz"
 
-    paths = (root / f".{name(*tars)}", files.cache_dir() / name(str(files.real_path(root)), *tars))
-    for path in paths:
-        if (found := _load(path, stamp)) is not None:
-            return path, found
-    made = _make_index(root, tars, stamp)
-    try:
-        files.write_npz(paths[0], made._asdict())
-        return paths[0], made
-    except OSError as error:
-        logger.info("%s; keeping the index of the tar files in %s", error, paths[1])
-        files.write_npz(paths[1], made._asdict())
-        return paths[1], made
+    def look() -> tuple[Path, _Index] | None:
+        found = ((path, _load(path, stamp)) for path in paths)
+        return next(((path, index) for path, index in found if index is not None), None)
+
+    cached = name(str(files.real_path(root)), *tars)
+    paths = (root / f".{name(*tars)}", files.cache_dir() / cached)
+    if found := look():
+        return found
+    lock = files.local_cache_dir() / f".{cached}.lock"
+    with contextlib.ExitStack() as stack:
+        # One process of a machine makes it. Where the cache cannot be locked, each does.
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(filelock.FileLock(lock))
+        if found := look():
+            return found
+        made = _make_index(root, tars, stamp)
+        try:
+            files.write_npz(paths[0], made._asdict())
+            return paths[0], made
+        except Exception as error:  # those of buckets have many types
+            logger.info("%s; keeping the index of the tar files in %s", first_line(error), paths[1])
+            files.write_npz(paths[1], made._asdict())
+            return paths[1], made
 
 
 def _load(path: Path, stamp: str) -> _Index | None:
-    """An index, or None if it is missing, damaged or of other files."""
+    """An index, or None if it is missing, damaged, of other files, or lacks what can be read."""
     try:
         with path.open("rb") as file, np.load(file) as arrays:
             found = _Index(**arrays)
     except Exception:  # damaged zip files raise many types
         return None
-    return found if found.stamp.item() == stamp else None
+    current = found.stamp.item() == stamp and READABLE.isdisjoint(found.unread.tolist())
+    return found if current else None
 
 
 def _make_index(root: Path, tars: list[str], stamp: str) -> _Index:
     logger.info("looking for images in %d tar files of %s, once", len(tars), root)
     parts = [_Part(i, root / name) for i, name in enumerate(tars)]
-    rows = []
+    rows, unread = [], collections.Counter()
     with ThreadPoolExecutor(READERS) as threads:
         while parts:
             bar = tqdm(threads.map(_scan, parts), "index", len(parts), unit="tar", disable=None)
-            found, inner = zip(*bar, strict=True)
+            found, inner, ignored = zip(*bar, strict=True)
             rows += itertools.chain.from_iterable(found)
             parts = list(itertools.chain.from_iterable(inner))
+            unread.update(itertools.chain.from_iterable(ignored))
     if not rows:
+        report_unread(root, unread)
         raise UserError(f"{root}: no images in {', '.join(tars[:3])}")
     tar, offset, size, keys, labels = zip(*sorted(rows), strict=True)
     names = sorted({label for label in labels if isinstance(label, str)})
@@ -228,6 +247,7 @@ def _make_index(root: Path, tars: list[str], stamp: str) -> _Index:
         size=np.array(size, np.int64),
         label=np.array([numbers.get(label, label) for label in labels], np.int64),
         keys=np.array([os.fsencode(key) for key in keys], np.bytes_),
+        unread=np.array(list(unread.elements()), np.str_),
     )
 
 
@@ -244,51 +264,86 @@ class _Part(NamedTuple):
     label: Label | None = None  # of an inner one: its name
 
 
-def _scan(part: _Part) -> tuple[list[tuple], list[_Part]]:
-    """The rows (tar, offset, size, key, label) of the images of a tar file, and inner tar files.
+class _Picture(NamedTuple):
+    """A member of a tar file that is a picture, by its name."""
 
-    A label is in `KEY.cls` or `KEY.json` beside the image `KEY.jpg`, as webdataset writes them. In
-    a tar file of tar files, as ImageNet's training images, it is the inner file's name.
+    name: str
+    extension: str  # all that follows the first dot, in lower case
+    suffix: str  # what follows the last dot
+    offset: int
+    size: int
+
+
+def _scan(part: _Part) -> tuple[list[tuple], list[_Part], list[str]]:
+    """The images of a tar file, inner tar files, and the suffixes of pictures that are ignored.
+
+    An image is a row (tar, offset, size, key, label). Its label is in `KEY.cls` or `KEY.json`
+    beside the image `KEY.jpg`, as webdataset writes them. In a tar file of tar files, as ImageNet's
+    training images, it is the inner file's name.
     """
-    images: dict[str, tuple[str, int, int]] = {}
+    pictures: dict[str, dict[str, _Picture]] = {}  # of a key, by name
     labels: dict[str, Label] = {}
-    inner = []
+    inner, ignored = [], []
     path = part.path
     with path.open("rb") as file:
-        for member in _members(file, part):
-            name, offset, size = member.name.removeprefix("./"), member.offset_data, member.size
+        for name, place in _members(file, part):
             folder, _, base = name.rpartition("/")
             if base.startswith("."):  # as macOS adds them
                 continue
             key, _, extension = base.partition(".")
             key, extension = f"{folder}/{key}", extension.lower()
+            suffix = extension.rpartition(".")[2]
+            if place is None:
+                ignored += [f"{suffix} (link)"] if suffix in READABLE else []
+                continue
+            offset, size = place
             if extension == "tar":
                 label = files.printable(base[: -len(".tar")])
                 inner.append(_Part(part.tar, path, offset, offset + size, label))
-            elif part.label is not None and extension.rpartition(".")[2] in READABLE:
-                images[name] = (name, offset, size)
-            elif extension in READABLE:
-                if images.setdefault(key, (name, 0, 0))[0] != name:
-                    both = f"{images[key][0]} and {name}"
-                    raise UserError(f"{path}: expected one image of a name, found {both}")
-                images[key] = (name, offset, size)
+            elif suffix in READABLE or suffix in UNREADABLE:
+                key = key if part.label is None else name
+                picture = _Picture(name, extension, suffix, offset, size)
+                pictures.setdefault(key, {})[name] = picture
             elif extension == "cls" or (extension == "json" and key not in labels):
                 file.seek(offset)
                 if (label := _parse_label(path, name, file.read(size))) is not None:
                     labels[key] = label
     rows = []
-    for key, (name, offset, size) in images.items():
+    for key, found in pictures.items():
+        image, unread = _choose(path, list(found.values()))
+        ignored += unread
+        if image is None:
+            continue
         label = labels.get(key, part.label)
-        if label is None and (validation := VALIDATION_IMAGE.fullmatch(name)):
+        if label is None and (validation := VALIDATION_IMAGE.fullmatch(image.name)):
             label = _validation_labels()[int(validation[1]) - 1]
         if label is None:
-            raise UserError(f"{path}: {files.printable(name)}: expected a label in .cls or .json")
-        rows.append((part.tar, offset, size, name, label))
-    return rows, inner
+            raise UserError(
+                f"{path}: {files.printable(image.name)}: expected a label in .cls or .json"
+            )
+        rows.append((part.tar, image.offset, image.size, image.name, label))
+    return rows, inner, ignored
 
 
-def _members(file: IO[bytes], part: _Part) -> Iterator[tarfile.TarInfo]:
-    """The files in a tar file."""
+def _choose(path: Path, pictures: list[_Picture]) -> tuple[_Picture | None, list[str]]:
+    """The image among the pictures of a key; if there is none, their suffixes.
+
+    A key ends at the first dot. `KEY.mask.png` is no image beside `KEY.jpg`, but alone it is.
+    """
+    whole = [each for each in pictures if each.extension == each.suffix] or pictures
+    images = [each for each in whole if each.suffix in READABLE]
+    if len(images) > 1:
+        both = " and ".join(files.printable(each.name) for each in images[:2])
+        raise UserError(f"{path}: expected one image of a name, up to its first dot, found {both}")
+    return (images[0], []) if images else (None, [each.suffix for each in whole])
+
+
+def _members(file: IO[bytes], part: _Part) -> Iterator[tuple[str, tuple[int, int] | None]]:
+    """Names of the files in a tar file, with offset and size; None for links that lead to none.
+
+    A hard link leads to an earlier file. Symbolic links are not followed.
+    """
+    places: dict[str, tuple[int, int]] = {}
     path, end = part.path, part.end if part.end is not None else file.seek(0, os.SEEK_END)
     file.seek(part.start)
     try:
@@ -300,7 +355,12 @@ def _members(file: IO[bytes], part: _Part) -> Iterator[tarfile.TarInfo]:
                 if member.offset_data + member.size > end:
                     raise UserError(f"{path}: incomplete, at {files.printable(member.name)}")
                 if member.isreg():
-                    yield member
+                    places[member.name] = member.offset_data, member.size
+                elif member.islnk() and member.linkname in places:
+                    places[member.name] = places[member.linkname]
+                elif not member.islnk() and not member.issym():
+                    continue
+                yield member.name.removeprefix("./"), places.get(member.name)
             last = tar.offset
     except tarfile.TarError as error:
         raise UserError(

@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from gigatok_jax import bundles, distributed, pictures
+from gigatok_jax import bundles, distributed, imagenet, pictures
 from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
@@ -63,7 +63,7 @@ def load_matching_tokenizer(
     Raises:
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(directory, "tokenizer", TokenizerConfig, where="--tokenizer")
     check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
     return PretrainedTokenizer(bundle.config, bundle.weights, fingerprint=bundle.fingerprint)
 
@@ -295,7 +295,8 @@ def evaluate_loss(
             f"config.data: expected at most {generator.class_count} classes, as in the generator, "
             f"got {len(batches.class_names)}"
         )
-    pairs = zip(generator.class_names, batches.class_names, strict=False)
+    names = () if "published" in generator.made_by else generator.class_names
+    pairs = zip(names, batches.class_names, strict=False)
     for label, (trained, found) in enumerate(pairs):
         if trained != found:
             raise UserError(
@@ -303,7 +304,7 @@ def evaluate_loss(
                 f"training, got {found!r}"
             )
     if data.source == "codes":
-        info = codes.find_info(data.path)
+        info = codes.STORE.find_info(data.path)
         check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
     losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
@@ -399,12 +400,12 @@ def _write_class_grid(
     """Writes a labeled row of samples per class, for evenly spaced classes if they are many."""
     shown = evenly_spaced(np.unique(classes), CLASSES)
     columns = min(COLUMNS, *(np.sum(classes == c) for c in shown))
-    rows, labels = [], []
+    rows, labels, names = [], [], imagenet.words(class_names)
     for c in shown:
         chosen = np.flatnonzero(classes == c)[:columns]
         rows.append(np.stack([pictures.read(images[i]) for i in chosen]))
-        named = c < len(class_names) and class_names[c] != str(c)
-        labels.append(f"{c}: {class_names[c][:NAME_LENGTH]}" if named else str(c))
+        named = c < len(names) and names[c] != str(c)
+        labels.append(f"{c}: {names[c][:NAME_LENGTH]}" if named else str(c))
     grid = Image.fromarray(pictures.grid(rows))
     font = ImageFont.load_default(14)
     margin = max(40, *(int(font.getlength(label)) + 12 for label in labels))

@@ -105,7 +105,7 @@ class _Probe:
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        return stored.find_info(self.codes.path).class_names
+        return stored.STORE.find_info(self.codes.path).class_names
 
     @functools.cached_property
     def generator(self) -> api.PretrainedGenerator:
@@ -127,7 +127,7 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     Raises:
       UserError: `workdir` holds another probe, or the input of a step is wrong.
     """
-    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig)
+    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig, where="--tokenizer")
     extractor = features.load(config.features)
     # Opening the data is cheap; reading them with other codes would mix two probes.
     sources = {

@@ -75,7 +75,9 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
         run = run.for_classes(IMAGENET_CLASSES)
         if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
-        config = bundles.load_config(run.tokenizer, "tokenizer", tokenizer.TokenizerConfig)
+        config = bundles.load_config(
+            run.tokenizer, "tokenizer", tokenizer.TokenizerConfig, where="config.tokenizer"
+        )
         return GeneratorTask(run, config), tokenizer.param_shapes(config)
     objective, config, networks = run.objective, None, {}
     if objective.needs_teacher:

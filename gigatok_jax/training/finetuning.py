@@ -48,7 +48,7 @@ def read(task: Task) -> Given:
       UserError: the bundle is missing or damaged, or its architecture is another.
     """
     run = task.run
-    bundle = bundles.load(run.init_from, run.task, type(run.model))
+    bundle = bundles.load(run.init_from, run.task, type(run.model), where="config.init_from")
     theirs = bundle.config
     _check_architecture(run, theirs)
     shapes = flatten_dict(bundles.CONTENT[type(run.model)](run.model)["params"])

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gigatok_jax import bundles, distributed, pictures, sampling, sharding
+from gigatok_jax import bundles, distributed, imagenet, pictures, sampling, sharding
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.sources import missing_classes
@@ -112,11 +112,13 @@ class GeneratorRun(RunConfig):
             )
         tokenizer = None
         if self.tokenizer:
-            tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
+            tokenizer = bundles.load(
+                self.tokenizer, "tokenizer", TokenizerConfig, where="config.tokenizer"
+            )
             check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.codes_of if tokenizer else None
         if from_codes:
-            info = stored.find_info(self.data.path)
+            info = stored.STORE.find_info(self.data.path)
             check_tokenizer(self.data.path, info, self.model, fingerprint)
             fingerprint = info.tokenizer
         if self.branch_from:
@@ -232,7 +234,7 @@ class GeneratorTask(Task):
                 "the %d training images show %d of %d classes; the others, such as %s, cannot be "
                 "sampled",
                 *(batches.examples, found - len(self.untrained), found),
-                f"{self.untrained[0]} ({self.class_names[self.untrained[0]]})",
+                f"{self.untrained[0]} ({imagenet.words(self.class_names)[self.untrained[0]]})",
             )
 
     def init(self, key: jax.Array) -> GeneratorState:

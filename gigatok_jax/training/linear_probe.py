@@ -71,7 +71,9 @@ class LinearProbeRun(RunConfig):
         if self.data.source != "codes" or self.features != "generator":
             if not self.tokenizer:
                 raise UserError("config.tokenizer: expected a tokenizer's bundle or workdir")
-            tokenizer = bundles.load(self.tokenizer, "tokenizer", TokenizerConfig)
+            tokenizer = bundles.load(
+                self.tokenizer, "tokenizer", TokenizerConfig, where="config.tokenizer"
+            )
         if self.features == "generator":
             probed = _generator_features(self, tokenizer, dtype)
         else:
@@ -93,10 +95,10 @@ class Probed:
 def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
     if not run.generator:
         raise UserError("config.generator: expected a generator's bundle or workdir")
-    bundle = bundles.load(run.generator, "generator", GeneratorConfig)
+    bundle = bundles.load(run.generator, "generator", GeneratorConfig, where="config.generator")
     config, made_by = bundle.config, bundle.made_by.get("tokenizer")
     if run.data.source == "codes":
-        check_tokenizer(run.data.path, stored.find_info(run.data.path), config, made_by)
+        check_tokenizer(run.data.path, stored.STORE.find_info(run.data.path), config, made_by)
     else:
         check_tokenizer(run.tokenizer, tokenizer, config, made_by)
     layer = _chosen_layer(run, config.depth // 2, config.depth)

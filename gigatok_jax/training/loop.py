@@ -184,6 +184,11 @@ def train(run: RunConfig, workdir: Path) -> None:
         def step_flops(phase):
             return flops.count(plain.trace(abstract, batch, frozen, phase=phase).jaxpr)
 
+        if telemetry and 0 < config.profile_at <= start:
+            logger.info(
+                "config.loop.profile_at: no trace of step %d: the run goes on after step %d",
+                *(config.profile_at, start),
+            )
         # One process is enough for a trace: all run the same program.
         trace = Trace(
             workdir / "tensorboard",

@@ -96,6 +96,11 @@ class RunConfig:
                 f"optimizer.warmup_steps: expected fewer than the run's {self.total_steps} steps, "
                 f"got {self.resolved_optimizer.warmup_steps}"
             )
+        if self.loop.profile_at > self.total_steps:
+            raise ValueError(
+                f"loop.profile_at: expected at most the run's {self.total_steps} steps, got "
+                f"{self.loop.profile_at}"
+            )
         return self
 
     @model_validator(mode="after")

@@ -20,6 +20,7 @@ import tempfile
 import time
 from typing import Any, Protocol
 
+from google.protobuf.message import DecodeError
 import numpy as np
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -90,14 +91,16 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in `tensorboard/`; in a bucket, each row uploads the newest one again."""
+    """Event files in `tensorboard/`; in a bucket, each row uploads the newest one again.
+
+    A row is one event, so that no kill leaves a part of it, and a file tells which rows it has.
+    """
 
     PART = 4_000_000  # bytes of an event file in a bucket before the next one begins
 
     def __init__(self, run: Run):
         self._folder = folder = run.workdir / "tensorboard"
-        has_events = any(folder.glob("events*"))
-        self.last = place(run.rows[-1]["step"], run.rows[-1]) if has_events and run.rows else -1
+        self.last = _last_shown(folder, run.step + 1)
         self._written = folder
         if in_bucket(folder):
             self._written = pathlib.Path(tempfile.mkdtemp(prefix="gigatok-"))
@@ -112,11 +115,12 @@ class TensorBoard:
         self._events = EventsWriter(str(self._written / "events"), f".{time.time_ns()}")
 
     def row(self, step, values, pictures):
+        event = Event(step=step)
         for name, array in pictures.items():
-            image = summary.image(name, array, dataformats="HWC")
-            self._write(Event(step=step, summary=image))
+            event.summary.MergeFrom(summary.image(name, array, dataformats="HWC"))
         for name, value in values.items():
-            self._write(Event(step=step, summary=summary.scalar(name, value)))
+            event.summary.MergeFrom(summary.scalar(name, value))
+        self._write(event)
         if self._written != self._folder:
             upload(self._written, self._folder)
             (part,) = self._written.iterdir()
@@ -134,6 +138,38 @@ class TensorBoard:
         self._events.close()
         if self._written != self._folder:
             shutil.rmtree(self._written)
+
+
+def _last_shown(folder: Path, end: int) -> int:
+    """Place of the last row before step `end` in a folder's event files; -1: none.
+
+    A row does not count if TensorBoard drops it, because a newer file starts at or before its step.
+    """
+    for path in sorted(folder.glob("events*"), reverse=True):
+        events = list(_read_events(path.read_bytes()))
+        rows = [event for event in events if event.summary.value and event.step < end]
+        if rows:
+            return max(
+                place(event.step, {value.tag: 0.0 for value in event.summary.value})
+                for event in rows
+            )
+        end = min([end, *(event.step for event in events if event.HasField("session_log"))])
+    return -1
+
+
+def _read_events(content: bytes) -> Iterator[Event]:
+    """The events of a file, up to the first one that a kill cut off or that is damaged."""
+    start, around = 0, 12  # before an event: its length and a checksum; after it: another, 4 bytes
+    while start + around <= len(content):
+        size = int.from_bytes(content[start : start + 8], "little")
+        data = content[start + around : start + around + size]
+        if len(data) < size:
+            return
+        try:
+            yield Event.FromString(data)
+        except DecodeError:
+            return
+        start += around + size + 4
 
 
 class Wandb:

@@ -182,7 +182,7 @@ def to_file(kind: str, name: str | Path, file: str | Path) -> None:
     Raises:
       UserError: there is no such model (see `locate.find`), or the suffix is unknown.
     """
-    bundle = bundles.load(name, kind, find(kind).config)
+    bundle = bundles.load(name, kind, find(kind).config, where="--from")
     torch_files.write(file, to_torch(kind, bundle.weights, bundle.config))
 
 
@@ -221,6 +221,7 @@ def fetch_bundle(name: str) -> Path:
         made_by["tokenizer"] = tokenizer.fingerprint
         made_by["published_tokenizer"] = published.tokenizer
         made_by["sampling"] = dict(published.sampling)
+        made_by["data"] = {"class_names": list(published.class_names)}
         del tokenizer  # it can be larger than the generator
     # A bucket has no such locks, so there process 0 of a run does the work, see `locate`.
     beside = local_cache_dir() / "bundles" if in_bucket(directory) else directory.parent

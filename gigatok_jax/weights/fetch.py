@@ -18,6 +18,7 @@ import urllib.request
 
 from tqdm import tqdm
 
+from gigatok_jax import imagenet
 from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import Path, cache_dir, local_cache_dir
 from gigatok_jax.weights import hub
@@ -54,6 +55,7 @@ class Published:
     figure: str = ""  # the authors' rFID or gFID
     tokenizer: str = ""  # of a generator: the name of the tokenizer whose codes it models
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a generator
+    class_names: tuple[str, ...] = ()  # of a generator
 
 
 def _one(kind: str, model: str, url: str, sha256: str | None = None, **name: str) -> Published:
@@ -75,6 +77,7 @@ def _generator(
         figure=f"gFID {gfid}",
         tokenizer=tokenizer,
         sampling={"guidance": guidance, "schedule": schedule, "schedule_start": 0.18},
+        class_names=tuple(imagenet.classes()),
     )
 
 
