@@ -174,7 +174,10 @@ class Vqgan(nn.Module):
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Maps images in [-1, 1] to codes `[B, N]` int32."""
-        z = self.latents(images)
+        return self.choose(self.latents(images))
+
+    def choose(self, z: jax.Array) -> jax.Array:
+        """The codes of latents, `[B, N, D]` to `[B, N]` int32."""
         if self.config.quantizer == "lfq":
             return quantizer.bits_to_codes(z)
         if self.config.quantizer == "ibq":
