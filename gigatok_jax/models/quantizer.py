@@ -41,6 +41,58 @@ def search(
       Codes `[...]` int32 (the first in a tie), and the entropy loss, a scalar: the mean of
       H(p) over all latents minus H(mean of p), where p = softmax(-squared distance / 0.01).
     """
+    chunks = _chunks(z, codebook, chunk_elements)
+    if entropy:
+        indices, loss = _search_with_entropy(chunks, codebook)
+    else:
+        indices = lax.map(lambda chunk: _nearest(_distances(chunk, codebook)), chunks)
+        loss = jnp.zeros(())
+    return _join(indices, z.shape[:-1]), loss
+
+
+def most_probable(
+    z: jax.Array, codebook: jax.Array, *, chunk_elements: int = CHUNK_ELEMENTS
+) -> jax.Array:
+    """Finds the code with the largest softmax of inner products with each latent.
+
+    This is the choice of index backpropagation (Shi et al. 2024, "Scalable Image Tokenization with
+    Index Backpropagation Quantization"). As in the authors' program, probabilities are compared,
+    not products: of those that are the same number in float32, the first is chosen.
+
+    Args:
+      z: `[..., D]` float32.
+      codebook: `[K, D]` float32.
+      chunk_elements: as for `search`.
+
+    Returns:
+      Codes `[...]` int32.
+    """
+
+    def choose(chunk):
+        probabilities = jax.nn.softmax(_products(chunk, codebook))
+        return jnp.argmax(probabilities, axis=-1).astype(jnp.int32)
+
+    return _join(lax.map(choose, _chunks(z, codebook, chunk_elements)), z.shape[:-1])
+
+
+def bits_to_codes(z: jax.Array) -> jax.Array:
+    """Maps latents `[..., D]` to codes `[...]` int32 by the signs of their channels.
+
+    This is lookup-free quantization as in Open-MAGVIT2 (Luo et al. 2024): bit d of a code is set if
+    channel d is positive, so channel 0 is the least significant bit. Other programs differ.
+    """
+    bits = (z > 0).astype(jnp.int32)
+    return jnp.sum(bits << jnp.arange(z.shape[-1]), axis=-1, dtype=jnp.int32)
+
+
+def codes_to_bits(codes: jax.Array, width: int) -> jax.Array:
+    """The inverse of `bits_to_codes`: `[...]` to `[..., width]` float32, each -1 or 1."""
+    bits = (codes[..., None] >> jnp.arange(width)) & 1
+    return jnp.where(bits == 1, 1.0, -1.0)
+
+
+def _chunks(z: jax.Array, codebook: jax.Array, chunk_elements: int) -> jax.Array:
+    """Latents `[..., D]` as `[n, M, D]`, so that M rows by all codes have `chunk_elements`."""
     codes, width = codebook.shape
     flat = z.reshape(-1, width)
     rows = flat.shape[0]
@@ -48,24 +100,24 @@ def search(
     least = min(math.ceil(rows * codes / chunk_elements), rows)
     count = next(n for n in range(least, rows + 1) if rows % n == 0)
     # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
-    chunks = rearrange(flat, "(m n) d -> n m d", n=count)
+    return rearrange(flat, "(m n) d -> n m d", n=count)
 
-    if entropy:
-        indices, loss = _search_with_entropy(chunks, codebook)
-    else:
-        _, indices = lax.scan(
-            lambda _, chunk: (None, _nearest(_distances(chunk, codebook))), None, chunks
-        )
-        loss = jnp.zeros(())
-    return rearrange(indices, "n m -> (m n)").reshape(z.shape[:-1]), loss
+
+def _join(codes: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The codes `[n, M]` of chunks in the latents' `shape`."""
+    return rearrange(codes, "n m -> (m n)").reshape(shape)
+
+
+def _products(chunk: jax.Array, codebook: jax.Array) -> jax.Array:
+    """Inner products `[M, K]`."""
+    # Full precision: bfloat16 or TF32 products would change which code is chosen.
+    return jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
 
 
 def _distances(chunk: jax.Array, codebook: jax.Array) -> jax.Array:
     """Squared distances `[M, K]`."""
-    # Full precision: bfloat16 or TF32 products would change which code is nearest.
-    product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
     squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
-    return squares - 2 * product
+    return squares - 2 * _products(chunk, codebook)
 
 
 def _nearest(distances: jax.Array) -> jax.Array:
