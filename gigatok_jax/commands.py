@@ -330,8 +330,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     train.parquet and validation.parquet (a row per crop: codes, label, key, crop), and --format=npz
     adds train.npz and validation.npz (codes [images, crops, N], labels, keys).
     """
-    from gigatok_jax import bundles, distributed, encoding
-    from gigatok_jax.models.tokenizer import TokenizerConfig
+    from gigatok_jax import api, distributed, encoding
 
     try:
         factors = tuple(float(factor) for factor in crop_factors)
@@ -339,9 +338,9 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
     data, folder = _data(config), as_path(out)
     _check_data("out", folder, data)
-    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig, where="--tokenizer")
+    loaded = api.load_tokenizer(tokenizer, where="--tokenizer")
     with distributed.locked(folder):
-        encoding.encode(bundle, data, folder, crop_factors=factors, **options)
+        encoding.encode(loaded, data, folder, crop_factors=factors, **options)
 
 
 @verb(
