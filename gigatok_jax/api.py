@@ -102,6 +102,11 @@ class PretrainedTokenizer(Pretrained):
         self.made_by, self.history = dict(made_by or {}), weights.get("history")
 
     @property
+    def family(self) -> str:
+        """Such as "gigatok" or "llamagen"."""
+        return families.describe(self.config)
+
+    @property
     def parameters(self) -> int:
         """The number of parameters."""
         return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
@@ -187,6 +192,7 @@ class OwnTokenizer:
     """
 
     history, has_decoder_features, made_by = None, False, MappingProxyType({})
+    family = "own"
     parameters = 0  # not known
 
     def __init__(self, name: str, where: str = ""):

@@ -11,6 +11,7 @@ import pytest
 import gigatok_jax as gt
 from gigatok_jax import api, bundles, cli
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import report
 from gigatok_jax.models import families
 from gigatok_jax.models.vqgan import VqganConfig
 from gigatok_jax.training.generator import GeneratorRun
@@ -33,17 +34,36 @@ def names(tmp_path_factory):
     return {"llamagen": str(folder / "tokenizer"), "own": OWN}
 
 
+@pytest.fixture(scope="module")
+def probes(names, tmp_path_factory):
+    """Workdirs of probes, by family."""
+    folder = tmp_path_factory.mktemp("probes")
+    for family, name in names.items():
+        flags = [f"--tokenizer={name}", f"--workdir={folder / family}", f"--config={PROBE}"]
+        assert cli.main(["probe", *flags]) == 0
+    return {family: folder / family for family in names}
+
+
 @pytest.mark.parametrize("family", ["llamagen", "own"])
-def test_probe_measures_any_tokenizer(names, tmp_path, family):
-    flags = [f"--tokenizer={names[family]}", f"--workdir={tmp_path / 'probe'}"]
-    assert cli.main(["probe", *flags, f"--config={PROBE}"]) == 0
-    results = json.loads((tmp_path / "probe" / "results.json").read_text())
+def test_probe_measures_any_tokenizer(names, probes, family):
+    results = json.loads((probes[family] / "results.json").read_text())
     assert results.keys() >= {"psnr", "rfd_teacher", "loss", "gfd_teacher", "linear_accuracy"}
-    assert (tmp_path / "probe" / "report.html").exists()
-    generator = gt.load_generator(tmp_path / "probe" / "generator")
+    generator = gt.load_generator(probes[family] / "generator")
     tokenizer = gt.load_tokenizer(names[family])
     assert generator.made_by["tokenizer"] == tokenizer.fingerprint
     assert generator.config.codes == tokenizer.config.latents == 16
+
+
+def test_report_compares_families_by_bits(probes, tmp_path):
+    report.write([probes["llamagen"], probes["own"]], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<span>(llamagen)</span>" in html and "<span>(own)</span>" in html
+    assert "Reconstruction against generation" in html
+    for workdir in probes.values():
+        loss = json.loads((workdir / "results.json").read_text())["loss"]
+        bits = 16 * loss / np.log(2)  # of 16 codes
+        assert f"<td>{bits:,.0f}</td>" in html and f"<td>{bits / 256:.4f}</td>" in html
+    assert "<td>96</td>" in html  # 16 codes of 6 bits
 
 
 @pytest.mark.parametrize("family", ["llamagen", "own"])

@@ -148,7 +148,14 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
     # Write nothing before all inputs have been checked.
     distributed.claim(workdir / "probe.json", identity, "a probe")
     if distributed.is_main():
-        described = {"model": dataclasses.asdict(tokenizer.config), "made_by": tokenizer.made_by}
+        described = {
+            "family": tokenizer.family,
+            "image_size": tokenizer.config.image_size,
+            "codes": tokenizer.config.latents,
+            "codebook_size": tokenizer.config.codebook_size,
+            "model": dataclasses.asdict(tokenizer.config),
+            "made_by": dict(tokenizer.made_by),
+        }
         write_json(workdir / "tokenizer.json", described)
 
     shared = _Probe(
