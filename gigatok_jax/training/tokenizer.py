@@ -45,7 +45,7 @@ class ObjectiveConfig:
     """Weights of the loss terms, and the networks that measure them.
 
     `l2`, `codebook` and `commitment` are always computed and logged. Every other term is left out
-    at weight 0.
+    at weight 0. Terms that the model's quantizer does not have are 0.
     """
 
     l2: NonNegativeFloat = 1.0

@@ -149,12 +149,13 @@ def _token_transformer(config: TokenizerConfig, part: str) -> Iterator[Entry]:
 
 def tokenizer(config: TokenizerConfig) -> list[Entry]:
     """Entries of a GigaTok tokenizer, except `USAGE`."""
+    codebook = [Entry("quantize.embedding.weight", ("codebook",))]
     return [
         *_cnn(config, "encoder"),
         *_cnn(config, "decoder"),
         *_token_transformer(config, "encoder"),
         *_token_transformer(config, "decoder"),
-        Entry("quantize.embedding.weight", ("codebook",)),
+        *(codebook if config.has_codebook else ()),
         *_pair("quant_conv", "quant_conv", CONV_1X1),
         *_pair("post_quant_conv", "post_quant_conv", CONV_1X1),
     ]
