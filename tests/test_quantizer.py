@@ -49,6 +49,30 @@ def test_tie_goes_to_the_first_code(limit):
     np.testing.assert_array_equal(codes, [1, 1, 1])
 
 
+@pytest.mark.parametrize("limit", LIMITS)
+def test_most_probable_code_is_found_in_chunks_of_any_size(limit):
+    z, codebook = points()
+    products = z.astype(np.float64) @ codebook.T
+    codes = quantizer.IBQ(codebook, limit).encode(z.reshape(4, 6, WIDTH))
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, products.argmax(-1).reshape(4, 6))
+
+
+def test_first_of_equal_probabilities_is_chosen_though_its_product_is_smaller():
+    smaller = np.float32(0.25)
+    codebook = np.array([[-1], [smaller], [np.nextafter(smaller, 1)]], np.float32)
+    np.testing.assert_array_equal(quantizer.IBQ(codebook).encode(np.ones((1, 1), np.float32)), [1])
+
+
+def test_channels_are_bits_of_a_code_from_the_least_significant():
+    z = np.float32([[1e-9, -2, 3], [0, -0.0, 0.5], [-1, -1, -1]])
+    lfq = lookup_free.LFQ(3)
+    codes = lfq.encode(z)
+    assert codes.dtype == jnp.int32
+    np.testing.assert_array_equal(codes, [5, 4, 0])
+    np.testing.assert_array_equal(lfq.look_up(codes), [[1, -1, 1], [-1, -1, 1], [-1, -1, -1]])
+
+
 @jax.jit
 @functools.partial(jax.value_and_grad, argnums=(0, 1))
 def dense_entropy_with_gradients(z, codebook):

@@ -150,9 +150,7 @@ def search(
     if entropy:
         indices, loss = _search_with_entropy(chunks, codebook)
     else:
-        _, indices = lax.scan(
-            lambda _, chunk: (None, _nearest(_distances(chunk, codebook))), None, chunks
-        )
+        indices = lax.map(lambda chunk: _nearest(_distances(chunk, codebook)), chunks)
         loss = jnp.zeros(())
     return _unchunk(indices, z), loss
 

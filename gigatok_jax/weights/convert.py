@@ -18,7 +18,16 @@ import numpy as np
 from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.files import Path, as_path, in_bucket, local_cache_dir, local_copy
-from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
+from gigatok_jax.models import (
+    generator,
+    inception,
+    layers,
+    lpips,
+    quantizer,
+    tokenizer,
+    vit,
+    vqgan,
+)
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
 
@@ -57,6 +66,13 @@ KINDS = {
         config=generator.GeneratorConfig,
         model=recipes.generator_model,
         example="b",
+    ),
+    "vqgan": Kind(
+        names.vqgan,
+        vqgan.param_shapes,
+        config=vqgan.VqganConfig,
+        model=lambda name: lookup(name, vqgan.MODELS, "vqgan model"),
+        example="llamagen_vq16",
     ),
     "dino": _vit(vit.DINO, "dino", names.dino),
     "dinov2": _vit(vit.DINOV2, "dinov2", names.dino),
