@@ -282,7 +282,8 @@ class Tokenizer(nn.Module):
 
         def codebook_init(key, shape):
             codebook = layers.uniform(1 / shape[0])(key, shape)
-            unit = config.quantizer == "vq" and config.normalize_codes
+            # Inner products with codes near 0 would make all of them equally probable for "ibq".
+            unit = config.normalize_codes or config.quantizer == "ibq"
             return quantizer.normalize(codebook) if unit else codebook
 
         self.quant_conv = torch_default(config.code_dim, config.z_channels, "quant_conv")
