@@ -61,7 +61,8 @@ def test_most_probable_code_is_found_in_chunks_of_any_size(limit):
 def test_first_of_equal_probabilities_is_chosen_though_its_product_is_smaller():
     smaller = np.float32(0.25)
     codebook = np.array([[-1], [smaller], [np.nextafter(smaller, 1)]], np.float32)
-    np.testing.assert_array_equal(quantizer.IBQ(codebook).encode(np.ones((1, 1), np.float32)), [1])
+    codes = quantizer.IBQ(codebook).encode(np.ones((1, 1), np.float32))
+    np.testing.assert_array_equal(codes, [1])
 
 
 def test_channels_are_bits_of_a_code_from_the_least_significant():

@@ -27,8 +27,8 @@ class Design:
     # What a block's 1x1 convolution reads if the width changes: the block's input, or its result
     # before the sum.
     shortcut: Literal["input", "result"] = "input"
-    attention: bool = False  # after every block of the lowest level, and after the first in between
-    middle_blocks: int = 2  # between the levels and the features, in the encoder and the decoder
+    middle_blocks: int = 2  # beside those of the levels, at the lowest resolution
+    attention: bool = False  # after every block of the lowest level, and the first middle block
     more_blocks: int = 1  # of a level in the decoder than in the encoder
     # How a level halves the resolution: a convolution that pads below and on the right only, one
     # that pads all sides, or the means of 2x2 pixels.
@@ -110,7 +110,9 @@ class AdaptiveGroupNorm(nn.Module):
         return GroupNorm(affine=False, dtype=self.dtype, name="norm")(x, gain, bias)
 
 
-def middle(x: jax.Array, block: functools.partial, design: Design, dtype: layers.Dtype):
+def middle(
+    x: jax.Array, block: functools.partial, design: Design, dtype: layers.Dtype
+) -> jax.Array:
     """The blocks that belong to no level; to be called in an `nn.compact` method."""
     for i in range(design.middle_blocks):
         x = block(x.shape[-1], name=f"mid_block{i}")(x)
@@ -134,17 +136,17 @@ class Encoder(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         conv, design = functools.partial(layers.conv, dtype=self.dtype), self.design
         block = residual_block(self.dropout, self.remat, self.dtype, design)
-        last = len(self.channels) - 1
+        lowest = len(self.channels) - 1
 
         x = conv(self.channels[0], use_bias=design.bias, name="conv_in")(images)
         for level, features in enumerate(self.channels):
             for i in range(self.residual_blocks):
                 x = block(features, name=f"level{level}_block{i}")(x)
-                if design.attention and level == last:
+                if design.attention and level == lowest:
                     x = PixelAttention(self.dtype, name=f"level{level}_attention{i}")(x)
-            if level < last and design.down == "pool":
+            if level < lowest and design.down == "pool":
                 x = nn.avg_pool(x, (2, 2), strides=(2, 2))
-            elif level < last:
+            elif level < lowest:
                 before = int(design.down == "padded_conv")
                 halve = {"strides": 2, "padding": ((before, 1),) * 2}
                 x = conv(features, **halve, name=f"level{level}_down")(x)
