@@ -13,6 +13,8 @@ from gigatok_jax import api, bundles, cli
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import report
 from gigatok_jax.models import families
+from gigatok_jax.models.titok import TitokConfig
+from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.models.vqgan import VqganConfig
 from gigatok_jax.training.generator import GeneratorRun
 
@@ -123,6 +125,17 @@ def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(na
     model = tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=32, classes=3)
     with pytest.raises(UserError, match=r"expected codebook_size=32, as in its model.*, got 64$"):
         GeneratorRun(model=model, tokenizer=names["llamagen"]).open_task()
+
+
+def test_titok_is_a_tokenizer(tmp_path):
+    size = TransformerSize(1, 2, 16)
+    config = TitokConfig(size, size, latents=8, codebook_size=64, code_dim=4)
+    weights = {"params": tiny.fill(families.param_shapes(config))}
+    bundles.save(tmp_path / "titok", "titok", config, weights, {})
+    tokenizer = gt.load_tokenizer(tmp_path / "titok")
+    codes = tokenizer.encode(np.zeros((1, 256, 256, 3), np.uint8))
+    assert codes.shape == (1, 8) and tokenizer.family == "titok"
+    assert tokenizer.decode(codes).shape == (1, 256, 256, 3)
 
 
 def test_what_only_gigatok_has_is_refused(names):

@@ -11,15 +11,21 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gigatok_jax.models import tokenizer, vqgan
+from gigatok_jax.models import titok, tokenizer, vqgan
 from gigatok_jax.models.layers import Dtype
+from gigatok_jax.models.titok import Titok, TitokConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.models.vqgan import Vqgan, VqganConfig
 
-KINDS: dict[str, type] = {"tokenizer": TokenizerConfig, "vqgan": VqganConfig}
+KINDS: dict[str, type] = {
+    "tokenizer": TokenizerConfig,
+    "vqgan": VqganConfig,
+    "titok": TitokConfig,
+}
 _MODULES = {
     TokenizerConfig: (Tokenizer, tokenizer.param_shapes),
     VqganConfig: (Vqgan, vqgan.param_shapes),
+    TitokConfig: (Titok, titok.param_shapes),
 }
 
 
@@ -35,6 +41,6 @@ def param_shapes(config: Any) -> dict:
 
 def describe(config: Any) -> str:
     """The name of the family, for reports: "gigatok", "llamagen", "ibq", ..."""
-    if isinstance(config, TokenizerConfig):
-        return "gigatok"
-    return "ibq" if config.quantizer == "ibq" else config.family
+    if isinstance(config, VqganConfig):
+        return "ibq" if config.quantizer == "ibq" else config.family
+    return {TokenizerConfig: "gigatok", TitokConfig: "titok"}[type(config)]

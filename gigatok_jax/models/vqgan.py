@@ -31,7 +31,7 @@ import jax.numpy as jnp
 from pydantic import Field, PositiveInt, model_validator
 
 from gigatok_jax.config import configclass
-from gigatok_jax.models import cnn, layers, quantizer
+from gigatok_jax.models import cnn, layers, lookup_free, quantizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,13 +153,17 @@ class Vqgan(nn.Module):
             self.post_quant_conv = layers.dense(
                 config.z_channels, name="post_quant_conv", **options
             )
-        if config.quantizer != "lfq":
-            codebook_init = layers.uniform(1 / config.codebook_size)
-            self.codebook = self.param(
-                "codebook",
-                layers.partitioned(codebook_init, "vocab", None),
-                (config.codebook_size, config.code_dim),
-            )
+        if config.quantizer == "lfq":
+            self.quantizer = lookup_free.LFQ(config.code_dim)
+            return
+        codebook = self.param(
+            "codebook",
+            layers.partitioned(layers.uniform(1 / config.codebook_size), "vocab", None),
+            (config.codebook_size, config.code_dim),
+        )
+        self.quantizer = quantizer.VQ(codebook, config.normalize_codes)
+        if config.quantizer == "ibq":
+            self.quantizer = quantizer.IBQ(codebook)
 
     def latents(self, images: jax.Array) -> jax.Array:
         """Maps images in [-1, 1] to latents, before normalization and quantization.
@@ -178,11 +182,7 @@ class Vqgan(nn.Module):
 
     def choose(self, z: jax.Array) -> jax.Array:
         """The codes of latents, `[B, N, D]` to `[B, N]` int32."""
-        if self.config.quantizer == "lfq":
-            return quantizer.bits_to_codes(z)
-        if self.config.quantizer == "ibq":
-            return quantizer.most_probable(z, self.codebook)
-        return quantizer.search(self._unit(z), self._unit(self.codebook))[0]
+        return self.quantizer.encode(z)
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Maps codes `[B, N]` to images, float32 in about [-1, 1], not clipped."""
@@ -195,17 +195,11 @@ class Vqgan(nn.Module):
 
     def look_up(self, codes: jax.Array) -> jax.Array:
         """The vectors of codes, `[B, N]` to `[B, N, D]` float32."""
-        if self.config.quantizer == "lfq":
-            return quantizer.codes_to_bits(codes, self.config.code_dim)
-        return self._unit(self.codebook[codes])
+        return self.quantizer.look_up(codes)
 
     def __call__(self, images: jax.Array) -> jax.Array:
         """Reconstructs images in [-1, 1]."""
         return self.decode(self.encode(images))
-
-    def _unit(self, vectors):
-        """Projects latents or codes to the unit sphere, if so configured."""
-        return quantizer.normalize(vectors) if self.config.normalize_codes else vectors
 
 
 F8 = (1, 2, 2, 4)  # channel multipliers of tokenizers whose grid has 1/8 of the image's side

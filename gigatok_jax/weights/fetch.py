@@ -71,6 +71,12 @@ def _vqgan(model: str, repo: str, file: str, rfid: str) -> Published:
     return Published("vqgan", model, (File(url),), f"rFID {rfid}")
 
 
+def _titok(model: str, rfid: str) -> Published:
+    repo = f"tokenizer_{model}_imagenet"
+    url = f"https://huggingface.co/yucornetto/{repo}/resolve/main/model.safetensors"
+    return Published("titok", model, (File(url, saved_as=f"{repo}.safetensors"),), f"rFID {rfid}")
+
+
 def _generator(
     model: str, tokenizer: str, file: str, gfid: str, guidance: float = 1.0
 ) -> Published:
@@ -121,7 +127,17 @@ VQGANS = {
     "ibq_262144": (f"{TENCENT}/IBQ-Tokenizer-262144", "imagenet256_262144.ckpt", "1.00"),
 }
 
-# The authors of SigLIP, DINO, GigaTok and the VQGANs publish no hashes.
+# rFID of each TiTok.
+TITOKS = {
+    "titok_l32": "2.21",
+    "titok_b64": "1.70",
+    "titok_s128": "1.71",
+    "titok_bl64_vq8k": "2.06",
+    "titok_bl128_vq8k": "1.49",
+    "titok_sl256_vq8k": "1.03",
+}
+
+# The authors of SigLIP, DINO, GigaTok, TiTok and the VQGANs publish no hashes.
 PUBLISHED = {
     **{
         name: _one("dinov2", name, f"{DINOV2_HOST}/{name}/{name}_pretrain.pth", sha256)
@@ -194,6 +210,7 @@ PUBLISHED = {
         "xxl", "gigatok_xl_xxl", "GPT_XXL256_e300_VQ_XLXXL.pt", "1.98"
     ),
     **{model: _vqgan(model, *where) for model, where in VQGANS.items()},
+    **{model: _titok(model, rfid) for model, rfid in TITOKS.items()},
 }
 
 

@@ -9,6 +9,7 @@ import dataclasses
 
 from gigatok_jax.models import cnn, inception, lpips
 from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.models.titok import PIXELS, TitokConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.models.vit import ViTConfig
 from gigatok_jax.models.vqgan import FAMILIES, VqganConfig
@@ -18,6 +19,7 @@ USAGE = "quantize.codebook_used"  # a tokenizer's last codes assigned
 # By the kinds of `weights.convert`: globs of tensors without a counterpart here.
 IGNORED = {
     "tokenizer": (USAGE,),
+    "titok": (),
     "vqgan": (USAGE, "loss.*"),  # discriminators and LPIPS
     "generator": ("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in older checkpoints
     "dino": ("mask_token",),
@@ -222,12 +224,13 @@ def _token_transformer(config: TokenizerConfig, part: str) -> Iterator[Entry]:
 
 def tokenizer(config: TokenizerConfig) -> list[Entry]:
     """Entries of a GigaTok tokenizer, except `USAGE`."""
+    codebook = [Entry("quantize.embedding.weight", ("codebook",))]
     return [
         *_cnn(config, "encoder"),
         *_cnn(config, "decoder"),
         *_token_transformer(config, "encoder"),
         *_token_transformer(config, "decoder"),
-        Entry("quantize.embedding.weight", ("codebook",)),
+        *(codebook if config.has_codebook else ()),
         *_pair("quant_conv", "quant_conv", CONV_1X1),
         *_pair("post_quant_conv", "post_quant_conv", CONV_1X1),
     ]
@@ -244,6 +247,49 @@ def vqgan(config: VqganConfig) -> list[Entry]:
     if family.quant_convs:
         parts += [_pair(name, name, CONV_1X1) for name in ("quant_conv", "post_quant_conv")]
     return [entry for part in parts for entry in part]
+
+
+def _titok_transformer(config: TitokConfig, part: str) -> Iterator[Entry]:
+    """The ViT of TiTok's "encoder" or "decoder"."""
+    size = config.decoder if part == "decoder" else config.encoder
+    yield Entry(f"{part}.class_embedding", (f"{part}/class_token",))
+    yield Entry(f"{part}.positional_embedding", (f"{part}/positions",))
+    latents = f"{part}.latent_token_positional_embedding"
+    yield Entry(latents, (f"{part}/latent_positions",))
+    yield from _norm(f"{part}.ln_pre", f"{part}/norm_in")
+    yield from _norm(f"{part}.ln_post", f"{part}/norm_out")
+    layer, block = f"{part}.transformer.{{layer}}", f"{part}/{BLOCK}"
+    packed, out = f"{layer}.attn.in_proj_", f"{layer}.attn.out_proj"
+    rows = [*_attention(packed, out, f"{block}/self_attention", size.heads)]
+    rows += _norm(f"{layer}.ln_1", f"{block}/norm_self")
+    rows += _norm(f"{layer}.ln_2", f"{block}/norm_mlp")
+    rows += _pair(f"{layer}.mlp.c_fc", f"{block}/mlp_in")
+    rows += _pair(f"{layer}.mlp.c_proj", f"{block}/mlp_out")
+    yield from _layers(size.depth, rows)
+
+
+def titok(config: TitokConfig) -> list[Entry]:
+    """Entries of a TiTok; a two-stage one holds the decoder of MaskGIT's VQGAN."""
+    entries = [
+        Entry("latent_tokens", ("latent_tokens",)),
+        *_pair("encoder.patch_embed", "patch_embed", CONV),
+        *_titok_transformer(config, "encoder"),
+        *_pair("encoder.conv_out", "encoder_out", CONV_1X1),
+        Entry("quantize.embedding.weight", ("codebook",)),
+        *_pair("decoder.decoder_embed", "embed"),
+        Entry("decoder.mask_token", ("mask_token",), "1 n w -> n w"),
+        *_titok_transformer(config, "decoder"),
+    ]
+    if not config.two_stage:
+        entries += _pair("decoder.ffn.0", "patch_out", CONV_1X1)
+        return [*entries, *_pair("decoder.conv_out", "conv_out", CONV)]
+    entries += _pair("decoder.ffn.0", "proxy_hidden", CONV_1X1)
+    entries += _pair("decoder.ffn.2", "proxy_out", CONV_1X1)
+    entries.append(Entry("pixel_quantize.embedding.weight", ("proxy_codebook",)))
+    family = PIXELS.family
+    for entry in _cnn(PIXELS, "decoder", FAMILIES[family].cnn, CNN_NAMES[family]):
+        entries.append(dataclasses.replace(entry, name=f"pixel_{entry.name}"))
+    return entries
 
 
 def generator(config: GeneratorConfig) -> list[Entry]:
