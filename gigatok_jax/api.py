@@ -235,7 +235,7 @@ class OwnTokenizer:
         """See `PretrainedTokenizer.encode`."""
         images = np.asarray(_images(images, self.config.image_size))
         images = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
-        codes = _own_array(self._own.encode(images.astype(np.float32)))
+        codes = _own_array(self._own.encode(np.array(images, np.float32)))
         count, highest = (len(images), self.config.latents), self.config.codebook_size - 1
         right = codes.shape == count and codes.dtype.kind in "iu"
         if not right or codes.min() < 0 or codes.max() > highest:
@@ -250,7 +250,8 @@ class OwnTokenizer:
     def decode(self, codes) -> np.ndarray:
         """See `PretrainedTokenizer.decode`."""
         config = self.config
-        codes = np.asarray(_codes(codes, config.latents, config.codebook_size))
+        # A copy, because PyTorch wants arrays that can be written to.
+        codes = np.array(_codes(codes, config.latents, config.codebook_size))
         images = _own_array(self._own.decode(codes))
         shape = (len(codes), config.image_size, config.image_size, 3)
         if images.shape != shape or images.dtype.kind != "f":
