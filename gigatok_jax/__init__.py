@@ -10,8 +10,10 @@ if TYPE_CHECKING:
         parameter_count,
         tokenizer_from_torch,
     )
+    from gigatok_jax.evaluation.samples import compare
 
 __all__ = [
+    "compare",
     "generator_from_torch",
     "load_generator",
     "load_tokenizer",
@@ -22,6 +24,10 @@ __all__ = [
 
 def __getattr__(name):
     # On first use: data workers and `gigatok --help` import this package without JAX.
+    if name == "compare":
+        from gigatok_jax.evaluation import samples
+
+        return samples.compare
     if name in __all__:
         from gigatok_jax import api
 

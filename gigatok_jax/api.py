@@ -6,7 +6,13 @@ images = tokenizer.decode(codes)
 """
 
 from collections.abc import Mapping, Sequence
+import dataclasses
 import functools
+import hashlib
+import importlib
+import os
+import sys
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -14,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gigatok_jax import bundles, files, recipes, sampling, sharding
+from gigatok_jax import bundles, files, locate, recipes, sampling, sharding
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.models import generator, quantizer, tokenizer
+from gigatok_jax.models import families, generator, quantizer, tokenizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
-from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.pictures import to_float
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import convert, torch_files
@@ -64,22 +70,13 @@ class Pretrained:
             self._compiled[key] = jax.jit(apply)
         return self._compiled[key](self.variables, *map(self._place, batches))
 
-    def _codes(self, codes, length: int) -> jax.Array:
-        codes = _array("codes", codes)
-        if codes.ndim != 2 or codes.shape[1] != length or not len(codes):
-            raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
-        if not jnp.issubdtype(codes.dtype, jnp.integer):
-            raise ValueError(f"codes: expected integers, got {codes.dtype}")
-        _check_range("codes: expected", codes, 0, self.config.codebook_size - 1)
-        return jnp.asarray(codes, jnp.int32)
-
     def _check_layer(self, layer: int, depth: int) -> None:
         if not isinstance(layer, int | np.integer) or not 1 <= layer <= depth:
             raise ValueError(f"layer: expected 1..{depth}, got {layer}")
 
 
 class PretrainedTokenizer(Pretrained):
-    """A tokenizer and its weights; see `Pretrained`.
+    """A tokenizer of any family and its weights; see `Pretrained`.
 
     Arrays are those of NumPy or JAX, lists, or PyTorch's tensors on CPUs.
     `images` are `[B, H, W, 3]`, B at least 1: floats in [-1, 1], or integers in 0..255. Floats up
@@ -87,63 +84,182 @@ class PretrainedTokenizer(Pretrained):
     integers in [0, K). Anything else raises ValueError.
 
     Attributes:
-      history: the last 65,536 codes assigned in training; unused entries are -1.
+      made_by: provenance of the weights.
+      history: the last 65,536 codes assigned in training; unused entries are -1. None if there is
+        no record.
     """
 
     def __init__(
         self,
-        config: TokenizerConfig,
+        config: Any,
         weights: Mapping[str, Any],
         dtype: str = "auto",
         fingerprint: str | None = None,
+        made_by: Mapping[str, Any] | None = None,
     ):
-        module = Tokenizer(config, dtype=compute_dtype(dtype))
+        module = families.make(config, compute_dtype(dtype))
         super().__init__(module, weights["params"], fingerprint)
-        self.history = weights["history"]
+        self.made_by, self.history = dict(made_by or {}), weights.get("history")
+
+    @property
+    def family(self) -> str:
+        """Such as "gigatok" or "llamagen"."""
+        return families.describe(self.config)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters."""
+        return sum(leaf.size for leaf in jax.tree.leaves(self.variables["params"]))
+
+    @property
+    def codes_of(self) -> str:
+        """See `bundles.Bundle.codes_of`."""
+        return self.made_by.get("codes_of", self.fingerprint)
 
     def encode(self, images) -> jax.Array:
         """Maps images `[B, H, W, 3]` to codes, int32 `[B, N]`."""
-        return self._run(Tokenizer.encode, self._images(images))
+        return self._run("encode", self._images(images))
 
     def latents(self, images) -> jax.Array:
         """Latents before quantization, float32 `[B, N, D]`; `images` as for `encode`."""
-        return self._run(Tokenizer.latents, self._images(images))
+        return self._run("latents", self._images(images))
 
     def decode(self, codes) -> jax.Array:
         """Maps codes `[B, N]` to images, float32 `[B, H, W, 3]` in about [-1, 1], not clipped."""
-        return self._run(Tokenizer.decode, self._codes(codes, self.config.latents))
+        return self._run("decode", self._checked(codes))
 
     def decoder_features(self, codes, layer: int) -> jax.Array:
-        """Output of decoder transformer layer `layer` (from 1), float32 `[B, grid*grid, W]`."""
+        """Output of decoder transformer layer `layer` (from 1), float32 `[B, grid*grid, W]`.
+
+        Only tokenizers of the family GigaTok have such layers; `has_decoder_features` tells.
+        """
+        if not self.has_decoder_features:
+            raise ValueError("this tokenizer's decoder is no transformer of GigaTok's")
         self._check_layer(layer, self.config.decoder.depth)
-        codes = self._codes(codes, self.config.latents)
-        return self._run(Tokenizer.decoder_features, codes, layer=layer)
+        codes = self._checked(codes)
+        return self._run("decoder_features", codes, layer=layer)
+
+    @property
+    def has_decoder_features(self) -> bool:
+        return isinstance(self.config, TokenizerConfig)
 
     def semantic_features(self, codes) -> jax.Array:
         """Features that the semantic loss aligns with the teacher, float32 `[B, grid*grid, C]`."""
-        if not self.config.semantic_dim:
+        if not getattr(self.config, "semantic_dim", 0):
             raise ValueError("this tokenizer has no projector: it was trained without a teacher")
-        return self._run(Tokenizer.semantic_features, self._codes(codes, self.config.latents))
+        return self._run("semantic_features", self._checked(codes))
 
     def codebook_usage(self) -> float:
-        """Fraction of the codebook used in the last 65,536 training assignments, in [0, 1]."""
+        """Fraction of the codebook used in the last 65,536 training assignments, in [0, 1].
+
+        Only tokenizers of the family GigaTok have a record of these.
+        """
+        if self.history is None:
+            raise ValueError("this tokenizer has no record of the codes assigned in training")
         return float(quantizer.codebook_usage(self.history, self.config.codebook_size))
 
+    def _checked(self, codes) -> jax.Array:
+        return _codes(codes, self.config.latents, self.config.codebook_size)
+
     def _images(self, images):
-        images, size = _array("images", images), self.config.image_size
-        if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
-            raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
-        if jnp.issubdtype(images.dtype, jnp.floating):
-            _check_range("images: expected floats in [-1, 1], at most", images, -2, 2)
-        elif jnp.issubdtype(images.dtype, jnp.integer):
-            if images.dtype != np.uint8:
-                _check_range("images: expected integers in", images, 0, 255)
-                images = images.astype(np.uint8)
-        else:
-            expected = "floats in [-1, 1] or integers in 0..255"
-            raise ValueError(f"images: expected {expected}, got {images.dtype}")
-        images = self._place(images)
+        images = self._place(_images(images, self.config.image_size))
         return to_float(images) if images.dtype == jnp.uint8 else images.astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class OwnConfig:
+    """What a tokenizer of the user's says of itself."""
+
+    image_size: int
+    latents: int  # codes per image, N
+    codebook_size: int
+
+
+class OwnTokenizer:
+    """A tokenizer of the user's, in NumPy, JAX or PyTorch, for all that needs codes and images.
+
+    Arguments and results of `encode` and `decode` are those of `PretrainedTokenizer`.
+
+    Args:
+      name: "python:MODULE:FUNCTION". FUNCTION() returns an object with `image_size`, `codes` (per
+        image, N), `codebook_size` (K), `encode` (images float32 `[B, H, W, 3]` in [-1, 1] to
+        integers `[B, N]`) and `decode` (these to images, floats in about [-1, 1]). With
+        `fingerprint`, a text that changes with the weights, it is not computed.
+      where: flag or argument that holds the name, for messages.
+
+    Raises:
+      UserError: the function cannot be imported or fails, or what it returns lacks an attribute.
+    """
+
+    history, has_decoder_features, made_by = None, False, MappingProxyType({})
+    family = "own"
+    parameters = 0  # not known
+
+    def __init__(self, name: str, where: str = ""):
+        self.name = f"{where}: {name}" if where else name
+        module, _, function = name.removeprefix(locate.OWN).partition(":")
+        if os.getcwd() not in sys.path:  # an installed command does not look there
+            sys.path.append(os.getcwd())
+        try:
+            self._own = getattr(importlib.import_module(module), function)()
+        except Exception as error:  # of any type: it is another program
+            raise UserError(
+                f"{self.name}: expected {locate.OWN}MODULE:FUNCTION that returns a tokenizer, got "
+                f"{type(error).__name__}: {first_line(error)}"
+            ) from error
+        needed = ("image_size", "codes", "codebook_size", "encode", "decode")
+        if missing := [name for name in needed if not hasattr(self._own, name)]:
+            raise UserError(f"{self.name}: expected {', '.join(needed)}, found no {missing[0]}")
+        sizes = (self._own.image_size, self._own.codes, self._own.codebook_size)
+        if not all(isinstance(size, int | np.integer) and size > 0 for size in sizes):
+            raise UserError(f"{self.name}: expected {', '.join(needed[:3])} above 0, got {sizes}")
+        self.config = OwnConfig(*map(int, sizes))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of its text, or of the codes and images that it makes of noise."""
+        if text := getattr(self._own, "fingerprint", None):
+            content = [str(text).encode()]
+        else:
+            size = self.config.image_size
+            noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
+            codes = self.encode(noise)
+            content = [codes.tobytes(), self.decode(codes).tobytes()]
+        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+
+    @property
+    def codes_of(self) -> str:
+        return self.fingerprint
+
+    def encode(self, images) -> np.ndarray:
+        """See `PretrainedTokenizer.encode`."""
+        images = np.asarray(_images(images, self.config.image_size))
+        images = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
+        codes = _own_array(self._own.encode(np.array(images, np.float32)))
+        count, highest = (len(images), self.config.latents), self.config.codebook_size - 1
+        right = codes.shape == count and codes.dtype.kind in "iu"
+        if not right or codes.min() < 0 or codes.max() > highest:
+            found = f"{codes.dtype} {list(codes.shape)}"
+            found += f" from {codes.min()} to {codes.max()}" if codes.size else ""
+            raise UserError(
+                f"{self.name}: encode: expected integers {list(count)} from 0 to {highest}, got "
+                f"{found}"
+            )
+        return codes.astype(np.int32)
+
+    def decode(self, codes) -> np.ndarray:
+        """See `PretrainedTokenizer.decode`."""
+        config = self.config
+        # A copy, because PyTorch wants arrays that can be written to.
+        codes = np.array(_codes(codes, config.latents, config.codebook_size))
+        images = _own_array(self._own.decode(codes))
+        shape = (len(codes), config.image_size, config.image_size, 3)
+        if images.shape != shape or images.dtype.kind != "f":
+            raise UserError(
+                f"{self.name}: decode: expected floats {list(shape)}, got {images.dtype} "
+                f"{list(images.shape)}"
+            )
+        return images.astype(np.float32)
 
 
 class PretrainedGenerator(Pretrained):
@@ -232,7 +348,7 @@ class PretrainedGenerator(Pretrained):
 
     def _inputs(self, codes, classes) -> tuple[jax.Array, np.ndarray]:
         """The codes that the generator reads: the last one predicts nothing. And the classes."""
-        codes = self._codes(codes, self.config.codes)
+        codes = _codes(codes, self.config.codes, self.config.codebook_size)
         if classes is None:
             classes = np.full(len(codes), self.config.null_class)
         classes = self._classes(classes)
@@ -253,6 +369,41 @@ class PretrainedGenerator(Pretrained):
                 f"classes: expected {class_list(self.trained)}, or {null} for none, got {bad[0]}"
             )
         return classes.astype(np.int32)
+
+
+AnyTokenizer = PretrainedTokenizer | OwnTokenizer
+
+
+def _codes(codes, length: int, codebook_size: int) -> jax.Array:
+    codes = _array("codes", codes)
+    if codes.ndim != 2 or codes.shape[1] != length or not len(codes):
+        raise ValueError(f"codes: expected [B, {length}], got {list(codes.shape)}")
+    if not jnp.issubdtype(codes.dtype, jnp.integer):
+        raise ValueError(f"codes: expected integers, got {codes.dtype}")
+    _check_range("codes: expected", codes, 0, codebook_size - 1)
+    return jnp.asarray(codes, jnp.int32)
+
+
+def _images(images, size: int):
+    """The images as uint8 or floats."""
+    images = _array("images", images)
+    if images.ndim != 4 or images.shape[1:] != (size, size, 3) or not len(images):
+        raise ValueError(f"images: expected [B, {size}, {size}, 3], got {list(images.shape)}")
+    if jnp.issubdtype(images.dtype, jnp.floating):
+        _check_range("images: expected floats in [-1, 1], at most", images, -2, 2)
+    elif jnp.issubdtype(images.dtype, jnp.integer):
+        if images.dtype != np.uint8:
+            _check_range("images: expected integers in", images, 0, 255)
+            images = images.astype(np.uint8)
+    else:
+        expected = "floats in [-1, 1] or integers in 0..255"
+        raise ValueError(f"images: expected {expected}, got {images.dtype}")
+    return images
+
+
+def _own_array(values) -> np.ndarray:
+    """An array of another library, on any device."""
+    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def class_list(classes: Sequence[int]) -> str:
@@ -291,13 +442,14 @@ def _check_range(expected: str, array, low: int, high: int) -> None:
             raise ValueError(f"{expected} {low}..{high}, got {value}")
 
 
-def load_tokenizer(name: Path, dtype: str = "auto", *, where: str = "") -> PretrainedTokenizer:
-    """Loads a tokenizer.
+def load_tokenizer(name: Path, dtype: str = "auto", *, where: str = "") -> AnyTokenizer:
+    """Loads a tokenizer of any family.
 
     Args:
       name: a folder, which is a bundle or the workdir of a training run; the name of published
         weights, such as "gigatok_b_l"; or a bundle on the Hugging Face Hub,
-        "hf://OWNER/REPO[/FOLDER][@REVISION]". What is not on this machine is downloaded.
+        "hf://OWNER/REPO[/FOLDER][@REVISION]". What is not on this machine is downloaded. Or a
+        tokenizer of your own, "python:MODULE:FUNCTION", see `OwnTokenizer`.
       dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
         and bfloat16 elsewhere.
       where: what holds the name, such as a flag of a program, for messages.
@@ -306,8 +458,12 @@ def load_tokenizer(name: Path, dtype: str = "auto", *, where: str = "") -> Pretr
       UserError: the name is unknown (the message lists the published ones), cannot be downloaded,
         or is no tokenizer's; or JAX finds no device of JAX_PLATFORMS.
     """
-    bundle = _load(name, "tokenizer", TokenizerConfig, where)
-    return PretrainedTokenizer(bundle.config, bundle.weights, dtype, bundle.fingerprint)
+    if str(name).startswith(locate.OWN):
+        return OwnTokenizer(str(name), where)
+    bundle = _load(name, families.KINDS, families.KINDS, where)
+    return PretrainedTokenizer(
+        bundle.config, bundle.weights, dtype, bundle.fingerprint, bundle.made_by
+    )
 
 
 def load_generator(name: Path, dtype: str = "auto", *, where: str = "") -> PretrainedGenerator:
@@ -353,7 +509,7 @@ def generator_from_torch(
     return PretrainedGenerator(config, weights, dtype)
 
 
-def _load(name: Path, kind: str, config_type: type, where: str) -> bundles.Bundle:
+def _load(name: Path, kind: Any, config_type: Any, where: str) -> bundles.Bundle:
     sharding.require_accelerator(fallback=True)
     return bundles.load(name, kind, config_type, where=where)
 

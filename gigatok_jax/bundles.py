@@ -7,7 +7,7 @@ models are split as on Hugging Face: into `model-00001-of-00003.safetensors`, ..
 `model.safetensors.index.json` mapping arrays to files.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 import contextlib
 import dataclasses
@@ -39,7 +39,7 @@ from gigatok_jax.files import (
     write_json,
     write_safetensors,
 )
-from gigatok_jax.models import generator, quantizer, tokenizer, vit
+from gigatok_jax.models import generator, quantizer, titok, tokenizer, vit, vqgan
 
 FORMAT = 3
 FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -52,6 +52,8 @@ CONTENT: dict[type, Callable[[Any], dict[str, Any]]] = {
         "history": jax.ShapeDtypeStruct((quantizer.HISTORY_LENGTH,), jnp.int32),
     },
     generator.GeneratorConfig: lambda config: {"params": generator.param_shapes(config)},
+    titok.TitokConfig: lambda config: {"params": titok.param_shapes(config)},
+    vqgan.VqganConfig: lambda config: {"params": vqgan.param_shapes(config)},
     vit.ViTConfig: lambda config: {"params": vit.param_shapes(config)},
 }
 
@@ -208,8 +210,8 @@ def _gather(array: Any, writes: bool) -> np.ndarray | None:
 
 def load(
     name: str | Path,
-    kind: str | Sequence[str],
-    config_type: type | None = None,
+    kind: str | Iterable[str],
+    config_type: type | Mapping[str, type] | None = None,
     *,
     where: str = "",
 ) -> Bundle:
@@ -219,7 +221,8 @@ def load(
       name: the bundle, or the workdir of the run that wrote it: a folder, or any other name that
         `locate.find` takes. Published weights and those of the Hub are downloaded if need be.
       kind: the expected kind, or several acceptable ones.
-      config_type: the architecture's dataclass; None leaves it as the mapping in the file.
+      config_type: the architecture's dataclass, or that of each kind; None leaves it as the mapping
+        in the file.
       where: flag or field that holds the name, for messages.
 
     Returns:
@@ -278,7 +281,11 @@ def _check_content(directory: Path, expected: Any, weights: Any) -> None:
 
 
 def load_config(
-    name: str | Path, kind: str | Sequence[str], config_type: type, *, where: str = ""
+    name: str | Path,
+    kind: str | Iterable[str],
+    config_type: type | Mapping[str, type],
+    *,
+    where: str = "",
 ) -> Any:
     """Reads only a bundle's architecture, without downloading its weights.
 
@@ -298,12 +305,12 @@ def read_record(name: str | Path) -> tuple[Path, dict[str, Any]]:
     return directory, record
 
 
-def _several(kind: str | Sequence[str]) -> Sequence[str]:
-    return [kind] if isinstance(kind, str) else kind
+def _several(kind: str | Iterable[str]) -> Sequence[str]:
+    return [kind] if isinstance(kind, str) else list(kind)
 
 
 def _describe(
-    directory: Path, kinds: Sequence[str], config_type: type | None
+    directory: Path, kinds: Sequence[str], config_type: type | Mapping[str, type] | None
 ) -> tuple[Path, Any, dict[str, Any]]:
     """The bundle's own directory, its architecture, and the content of its `config.json`."""
     if (directory / "bundle").is_dir():
@@ -325,6 +332,8 @@ def _describe(
     if kinds and record["kind"] not in kinds:
         raise UserError(f"{directory}: holds a {record['kind']}, expected a {' or '.join(kinds)}")
     config = record["config"]
+    if isinstance(config_type, Mapping):
+        config_type = config_type[record["kind"]]
     if config_type is not None:
         config = from_mapping(config_type, config, f"{path}: config")
     return directory, config, record

@@ -185,7 +185,7 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 
 # Flags, and fields of configurations, that hold a path.
 PATHS = {"workdir", "workdirs", "out", "images", "reference", "from", "path", "branch_from"}
-PATHS |= {"metrics"}
+PATHS |= {"metrics", "samples"}
 # Those that name a model, see `locate.find`: a path, a name, or an address on the Hub.
 MODELS = {"tokenizer", "generator", "teacher", "features", "model", "init_from"}
 

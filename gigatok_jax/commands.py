@@ -330,8 +330,7 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     train.parquet and validation.parquet (a row per crop: codes, label, key, crop), and --format=npz
     adds train.npz and validation.npz (codes [images, crops, N], labels, keys).
     """
-    from gigatok_jax import bundles, distributed, encoding
-    from gigatok_jax.models.tokenizer import TokenizerConfig
+    from gigatok_jax import api, distributed, encoding
 
     try:
         factors = tuple(float(factor) for factor in crop_factors)
@@ -339,9 +338,9 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
         raise UserError(f"--crop_factors: expected numbers, got {crop_factors}") from None
     data, folder = _data(config), as_path(out)
     _check_data("out", folder, data)
-    bundle = bundles.load(tokenizer, "tokenizer", TokenizerConfig, where="--tokenizer")
+    loaded = api.load_tokenizer(tokenizer, where="--tokenizer")
     with distributed.locked(folder):
-        encoding.encode(bundle, data, folder, crop_factors=factors, **options)
+        encoding.encode(loaded, data, folder, crop_factors=factors, **options)
 
 
 @verb(
@@ -452,7 +451,7 @@ def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str
 
 
 @verb(
-    "evaluate reconstruction, generation, a generator's loss, or the cost of decoding",
+    "evaluate reconstruction, generation, samples, a generator's loss, or the cost of decoding",
     flag("string", "generator", "", MODEL),
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the results"),
@@ -463,7 +462,8 @@ def _class_numbers(items: list[str], trained: Sequence[int], names: Sequence[str
         "inception",
         "network whose features are compared",
     ),
-    flag("string", "reference", "", ".npz of real images or their statistics"),
+    flag("string", "samples", "", ".npz or folder of images"),
+    flag("string", "reference", "", ".npz or folder of real images, or .npz of their statistics"),
     flag("enum", "split", "eval", ["train", "eval"], "split of the data to compare with"),
     flag("integer", "count", 50_000, "number of samples", lower_bound=2),
     flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
@@ -485,6 +485,8 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
       sFID, Inception Score, precision and recall of samples of random classes, as ADM's evaluator
       defines them. --search walks from --guidance, in steps of 0.25, to the scale with the lowest
       gFID. After a kill, the same command resumes.
+    samples --samples=FILE.npz|FOLDER --reference=FILE.npz|FOLDER: these metrics of images from
+      anywhere, which are not resized or cropped.
     loss --generator=NAME --config=FILE [--tokenizer=NAME]: mean cross entropy of the evaluation
       images' codes, given their classes. Images need --tokenizer, stored codes do not.
     cost [--decoders=s_b,b_l,xl_xxl] [--generators=b,l,xxl]: share of generation time that decoding
@@ -499,6 +501,7 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     measures = {
         "reconstruction": _evaluate_reconstruction,
         "generation": _evaluate_generation,
+        "samples": _evaluate_samples,
         "loss": _evaluate_loss,
         "cost": _evaluate_cost,
     }
@@ -582,6 +585,21 @@ def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], M
         batch_size=args.batch_size,
     )
     return metrics, {"generator": generator, "tokenizer": tokenizer}
+
+
+def _evaluate_samples(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]:
+    from gigatok_jax import distributed
+    from gigatok_jax.evaluation import features, samples
+
+    for name in ("samples", "reference"):
+        if not getattr(args, name):
+            raise UserError(f"--{name}: missing, expected an .npz file or a folder of images")
+    extractor, options = features.load(args.features), {"batch_size": args.batch_size}
+    place = as_path(args.samples)
+    result = distributed.in_main(
+        lambda: samples.evaluate(place, args.reference, extractor, **options)
+    )
+    return result or {}, {}
 
 
 def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Models]:

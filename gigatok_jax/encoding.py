@@ -8,7 +8,7 @@ from einops import rearrange
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, bundles, distributed, files
+from gigatok_jax import api, distributed, files
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data import export, pipeline, shards
 from gigatok_jax.data.parquet import import_pyarrow
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def encode(
-    bundle: bundles.Bundle,
+    tokenizer: api.AnyTokenizer,
     data: DataConfig,
     out: files.Path,
     *,
@@ -34,7 +34,7 @@ def encode(
     Existing shards in `out` are kept; each process writes its share of the others.
 
     Args:
-      bundle: a tokenizer.
+      tokenizer: encodes the images.
       data: a data set of images.
       out: directory for the shards and `codes.json`, which describes them.
       crop_factors: store ten crops of each training image per factor (see `crops.ten_crops`). If
@@ -59,7 +59,7 @@ def encode(
     splits = {
         split: pipeline.eval_images(
             data,
-            image_size=bundle.config.image_size,
+            image_size=tokenizer.config.image_size,
             batch_size=batch_size,
             train=split == "train",
             crop_factors=crop_factors if split == "train" else (),
@@ -67,9 +67,9 @@ def encode(
         for split in shards.SPLITS
     }
     info = stored.CodesInfo(
-        tokenizer=bundle.codes_of,
-        codes=bundle.config.latents,
-        codebook_size=bundle.config.codebook_size,
+        tokenizer=tokenizer.codes_of,
+        codes=tokenizer.config.latents,
+        codebook_size=tokenizer.config.codebook_size,
         class_names=splits["train"].class_names,
         data=data.content(),
         crop_factors=crop_factors,
@@ -85,9 +85,6 @@ def encode(
 
     distributed.in_main(claim)
 
-    tokenizer = api.PretrainedTokenizer(
-        bundle.config, bundle.weights, fingerprint=bundle.fingerprint
-    )
     counts = {}
     for split, batches in splits.items():
         number = math.ceil(batches.examples / shard_images)

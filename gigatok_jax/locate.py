@@ -13,6 +13,8 @@ from gigatok_jax.weights import fetch, hub
 
 logger = logging.getLogger(__name__)
 
+OWN = "python:"  # begins names of tokenizers of the user's, see `api.OwnTokenizer`
+
 # Bundles that the package includes, by name and kind.
 INCLUDED = {"embedded": ("dinov2", pathlib.Path(__file__).parent / "assets" / "teacher")}
 

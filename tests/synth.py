@@ -1,6 +1,7 @@
 """Synthetic checkpoints and images, made from names alone, for parity with the reference.
 
-`tests/data/parity` holds what the reference computed (float32, CPU) for them.
+`tests/data/parity` holds what the reference computed (float32, CPU) for them, and
+`tests/data/baselines` what other tokenizers' programs did.
 """
 
 import json

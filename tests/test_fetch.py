@@ -240,7 +240,7 @@ def test_cache_that_cannot_be_created_is_named(tmp_path):
 
 
 def test_published_files_have_their_own_names_and_well_formed_hashes():
-    files = [file for published in fetch.PUBLISHED.values() for file in published.files]
+    files = {file for published in fetch.PUBLISHED.values() for file in published.files}
     assert len({file.name for file in files}) == len(files)
     for file in files:
         assert file.url.startswith("https://")

@@ -160,7 +160,7 @@ def test_samples_like_the_reference_score_best():
 def test_images_of_an_npz_are_read_one_batch_at_a_time(save, tmp_path):
     images = noise(300, 32)
     save(tmp_path / "a.npz", arr_0=images, arr_1=np.zeros(300))
-    batches = fid._read_images(tmp_path / "a.npz", 7)
+    batches = fid.read_images(tmp_path / "a.npz", 7)
     tracemalloc.start()
     for start, batch in zip(range(0, 300, 7), batches, strict=True):
         np.testing.assert_array_equal(batch, images[start : start + 7])

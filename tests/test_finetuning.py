@@ -211,6 +211,22 @@ def test_parts_of_a_tokenizer_are_all_of_it(layout, latents, semantic_dim):
     assert sorted(names) == sorted(tokenizer.param_shapes(config))
 
 
+def test_frozen_encoder_keeps_the_codes_of_a_quantizer_without_parameters(tmp_path):
+    changes = {"quantizer": "lfq", "code_dim": 6}
+    model = dataclasses.replace(MODEL, **changes)
+    names = [name for part in model.parts.values() for name in part]
+    assert sorted(names) == sorted(tokenizer.param_shapes(model))
+    bundles.save(tmp_path / "tokenizer", "tokenizer", model, tiny.weights(model), {})
+
+    def provenance(freeze):
+        return finetuning.read(run(tmp_path, model=changes, freeze=freeze).open_task()).provenance
+
+    assert provenance(("encoder",)).keys() == {"started_from", "codes_of"}
+    assert provenance(("decoder",)).keys() == {"started_from"}
+    with pytest.raises(ValueError, match=r"freeze: 'quantizer': no such part; known: encoder, de"):
+        run(tmp_path, model=changes, freeze=("quantizer",))
+
+
 @pytest.mark.parametrize("adaln", ["none", "block", "shared"])
 def test_parts_of_a_generator_are_all_of_it(adaln):
     config = dataclasses.replace(GENERATOR, adaln=adaln)

@@ -24,6 +24,8 @@ from gigatok_jax.sharding import RULES
 import jaxprs
 import tiny
 
+FSQ = {"quantizer": "fsq", "fsq_levels": (4, 4, 4), "code_dim": 3}
+
 
 @pytest.mark.parametrize(
     "changes, message",
@@ -43,6 +45,16 @@ import tiny
         ({"codebook_size": 1}, "codebook_size: expected greater than or equal to 2, got 1"),
         ({"gradient": "gumbel"}, "gradient: expected 'straight_through' or 'rotation', got 'gumb"),
         ({"dropout": 1.0}, "dropout: expected less than 1, got 1.0"),
+        ({"quantizer": "rvq"}, "quantizer: expected 'vq', 'fsq', 'lfq', 'bsq' or 'ibq', got 'rvq'"),
+        ({"fsq_levels": (8, 8)}, r"fsq_levels: expected none with quantizer='vq', got \(8, 8\)"),
+        (FSQ | {"code_dim": 8}, r"fsq_levels: expected one for each of code_dim=8 .*\(4, 4, 4\)"),
+        (FSQ | {"codebook_size": 60}, "codebook_size: expected 64, the product of .*got 60"),
+        (FSQ | {"fsq_levels": (4, 16, 1)}, r"fsq_levels\.2: expected greater than or equal to 2"),
+        ({"quantizer": "lfq"}, r"codebook_size: expected 2\^8 with quantizer='lfq' and .*, got 64"),
+        (
+            {"quantizer": "ibq", "gradient": "rotation"},
+            "gradient: expected 'straight_through' with quantizer='ibq', got 'rotation'",
+        ),
     ],
 )
 def test_impossible_configuration_names_its_field(changes, message):
@@ -90,6 +102,10 @@ def test_semantic_layer_does_not_matter_without_a_projector():
             "gradient": "rotation",
             "semantic_dim": 0,
         },
+        FSQ,
+        {"quantizer": "lfq", "code_dim": 6},
+        {"quantizer": "bsq", "code_dim": 6},
+        {"quantizer": "ibq"},
     ],
 )
 def test_shapes_follow_the_configuration(changes):
@@ -113,6 +129,7 @@ def test_shapes_follow_the_configuration(changes):
     out = shape(None, images, entropy=True, auxiliary=True)
     assert out.reconstruction.shape == out.direct.shape == images.shape
     assert out.codes.shape == codes.shape
+    assert ("codebook" in variables["params"]) == config.has_codebook
     scalars = out.codebook_loss, out.commitment_loss, out.entropy_loss, out.feature_loss
     assert all(scalar.shape == () for scalar in scalars)
     if config.semantic_dim:

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gigatok_jax import pictures, recipes
-from gigatok_jax.models import lpips, vit
+from gigatok_jax import bundles, pictures, recipes
+from gigatok_jax.models import lpips, quantizer, tokenizer, vit
 from gigatok_jax.models.tokenizer import TokenizerConfig, TransformerSize
 from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -22,6 +22,8 @@ from gigatok_jax.training.tokenizer import (
     TokenizerRun,
     TokenizerTask,
 )
+
+import tiny
 
 SIZE = TransformerSize(depth=1, heads=2, width=16)
 TEACHER = vit.ViTConfig(depth=2, heads=2, width=8, patch_size=2, grid=8)
@@ -327,6 +329,42 @@ def test_loss_falls_on_one_batch_and_the_teacher_stays(step, state, batch, froze
     assert equal(before, frozen)
     assert metrics["codebook_usage"] > 0
     assert int((state.history >= 0).sum()) == 30 * 4 * 16
+
+
+QUANTIZERS = {
+    "fsq": {"fsq_levels": (4, 4, 2), "code_dim": 3},
+    "lfq": {"code_dim": 5},
+    "bsq": {"code_dim": 5},
+    "ibq": {},
+}
+
+
+@pytest.mark.parametrize("name", QUANTIZERS)
+def test_tokenizers_with_other_quantizers_learn_and_are_saved(name, tmp_path):
+    size = TransformerSize(depth=1, heads=1, width=8)
+    changes = {"encoder": size, "decoder": size, "layout": "2d", "latents": 64, "semantic_dim": 0}
+    model = dataclasses.replace(RUN.model, quantizer=name, **changes, **QUANTIZERS[name])
+    objective = ObjectiveConfig(perceptual=0.0, semantic=0.0, adversarial=0.0, entropy=0.05)
+    task = TokenizerTask(dataclasses.replace(RUN, model=model, objective=objective))
+    params, images = tiny.fill(tokenizer.param_shapes(model)), tiny.images(4, size=8)
+    assert ("codebook" in params) == (name == "ibq")
+
+    def step(params, _):
+        def loss(params):
+            return task.tokenizer_loss(params, None, images, Frozen(), PLAIN, jax.random.key(0))
+
+        gradients, (metrics, _, _) = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda x, dx: x - 0.1 * dx, params, gradients), metrics
+
+    _, metrics = jit(lambda params: jax.lax.scan(step, params, length=8))(params)
+    assert metrics["l2"][-1] < 0.7 * metrics["l2"][0]
+    assert (metrics["commitment"][-1] > 0) == (metrics["entropy"][-1] < 0) == (name != "fsq")
+    assert (metrics["codebook"][-1] > 0) == (name == "ibq")
+    weights = {"params": params, "history": np.array(quantizer.empty_history())}
+    bundles.save(tmp_path / "bundle", "tokenizer", model, weights, {})
+    loaded = bundles.load(tmp_path / "bundle", "tokenizer", TokenizerConfig)
+    assert loaded.config == model
+    assert equal(loaded.weights, weights)
 
 
 def abstract_lpips():

@@ -10,6 +10,7 @@ import math
 import os
 import pathlib
 import re
+import sys
 import types
 
 import jax
@@ -251,6 +252,35 @@ def test_weights_are_chosen_by_their_key(tmp_path, torch):
     assert torch_files.read(path, "discriminator")["x"] == 1
     with pytest.raises(UserError, match=r"no 'ema' weights, found model, discriminator"):
         torch_files.read(path, "ema")
+
+
+def test_averages_beside_the_weights_are_preferred(tmp_path, torch):
+    path = tmp_path / "file.ckpt"
+    state = {"a.b.weight": torch.zeros(2), "a.count": torch.tensor(3), "loss.w": torch.zeros(1)}
+    averages = {"model_ema.abweight": torch.ones(2), "model_ema.decay": torch.tensor(0.9)}
+    torch.save({"state_dict": state | averages}, path)
+    for weights, value in (("auto", 1), ("ema", 1), ("model", 0)):
+        tensors = torch_files.read(path, weights)
+        assert tensors.keys() == state.keys()
+        np.testing.assert_array_equal(tensors["a.b.weight"], [value, value])
+        assert tensors["a.count"] == 3
+    torch.save({"state_dict": {"c.d": torch.zeros(1)} | averages}, path)
+    with pytest.raises(UserError, match=r"expected 'model_ema\.abweight' .* of its tensors"):
+        torch_files.read(path)
+    assert torch_files.read(path, "model").keys() == {"c.d"}
+
+
+def test_class_of_a_lightning_callback_beside_the_weights_is_ignored(tmp_path, torch, monkeypatch):
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    callback = type("ModelCheckpoint", (), {"__module__": module.__name__})
+    module.ModelCheckpoint = callback
+    with monkeypatch.context() as patch:
+        for name in ("pytorch_lightning", "pytorch_lightning.callbacks", module.__name__):
+            patch.setitem(sys.modules, name, module)
+        path = tmp_path / "last.ckpt"
+        content = {"callbacks": {callback: {"best": 1}}, "state_dict": {"w": torch.ones(2)}}
+        torch.save(content, path)
+    assert_identical(torch_files.read(path), {"w": np.ones(2, np.float32)})
 
 
 def test_shards_are_those_of_the_index(tmp_path):

@@ -9,7 +9,7 @@ How FID is computed, in the order of this file:
    the mean and the unbiased covariance of the set.
 3. `frechet_distance` compares two Gaussians.
 4. `FeatureSet` collects the features of generated images, and `load_reference` those of real
-   images, from one of ADM's `.npz` files or a data set.
+   images, from a data set, a folder, or one of ADM's `.npz` files.
 5. `compare` computes all metrics.
 
 Sums are accumulated on the host in float64 and need the memory of one covariance matrix. Results
@@ -32,7 +32,8 @@ import numpy as np
 from tqdm import tqdm
 
 from gigatok_jax import distributed
-from gigatok_jax.data import pipeline
+from gigatok_jax.data import crops, pipeline
+from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.evaluation.features import Extractor
@@ -233,7 +234,7 @@ class Reference:
 
 
 def load_reference(
-    npz: str,
+    stored: str,
     data: DataConfig | None,
     extractor: Extractor,
     *,
@@ -245,7 +246,8 @@ def load_reference(
     """Loads the real images that samples are compared with, or their statistics.
 
     Args:
-      npz: a file in ADM's layout (statistics, images or both), or "" to use `data`.
+      stored: a file in ADM's layout (statistics, images or both), a folder of images, or "" to use
+        `data`.
       data: the data set whose evaluation images are the reference, as center crops. Results are
         cached.
       extractor: the network whose features are compared.
@@ -261,58 +263,77 @@ def load_reference(
       UserError: the reference cannot be read or has other features, or too few images are given or
         requested.
     """
-
-    def load():
-        if npz:
-            reference = _npz_reference(as_path(npz), extractor, image_size, batch_size)
-        else:
-            reference = _data_reference(data, extractor, image_size, batch_size, train)
-        for name, gaussian in reference.gaussians.items():
-            width = extractor.widths.get(name, gaussian.mean.size)
-            if width != gaussian.mean.size:
-                raise UserError(
-                    f"{reference.name}: expected statistics of the {width} features of "
-                    f"{extractor.distance}, got {gaussian.mean.size}"
-                )
-        sizes, least = {"samples": count}, 2
-        if reference.members is not None:
-            sizes[reference.name], least = len(reference.members), NEIGHBORS + 1
-        for name, size in sizes.items():
-            if size < least:
-                raise UserError(f"{name}: expected at least {least} images, got {size}")
-        return reference
-
-    return distributed.in_main(load)
+    sizes = {"count": count, "image_size": image_size, "batch_size": batch_size}
+    return distributed.in_main(
+        lambda: read_reference(stored, data, extractor, **sizes, train=train)
+    )
 
 
-def describe_npz(path: Path) -> str:
-    """A file's name and digest, which identify a reference."""
-    with _readable(path), path.open("rb") as file:
-        return f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()[:16]}"
+def read_reference(
+    stored: str,
+    data: DataConfig | None,
+    extractor: Extractor,
+    *,
+    count: int,
+    image_size: int,
+    batch_size: int,
+    train: bool = False,
+) -> Reference:
+    """`load_reference` in this process alone."""
+    if stored:
+        reference = _stored_reference(as_path(stored), extractor, image_size, batch_size)
+    else:
+        reference = _data_reference(data, extractor, image_size, batch_size, train)
+    for name, gaussian in reference.gaussians.items():
+        width = extractor.widths.get(name, gaussian.mean.size)
+        if width != gaussian.mean.size:
+            raise UserError(
+                f"{reference.name}: expected statistics of the {width} features of "
+                f"{extractor.distance}, got {gaussian.mean.size}"
+            )
+    sizes, least = {"samples": count}, 2
+    if reference.members is not None:
+        sizes[reference.name], least = len(reference.members), NEIGHBORS + 1
+    for name, size in sizes.items():
+        if size < least:
+            raise UserError(f"{name}: expected at least {least} images, got {size}")
+    return reference
 
 
-def _npz_reference(path: Path, extractor: Extractor, image_size: int, batch_size: int) -> Reference:
-    name = describe_npz(path)
-    path = local_copy(path)
-    with _readable(path):
-        arrays = zipfile.ZipFile(path).namelist()
-    stored = _read_statistics(path)
-    if "arr_0.npy" not in arrays:
-        if "pool" in stored:
-            return Reference(stored, None, name)
-        raise UserError(
-            f"{path}: expected images as arr_0, or statistics as mu and sigma, found "
-            f"{', '.join(arrays) or 'nothing'}"
-        )
+def describe(path: Path) -> str:
+    """The name and digest of an `.npz` file or a folder of images, which identify its content."""
+    digest = hashlib.sha256()
+    for file in image_paths(path) if path.is_dir() else [path]:
+        with _readable(path), file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return f"{path.name} {digest.hexdigest()[:16]}"
+
+
+def _stored_reference(
+    path: Path, extractor: Extractor, image_size: int, batch_size: int
+) -> Reference:
+    name, statistics, found = describe(path), {}, None
+    if not path.is_dir():
+        path = local_copy(path)
+        with _readable(path):
+            arrays = zipfile.ZipFile(path).namelist()
+        statistics = _read_statistics(path)
+        if "arr_0.npy" not in arrays:
+            if "pool" in statistics:
+                return Reference(statistics, None, name)
+            raise UserError(
+                f"{path}: expected images as arr_0, or statistics as mu and sigma, found "
+                f"{', '.join(arrays) or 'nothing'}"
+            )
     found = FeatureSet(extractor, members=True, predictions=False)
-    for images in _read_images(path, batch_size):
+    for images in read_images(path, batch_size):
         found.add(images)
     height, width = images.shape[1:3]
     if (height, width) != (image_size, image_size):
         sizes = (height, width, image_size)
         logger.warning("%s: images of %dx%d pixels, but samples of %d", path, *sizes)
     gaussians = found.gaussians(str(path))
-    for feature, gaussian in stored.items():
+    for feature, gaussian in statistics.items():
         # The file's statistics may cover more images, unless they are those of another network.
         if feature in gaussians and gaussian.mean.shape == gaussians[feature].mean.shape:
             gaussians[feature] = gaussian
@@ -398,8 +419,21 @@ def _checked(mean: np.ndarray, covariance: np.ndarray) -> Gaussian:
     return Gaussian(mean, covariance)
 
 
-def _read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
-    """Yields the images of an `.npz` file, uint8 `[b, H, W, 3]`, one batch in memory at a time."""
+def read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
+    """Yields images of one size, uint8 `[b, H, W, 3]`, one batch in memory at a time.
+
+    Args:
+      path: an `.npz` file with the images as `arr_0`, or a folder, searched recursively, whose
+        images are read in the order of their names.
+      batch_size: b of all batches but the last.
+
+    Raises:
+      UserError: an image cannot be read or has another size than the first, or there are none.
+    """
+    if path.is_dir():
+        yield from _read_folder(path, batch_size)
+        return
+    path = local_copy(path)
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("arr_0 has an unknown .npy format")
@@ -412,6 +446,25 @@ def _read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
         for start in tqdm(range(0, shape[0], batch_size), desc=path.name, disable=None):
             chosen = (min(batch_size, shape[0] - start), *shape[1:])
             yield np.frombuffer(file.read(math.prod(chosen)), np.uint8).reshape(chosen)
+
+
+def _read_folder(folder: Path, batch_size: int) -> Iterator[np.ndarray]:
+    paths, first = image_paths(folder), None
+    for start in tqdm(range(0, len(paths), batch_size), desc=folder.name, disable=None):
+        batch = []
+        for path in paths[start : start + batch_size]:
+            try:
+                image = np.asarray(crops.load(path))
+            except crops.BadImage as error:
+                raise UserError(f"{path}: {error}") from error
+            first = image.shape if first is None else first
+            if image.shape != first:
+                sizes = ["x".join(map(str, shape[:2])) for shape in (first, image.shape)]
+                raise UserError(
+                    f"{path}: expected {sizes[0]} pixels, as in {paths[0].name}, got {sizes[1]}"
+                )
+            batch.append(image)
+        yield np.stack(batch)
 
 
 def compare(samples: FeatureSet, reference: Reference, distance: str) -> dict[str, float]:

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from gigatok_jax import bundles, distributed, imagenet, pictures
-from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer
+from gigatok_jax import distributed, imagenet, pictures
+from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer, load_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -38,7 +38,6 @@ from gigatok_jax.files import (
     write_json,
     write_npz,
 )
-from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer, validation_loss
 from gigatok_jax.training.task import held_out_means
@@ -63,9 +62,9 @@ def load_matching_tokenizer(
     Raises:
       UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
     """
-    bundle = bundles.load(directory, "tokenizer", TokenizerConfig, where="--tokenizer")
-    check_tokenizer(directory, bundle, generator.config, generator.made_by.get("tokenizer"))
-    return PretrainedTokenizer(bundle.config, bundle.weights, fingerprint=bundle.fingerprint)
+    tokenizer = load_tokenizer(directory, where="--tokenizer")
+    check_tokenizer(directory, tokenizer, generator.config, generator.made_by.get("tokenizer"))
+    return tokenizer
 
 
 def sample(

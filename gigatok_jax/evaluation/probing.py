@@ -5,12 +5,11 @@ import functools
 from typing import Annotated, Any, Literal
 
 from flax.traverse_util import flatten_dict
-import jax
 import numpy as np
 import pydantic
 from pydantic import Field, PositiveInt
 
-from gigatok_jax import api, bundles, distributed, encoding, files, pictures
+from gigatok_jax import api, distributed, encoding, files, pictures
 from gigatok_jax.config import configclass
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.crops import BadImage, center_crop
@@ -24,7 +23,6 @@ from gigatok_jax.evaluation import (
     report,
 )
 from gigatok_jax.files import Path, as_path, read_json, write_json
-from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.linear_probe import LinearProbeRun
@@ -74,7 +72,7 @@ class ProbeConfig:
         """Fields that affect results, by dotted name; the others may change on a restart."""
         fields = dataclasses.asdict(self) | {"data": self.data.content()}
         if self.reference:  # its content, wherever it lies
-            fields["reference"] = fid.describe_npz(as_path(self.reference))
+            fields["reference"] = fid.describe(as_path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
         for run in (fields["generator"], fields["linear_probe"]):
             for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):
@@ -88,8 +86,7 @@ class _Probe:
 
     config: ProbeConfig
     workdir: Path
-    directory: str  # the tokenizer's
-    bundle: bundles.Bundle
+    name: str  # the tokenizer's
     tokenizer: api.PretrainedTokenizer
     extractor: features.Extractor
     reference: fid.Reference | None
@@ -112,11 +109,11 @@ class _Probe:
         return api.load_generator(self.workdir / "generator")
 
 
-def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
+def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
     """Runs the steps without results in `workdir`, in the order of `STEPS`; writes a report.
 
     Args:
-      tokenizer_directory: bundle or workdir of the tokenizer.
+      name: of the tokenizer, see `api.load_tokenizer`.
       config: how to probe it.
       workdir: gets the files of step NAME in `NAME/` and its metrics in `steps/NAME.json`, which
         marks it as finished; `tokenizer.json`, `results.json` with all metrics, and `report.html`.
@@ -127,14 +124,14 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
     Raises:
       UserError: `workdir` holds another probe, or the input of a step is wrong.
     """
-    bundle = bundles.load(tokenizer_directory, "tokenizer", TokenizerConfig, where="--tokenizer")
+    tokenizer = api.load_tokenizer(name, where="--tokenizer")
     extractor = features.load(config.features)
     # Opening the data is cheap; reading them with other codes would mix two probes.
     sources = {
-        split: open_source(config.data, train=train, image_size=bundle.config.image_size)
+        split: open_source(config.data, train=train, image_size=tokenizer.config.image_size)
         for split, train in (("training", True), ("evaluation", False))
     }
-    made = {"tokenizer": bundle.fingerprint, "codes_of": bundle.codes_of}
+    made = {"tokenizer": tokenizer.fingerprint, "codes_of": tokenizer.codes_of}
     identity = {**made, **config.identity()}
     for split, source in sources.items():
         identity[f"set of {split} images"] = f"{len(source)} images, version {source.version()}"
@@ -146,25 +143,29 @@ def probe(tokenizer_directory: str, config: ProbeConfig, workdir: Path) -> dict[
         extractor,
         count=config.samples,
         batch_size=config.batch_size,
-        image_size=bundle.config.image_size,
+        image_size=tokenizer.config.image_size,
     )
     # Write nothing before all inputs have been checked.
     distributed.claim(workdir / "probe.json", identity, "a probe")
     if distributed.is_main():
-        described = {"model": dataclasses.asdict(bundle.config), "made_by": bundle.made_by}
+        described = {
+            "family": tokenizer.family,
+            "image_size": tokenizer.config.image_size,
+            "codes": tokenizer.config.latents,
+            "codebook_size": tokenizer.config.codebook_size,
+            "model": dataclasses.asdict(tokenizer.config),
+            "made_by": dict(tokenizer.made_by),
+        }
         write_json(workdir / "tokenizer.json", described)
 
     shared = _Probe(
         config=config,
         workdir=workdir,
-        directory=tokenizer_directory,
-        bundle=bundle,
-        tokenizer=api.PretrainedTokenizer(
-            bundle.config, bundle.weights, fingerprint=bundle.fingerprint
-        ),
+        name=name,
+        tokenizer=tokenizer,
         extractor=extractor,
         reference=reference,
-        results={"parameters": sum(x.size for x in jax.tree.leaves(bundle.weights["params"]))},
+        results={"parameters": tokenizer.parameters},
     )
     for name, step in STEPS.items():
         finished = workdir / "steps" / f"{name}.json"
@@ -201,7 +202,7 @@ def _reconstruct(probe: _Probe, out: Path) -> dict[str, Any]:
 def _encode(probe: _Probe, out: Path) -> dict[str, Any]:
     config = probe.config
     encoding.encode(
-        probe.bundle,
+        probe.tokenizer,
         config.data,
         out,
         crop_factors=config.crop_factors,
@@ -215,11 +216,11 @@ def _train_generator(probe: _Probe, out: Path) -> dict[str, Any]:
     run = probe.config.generator
     model = dataclasses.replace(
         run.model,
-        codes=probe.bundle.config.latents,
-        codebook_size=probe.bundle.config.codebook_size,
+        codes=probe.tokenizer.config.latents,
+        codebook_size=probe.tokenizer.config.codebook_size,
         classes=len(probe.class_names),
     )
-    train(dataclasses.replace(run, model=model, data=probe.codes, tokenizer=probe.directory), out)
+    train(dataclasses.replace(run, model=model, data=probe.codes, tokenizer=probe.name), out)
     return {}
 
 
@@ -249,7 +250,7 @@ def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
         run,
         # Only the generator's features can be computed from stored codes.
         data=probe.codes if run.features == "generator" else probe.config.data,
-        tokenizer=probe.directory,
+        tokenizer=probe.name,
         generator=str(probe.workdir / "generator"),
     )
     train(run, out)
@@ -273,8 +274,11 @@ def _sample_classes(probe: _Probe, out: Path) -> dict[str, Any]:
 
 
 def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
-    """Evaluation images of one class, and maps of the decoder's features below them (Fig. 8)."""
-    if not distributed.is_main():
+    """Evaluation images of one class, and maps of the decoder's features below them (Fig. 8).
+
+    Only tokenizers of the family GigaTok have them.
+    """
+    if not distributed.is_main() or not probe.tokenizer.has_decoder_features:
         return {}
     size = probe.tokenizer.config.image_size
     source = open_source(probe.config.data, train=False, image_size=size)

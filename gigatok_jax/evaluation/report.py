@@ -178,6 +178,8 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
         run = dict(tokenizer["made_by"].get("run", {}))
         run.pop("model", None)  # a copy of tokenizer["model"]
         settings["Tokenizer"] = {"model": tokenizer["model"]} | tokenizer["made_by"] | {"run": run}
+        if "family" in tokenizer:  # older probes lack it
+            results |= _sizes(tokenizer, results["loss"])
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
@@ -192,6 +194,19 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
         "charts": _probe_charts(workdir, results),
         "pictures": {name: _picture(path) for name, path in pictures.items() if path.exists()},
         "settings": {heading: _flatten(values) for heading, values in settings.items()},
+    }
+
+
+def _sizes(tokenizer: Mapping[str, Any], loss: float) -> dict[str, Any]:
+    """What an image's codes take, and the loss in units that compare all tokenizers."""
+    codes = tokenizer["codes"]
+    loss = codes * loss / math.log(2)
+    return {
+        "family": tokenizer["family"],
+        "codes": codes,
+        "bits": codes * math.log2(tokenizer["codebook_size"]),
+        "loss_image": loss,
+        "loss_pixel": loss / tokenizer["image_size"] ** 2,
     }
 
 
@@ -231,14 +246,22 @@ def _probe_charts(workdir: Path, results: Mapping[str, Any]) -> dict[str, str]:
 
 def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """More variables for the template; `scaling` is as in the paper's Figs. 3 and 7."""
-    scaling = {}
-    for names in (RECONSTRUCTION_DISTANCES, GENERATION_DISTANCES, ("loss",), ("linear_accuracy",)):
-        name = next((name for name in names if all(name in probe for probe in probes)), None)
-        if name and len(probes) > 1:
+
+    def shared(names: Sequence[str]) -> str | None:
+        return next((name for name in names if all(name in probe for probe in probes)), None)
+
+    scaling, tradeoff = {}, None
+    measures = (RECONSTRUCTION_DISTANCES, GENERATION_DISTANCES, ("loss_pixel",))
+    for name in filter(None, map(shared, (*measures, ("linear_accuracy",)))):
+        if len(probes) > 1 and all(probe["parameters"] for probe in probes):
             scaling[name] = chart(functools.partial(_draw_scaling, probes=probes, name=name))
+    pair = shared(RECONSTRUCTION_DISTANCES), shared(GENERATION_DISTANCES)
+    if len(probes) > 1 and all(pair):
+        tradeoff = chart(functools.partial(_draw_tradeoff, probes=probes, names=pair))
     return {
         "measured": set().union(*probes),
         "scaling": scaling,
+        "tradeoff": tradeoff,
         "generation_distances": GENERATION_DISTANCES,
         "paper": read_json(PAPER, "the paper's results")["rows"],
     }
@@ -261,6 +284,16 @@ def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:
     axes.margins(x=0.2, y=0.15)
     if name == "linear_accuracy":
         axes.yaxis.set_major_formatter(PercentFormatter(1))
+
+
+def _draw_tradeoff(axes, probes: Sequence[Mapping[str, Any]], names: tuple[str, str]) -> None:
+    """The distance of samples against that of reconstructions."""
+    for probe in probes:
+        point = tuple(probe[name] for name in names)
+        axes.scatter(*point, s=36, zorder=3, color=probe["color"])
+        axes.annotate(probe["label"], point, (5, 5), textcoords="offset points", fontsize=8)
+    axes.set(xlabel="distance of reconstructions", ylabel="distance of samples")
+    axes.margins(x=0.25, y=0.15)
 
 
 def _read_training(workdir: Path) -> dict[str, Any]:

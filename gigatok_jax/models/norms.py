@@ -67,6 +67,7 @@ def _group_mean(means: jax.Array) -> jax.Array:
     return jnp.broadcast_to(total / size, groups.shape).reshape(-1, 1, 1, channels)
 
 
+@functools.partial(jax.jit, inline=True)  # traced once for all layers of a shape
 def _group_statistics(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Mean and inverse deviation of each channel's group, float32 `[B, 1, 1, C]`."""
     x = x.astype(jnp.float32)

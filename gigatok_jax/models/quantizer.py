@@ -1,10 +1,12 @@
-"""Vector quantization: nearest-code search, gradient estimators, codebook usage.
+"""Quantizers with a codebook: nearest-code search, gradient estimators, codebook usage.
 
 The distance matrix of a B-L batch, 65,536 latents by 16,384 codes, would take 4 GiB. The search is
 exact but computes only a chunk of rows at a time, in the forward and backward pass.
 """
 
+import dataclasses
 import math
+from typing import NamedTuple
 
 from einops import rearrange
 import jax
@@ -16,10 +18,113 @@ HISTORY_LENGTH = 65_536  # assignments over which codebook usage is measured
 CHUNK_ELEMENTS = 2**24  # maximum elements of the distance matrix at a time: 64 MiB in float32
 
 
+class Quantized(NamedTuple):
+    """Result of a quantizer in training; losses are unweighted scalars, 0 if it has none."""
+
+    vectors: jax.Array  # `[..., D]`, what the decoder receives
+    codes: jax.Array  # `[...]` int32
+    codebook_loss: jax.Array | float = 0.0
+    commitment_loss: jax.Array | float = 0.0
+    entropy_loss: jax.Array | float = 0.0  # also 0 unless asked for
+
+
 def normalize(x: jax.Array) -> jax.Array:
     """Scales the last axis to unit length; a zero vector stays zero, with a finite gradient."""
     squared = jnp.sum(x * x, axis=-1, keepdims=True)
     return x * lax.rsqrt(jnp.maximum(squared, 1e-24))
+
+
+@dataclasses.dataclass(frozen=True)
+class VQ:
+    """Vector quantization (van den Oord et al. 2017): the nearest code of a codebook.
+
+    All quantizers have these three methods. Latents are float32 `[..., D]`.
+    """
+
+    codebook: jax.Array  # [K, D]
+    unit: bool = True  # whether to compare latents and codes on the unit sphere
+    gradient: str = "straight_through"  # see `pass_gradient`
+
+    def encode(self, z: jax.Array) -> jax.Array:
+        """The codes of latents, `[...]` int32."""
+        return search(self._project(z), self._project(self.codebook))[0]
+
+    def look_up(self, codes: jax.Array) -> jax.Array:
+        """The vectors `[..., D]` that codes stand for."""
+        return self._project(self.codebook)[codes]
+
+    def quantize(self, z: jax.Array, *, entropy: bool = False) -> Quantized:
+        """Codes, vectors through which gradients pass, and losses, for training."""
+        z, codebook = self._project(z), self._project(self.codebook)
+        codes, entropy_loss = search(z, codebook, entropy=entropy)
+        q = codebook[codes]
+        return Quantized(
+            vectors=pass_gradient(z, q, self.gradient),
+            codes=codes,
+            codebook_loss=jnp.mean((q - lax.stop_gradient(z)) ** 2),
+            commitment_loss=0.25 * jnp.mean((lax.stop_gradient(q) - z) ** 2),
+            entropy_loss=entropy_loss,
+        )
+
+    def _project(self, vectors):
+        return normalize(vectors) if self.unit else vectors
+
+
+@dataclasses.dataclass(frozen=True)
+class IBQ:
+    """Index back-propagation quantization (Shi et al. 2024): the code of largest inner product.
+
+    The vectors' gradient reaches all codes, through the softmax of the inner products. Each
+    chunk's products are computed again in the backward pass.
+    """
+
+    codebook: jax.Array  # [K, D]
+    chunk_elements: int = CHUNK_ELEMENTS
+
+    def encode(self, z: jax.Array) -> jax.Array:
+        chunks = _chunks(z, len(self.codebook), self.chunk_elements)
+        return _unchunk(lax.map(lambda chunk: self._assign(chunk)[1], chunks), z)
+
+    def look_up(self, codes: jax.Array) -> jax.Array:
+        return self.codebook[codes]
+
+    def quantize(self, z: jax.Array, *, entropy: bool = False) -> Quantized:
+        @jax.checkpoint
+        def assign(chunk, codebook):
+            logits, codes, p = self._assign(chunk)
+            hard = jax.nn.one_hot(codes, len(codebook))
+            vectors = _product("mk,kd->md", hard - lax.stop_gradient(p) + p, codebook)
+            if not entropy:
+                return codes, vectors, 0.0, 0.0
+            log_p = jax.nn.log_softmax(logits / ENTROPY_TEMPERATURE)
+            p = jnp.exp(log_p)
+            return codes, vectors, -jnp.sum(p * log_p), p.sum(0)
+
+        def step(carry, chunk):
+            codes, vectors, *sums = assign(chunk, self.codebook)
+            return jax.tree.map(jnp.add, carry, tuple(sums)), (codes, vectors)
+
+        start = (jnp.zeros(()), jnp.zeros(len(self.codebook) if entropy else ()))
+        chunks = _chunks(z, len(self.codebook), self.chunk_elements)
+        (total, p_sum), (codes, vectors) = lax.scan(step, start, chunks)
+        codes, vectors = _unchunk(codes, z), _unchunk(vectors, z)
+        mean_p = p_sum / codes.size
+        e, constant = self.codebook[codes], lax.stop_gradient
+        codebook_loss = jnp.mean((vectors - z) ** 2) + 0.25 * jnp.mean((e - constant(z)) ** 2)
+        return Quantized(
+            vectors=vectors,
+            codes=codes,
+            codebook_loss=codebook_loss,
+            commitment_loss=jnp.mean((constant(e) - z) ** 2),
+            entropy_loss=total / codes.size + jnp.sum(mean_p * jnp.log(mean_p + 1e-5)),
+        )
+
+    def _assign(self, chunk):
+        """Inner products `[M, K]`, codes `[M]`, and the softmax `[M, K]`."""
+        logits = _product("md,kd->mk", chunk, self.codebook)
+        p = jax.nn.softmax(logits)
+        # As in the reference, of the probabilities: two that round to the same number are a tie.
+        return logits, jnp.argmax(p, -1).astype(jnp.int32), p
 
 
 def search(
@@ -41,29 +146,39 @@ def search(
       Codes `[...]` int32 (the first in a tie), and the entropy loss, a scalar: the mean of
       H(p) over all latents minus H(mean of p), where p = softmax(-squared distance / 0.01).
     """
-    codes, width = codebook.shape
-    flat = z.reshape(-1, width)
-    rows = flat.shape[0]
-    # The fewest chunks of equal size within the bound, or single rows.
-    least = min(math.ceil(rows * codes / chunk_elements), rows)
-    count = next(n for n in range(least, rows + 1) if rows % n == 0)
-    # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
-    chunks = rearrange(flat, "(m n) d -> n m d", n=count)
-
+    chunks = _chunks(z, len(codebook), chunk_elements)
     if entropy:
         indices, loss = _search_with_entropy(chunks, codebook)
     else:
-        _, indices = lax.scan(
-            lambda _, chunk: (None, _nearest(_distances(chunk, codebook))), None, chunks
-        )
+        indices = lax.map(lambda chunk: _nearest(_distances(chunk, codebook)), chunks)
         loss = jnp.zeros(())
-    return rearrange(indices, "n m -> (m n)").reshape(z.shape[:-1]), loss
+    return _unchunk(indices, z), loss
+
+
+def _chunks(z: jax.Array, codes: int, chunk_elements: int) -> jax.Array:
+    """Latents `[..., D]` as `[n, M, D]`, with M * codes within the bound or M = 1."""
+    flat = z.reshape(-1, z.shape[-1])
+    rows = flat.shape[0]
+    # The fewest chunks of equal size.
+    least = min(math.ceil(rows * codes / chunk_elements), rows)
+    count = next(n for n in range(least, rows + 1) if rows % n == 0)
+    # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
+    return rearrange(flat, "(m n) d -> n m d", n=count)
+
+
+def _unchunk(x: jax.Array, z: jax.Array) -> jax.Array:
+    """Restores what was computed from `_chunks(z, ...)`, `[n, M, ...]`, to the order of `z`."""
+    return rearrange(x, "n m ... -> (m n) ...").reshape(*z.shape[:-1], *x.shape[2:])
+
+
+def _product(equation: str, *arrays: jax.Array) -> jax.Array:
+    # Full precision: bfloat16 or TF32 products would change which code is nearest.
+    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
 
 
 def _distances(chunk: jax.Array, codebook: jax.Array) -> jax.Array:
     """Squared distances `[M, K]`."""
-    # Full precision: bfloat16 or TF32 products would change which code is nearest.
-    product = jnp.einsum("md,kd->mk", chunk, codebook, precision=lax.Precision.HIGHEST)
+    product = _product("md,kd->mk", chunk, codebook)
     squares = jnp.sum(chunk * chunk, -1)[:, None] + jnp.sum(codebook * codebook, -1)
     return squares - 2 * product
 
@@ -119,11 +234,10 @@ def _search_with_entropy_backward(residuals, gradients):
         mean_slope = jnp.sum(p * slope, -1)
         by_logits = p * (slope - log_p - (mean_slope + row_entropy)[:, None])
         by_product = by_logits * (2 * scale / ENTROPY_TEMPERATURE)
-        highest = {"precision": lax.Precision.HIGHEST}
-        chunk_gradient = jnp.einsum("mk,kd->md", by_product, codebook, **highest)
+        chunk_gradient = _product("mk,kd->md", by_product, codebook)
         # The last column is the sum that the squares of the codes need.
         extended = jnp.concatenate([chunk, jnp.ones_like(chunk[:, :1])], -1)
-        codebook_gradient += jnp.einsum("mk,md->kd", by_product, extended, **highest)
+        codebook_gradient += _product("mk,md->kd", by_product, extended)
         return codebook_gradient, chunk_gradient
 
     width = codebook.shape[1]
@@ -135,7 +249,7 @@ def _search_with_entropy_backward(residuals, gradients):
 _search_with_entropy.defvjp(_search_with_entropy_forward, _search_with_entropy_backward)
 
 
-def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str) -> jax.Array:
+def pass_gradient(z: jax.Array, quantized: jax.Array, rule: str = "straight_through") -> jax.Array:
     """Returns `quantized`, the codes nearest to `z`, but passes the gradient to `z`.
 
     The rule "straight_through" copies the gradient. "rotation" rotates it from the direction of the

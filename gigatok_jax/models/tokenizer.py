@@ -6,7 +6,7 @@ An image passes through these steps (shapes are those of the paper's B-L at 256 
       CNN encoder       [B, 16, 16, 256]    grid of features
       transformer       [B, 256, 768]       1d: N latent queries attend to the grid; 2d: ViT on it
       linear, linear    [B, 256, 8]         latents
-      nearest code      [B, 256]            codes, integers in [0, 16384)
+      quantizer         [B, 256]            codes, integers in [0, 16384)
       look-up, linear   [B, 256, 256]       N code vectors
       transformer       [B, 256, 1024]      1d: 16x16 queries attend to the latents; 2d: ViT
       conv              [B, 16, 16, 256]    grid of features
@@ -29,7 +29,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gigatok_jax import sharding
 from gigatok_jax.config import configclass
-from gigatok_jax.models import cnn, layers, quantizer
+from gigatok_jax.models import cnn, layers, lookup_free, quantizer
 
 
 @configclass
@@ -61,10 +61,13 @@ class TokenizerConfig:
     residual_blocks: PositiveInt = 2  # per level of the CNN encoder; the CNN decoder has one more
     z_channels: PositiveInt = 256
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # in the CNN's residual blocks
-    codebook_size: Annotated[int, Field(ge=2)] = 16_384
+    # "vq": nearest code; "ibq": largest inner product; without a codebook: "fsq", "lfq", "bsq".
+    quantizer: Literal["vq", "fsq", "lfq", "bsq", "ibq"] = "vq"
+    codebook_size: Annotated[int, Field(ge=2, le=2**30)] = 16_384
     code_dim: PositiveInt = 8
-    normalize_codes: bool = True  # compare latents and codes on the unit sphere
-    gradient: Literal["straight_through", "rotation"] = "straight_through"
+    fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()  # of "fsq": values of each channel
+    normalize_codes: bool = True  # of "vq": compare latents and codes on the unit sphere
+    gradient: Literal["straight_through", "rotation"] = "straight_through"  # "rotation": "vq" only
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
     semantic_dim: NonNegativeInt = 768  # width of the teacher's features; 0: no projector
     # Standard deviation of initial kernels: "reference" is 0.02; "fan_in" is fan_in^-0.5, which
@@ -86,15 +89,48 @@ class TokenizerConfig:
         """The parameters' first-level names, by the part of the tokenizer that they belong to."""
         parts = {
             "encoder": ("cnn_encoder", "encoder", "encoder_out", "quant_conv"),  # to the latents
-            "quantizer": ("codebook",),
+            "quantizer": ("codebook",) if self.has_codebook else (),
             "decoder": ("post_quant_conv", "decoder", "decoder_out", "cnn_decoder"),
+            "projector": ("projector",) if self.semantic_dim else (),
         }
-        return parts | ({"projector": ("projector",)} if self.semantic_dim else {})
+        return {part: names for part, names in parts.items() if names}
+
+    @property
+    def has_codebook(self) -> bool:
+        """Whether codes are learned vectors."""
+        return self.quantizer in ("vq", "ibq")
 
     @property
     def channels(self) -> tuple[int, ...]:
         """Width of each level of the CNN."""
         return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+    @model_validator(mode="after")
+    def _check_quantizer(self):
+        name, levels = self.quantizer, self.fsq_levels
+        if name != "fsq" and levels:
+            raise ValueError(f"fsq_levels: expected none with quantizer={name!r}, got {levels}")
+        if name == "fsq" and len(levels) != self.code_dim:
+            raise ValueError(
+                f"fsq_levels: expected one for each of code_dim={self.code_dim} channels, got "
+                f"{levels}"
+            )
+        if name == "fsq" and math.prod(levels) != self.codebook_size:
+            raise ValueError(
+                f"codebook_size: expected {math.prod(levels)}, the product of fsq_levels={levels}, "
+                f"got {self.codebook_size}"
+            )
+        if name in ("lfq", "bsq") and math.log2(self.codebook_size) != self.code_dim:
+            raise ValueError(
+                f"codebook_size: expected 2^{self.code_dim} with quantizer={name!r} and "
+                f"code_dim={self.code_dim}, got {self.codebook_size}"
+            )
+        if name != "vq" and self.gradient != "straight_through":
+            raise ValueError(
+                f"gradient: expected 'straight_through' with quantizer={name!r}, got "
+                f"{self.gradient!r}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check(self):
@@ -156,7 +192,7 @@ class TokenizerOutput:
     reconstruction: jax.Array  # [B, H, W, 3] float32 in about [-1, 1], not clipped
     codes: jax.Array  # [B, N] int32
     codebook_loss: jax.Array
-    commitment_loss: jax.Array  # includes its factor of 0.25
+    commitment_loss: jax.Array  # includes its factor of 0.25, which "ibq" has in the other
     entropy_loss: jax.Array
     semantic_features: jax.Array | None  # [B, grid*grid, semantic_dim] float32
     direct: jax.Array | None  # [B, H, W, 3], decoded by the CNN from the CNN encoder's features
@@ -246,14 +282,19 @@ class Tokenizer(nn.Module):
 
         def codebook_init(key, shape):
             codebook = layers.uniform(1 / shape[0])(key, shape)
-            return quantizer.normalize(codebook) if config.normalize_codes else codebook
+            # Inner products with codes near 0 would make all of them equally probable for "ibq".
+            unit = config.normalize_codes or config.quantizer == "ibq"
+            return quantizer.normalize(codebook) if unit else codebook
 
         self.quant_conv = torch_default(config.code_dim, config.z_channels, "quant_conv")
-        self.codebook = self.param(
-            "codebook",
-            layers.partitioned(codebook_init, "vocab", None),
-            (config.codebook_size, config.code_dim),
-        )
+        codebook = None
+        if config.has_codebook:
+            codebook = self.param(
+                "codebook",
+                layers.partitioned(codebook_init, "vocab", None),
+                (config.codebook_size, config.code_dim),
+            )
+        self.quantizer = _quantizer(config, codebook)
         self.post_quant_conv = torch_default(config.z_channels, config.code_dim, "post_quant_conv")
         self.decoder = TokenTransformer(config, decoder=True, remat=self.remat, dtype=dtype)
         self.decoder_out = layers.conv(config.z_channels, dtype=dtype, name="decoder_out")
@@ -275,7 +316,7 @@ class Tokenizer(nn.Module):
 
     def encode(self, images: jax.Array) -> jax.Array:
         """Maps images `[B, H, W, 3]` in [-1, 1] to codes `[B, N]` int32."""
-        return quantizer.search(self._unit(self.latents(images)), self._unit(self.codebook))[0]
+        return self.quantizer.encode(self.latents(images))
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Maps codes `[B, N]` to images `[B, H, W, 3]` float32, not clipped."""
@@ -283,12 +324,12 @@ class Tokenizer(nn.Module):
 
     def decoder_features(self, codes: jax.Array, layer: int) -> jax.Array:
         """Output of decoder transformer layer `layer` (from 1), `[B, grid*grid, W]` float32."""
-        _, (features,) = self._decode_grid(self._look_up(codes), taps=(layer,))
+        _, (features,) = self._decode_grid(self.quantizer.look_up(codes), taps=(layer,))
         return features.astype(jnp.float32)
 
     def decoder_grid(self, codes: jax.Array) -> jax.Array:
         """Input of the CNN decoder, `[B, grid, grid, z_channels]` float32."""
-        return self._decode_grid(self._look_up(codes))[0].astype(jnp.float32)
+        return self._decode_grid(self.quantizer.look_up(codes))[0].astype(jnp.float32)
 
     def semantic_features(self, codes: jax.Array) -> jax.Array:
         """Projected features of the semantic layer, `[B, grid*grid, semantic_dim]` float32."""
@@ -304,23 +345,18 @@ class Tokenizer(nn.Module):
         """
         config = self.config
         features = self.cnn_features(images)
-        z, codebook = self._unit(self._latents(features)), self._unit(self.codebook)
-        codes, entropy_loss = quantizer.search(z, codebook, entropy=entropy)
-        q = codebook[codes]
-        codebook_loss = jnp.mean((q - jax.lax.stop_gradient(z)) ** 2)
-        commitment_loss = 0.25 * jnp.mean((jax.lax.stop_gradient(q) - z) ** 2)
-        quantized = quantizer.pass_gradient(z, q, config.gradient)
+        quantized = self.quantizer.quantize(self._latents(features), entropy=entropy)
 
         semantic = config.semantic_dim > 0
         taps = (config.semantic_layer,) if semantic else ()
-        grid, tapped = self._decode_grid(quantized, taps=taps)
+        grid, tapped = self._decode_grid(quantized.vectors, taps=taps)
         feature_error = grid.astype(jnp.float32) - jax.lax.stop_gradient(features)
         return TokenizerOutput(
             reconstruction=self.cnn_decoder(grid).astype(jnp.float32),
-            codes=codes,
-            codebook_loss=codebook_loss,
-            commitment_loss=commitment_loss,
-            entropy_loss=entropy_loss,
+            codes=quantized.codes,
+            codebook_loss=jnp.float32(quantized.codebook_loss),
+            commitment_loss=jnp.float32(quantized.commitment_loss),
+            entropy_loss=jnp.float32(quantized.entropy_loss),
             semantic_features=self.projector(tapped[0]) if semantic else None,
             direct=self.cnn_decoder(features).astype(jnp.float32) if auxiliary else None,
             feature_loss=jnp.mean(feature_error**2) if auxiliary else None,
@@ -332,17 +368,25 @@ class Tokenizer(nn.Module):
     def _latents(self, features):
         return self.quant_conv(self.encoder_out(self._encode(features))).astype(jnp.float32)
 
-    def _unit(self, vectors):
-        """Projects latents or codes to the unit sphere, if so configured."""
-        return quantizer.normalize(vectors) if self.config.normalize_codes else vectors
-
-    def _look_up(self, codes):
-        return self._unit(self.codebook)[codes]
-
     def _decode_grid(self, quantized, taps=()):
         x = self.post_quant_conv(quantized.astype(self.dtype))
         x, tapped = self.decoder(x, taps)
         return self.decoder_out(rearrange(x, "b (h w) c -> b h w c", h=self.config.grid)), tapped
+
+
+def _quantizer(config: TokenizerConfig, codebook: jax.Array | None) -> quantizer.VQ:
+    """The quantizer of the configuration; all have the methods of `VQ`."""
+    match config.quantizer:
+        case "vq":
+            return quantizer.VQ(codebook, config.normalize_codes, config.gradient)
+        case "ibq":
+            return quantizer.IBQ(codebook)
+        case "fsq":
+            return lookup_free.FSQ(config.fsq_levels)
+        case "lfq":
+            return lookup_free.LFQ(config.code_dim)
+        case "bsq":
+            return lookup_free.BSQ(config.code_dim)
 
 
 def init_params(module: Tokenizer, key: jax.Array):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from gigatok_jax import bundles, frozen_networks, sampling, sharding
-from gigatok_jax.models import generator, lpips, tokenizer, vit
+from gigatok_jax.models import families, generator, lpips, vit
 from gigatok_jax.training import loop
 from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.task import RunConfig, Task
@@ -76,9 +76,9 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
         if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
         config = bundles.load_config(
-            run.tokenizer, "tokenizer", tokenizer.TokenizerConfig, where="config.tokenizer"
+            run.tokenizer, families.KINDS, families.KINDS, where="config.tokenizer"
         )
-        return GeneratorTask(run, config), tokenizer.param_shapes(config)
+        return GeneratorTask(run, config), families.param_shapes(config)
     objective, config, networks = run.objective, None, {}
     if objective.needs_teacher:
         config = frozen_networks.architecture(objective.teacher)

@@ -12,15 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from gigatok_jax import bundles, distributed, imagenet, pictures, sampling, sharding
+from gigatok_jax import bundles, distributed, imagenet, locate, pictures, sampling, sharding
 from gigatok_jax.config import configclass, from_mapping
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.sources import missing_classes
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path, read_json
-from gigatok_jax.models import layers
+from gigatok_jax.models import families, layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
-from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import losses
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -111,10 +110,15 @@ class GeneratorRun(RunConfig):
                 "the images, or config.data.source=codes, got ''"
             )
         tokenizer = None
-        if self.tokenizer:
-            tokenizer = bundles.load(
-                self.tokenizer, "tokenizer", TokenizerConfig, where="config.tokenizer"
-            )
+        if self.tokenizer.startswith(locate.OWN):
+            if not from_codes:
+                raise UserError(
+                    "config.tokenizer: a tokenizer of your own cannot encode while training; run "
+                    "`gigatok encode`, and set config.data.source=codes"
+                )
+        elif self.tokenizer:
+            kinds = families.KINDS
+            tokenizer = bundles.load(self.tokenizer, kinds, kinds, where="config.tokenizer")
             check_tokenizer(self.tokenizer, tokenizer, self.model)
         fingerprint = tokenizer.codes_of if tokenizer else None
         if from_codes:
@@ -135,13 +139,14 @@ class GeneratorRun(RunConfig):
 
 def check_tokenizer(
     path: str | Path,
-    source: bundles.Bundle | stored.CodesInfo,
+    source: Any,
     model: GeneratorConfig,
     fingerprint: str | None = None,
 ) -> None:
-    """Raises UserError unless `model` fits the codes of `source`, a tokenizer or stored codes.
+    """Raises UserError unless `model` fits the codes of `source`.
 
-    `path` is that of `source`, and `fingerprint` that of the generator's tokenizer, if known.
+    This is a tokenizer, its bundle, or the `CodesInfo` of stored codes. `path` is where it is, and
+    `fingerprint` that of the generator's tokenizer, if known.
     """
     if isinstance(source, stored.CodesInfo):
         theirs = source.codes, source.codebook_size, source.tokenizer
@@ -206,7 +211,7 @@ class GeneratorTask(Task):
     def __init__(
         self,
         run: GeneratorRun,
-        tokenizer: TokenizerConfig | None = None,
+        tokenizer: Any | None = None,
         *,
         frozen: Any = None,
         fingerprint: str | None = None,
@@ -324,10 +329,10 @@ class GeneratorTask(Task):
     def _decode(self, mesh):
         """The tokenizer's decoder, compiled once: codes `[B, N]` to uint8 images."""
         if self._compiled_decode is None:
-            module = Tokenizer(self.tokenizer, dtype=self.dtype)
+            module = families.make(self.tokenizer, self.dtype)
 
             def decode(params, codes):
-                images = module.apply({"params": params}, codes, method=Tokenizer.decode)
+                images = module.apply({"params": params}, codes, method="decode")
                 return pictures.to_uint8(images)
 
             self._compiled_decode = jax.jit(decode, out_shardings=sharding.replicated(mesh))
@@ -344,7 +349,7 @@ class GeneratorTask(Task):
 
 def batch_codes(
     batch: Mapping[str, jax.Array],
-    tokenizer: TokenizerConfig | None,
+    tokenizer: Any | None,
     params: Any,
     dtype: layers.Dtype = jnp.float32,
 ) -> jax.Array:
@@ -352,8 +357,8 @@ def batch_codes(
     if "codes" in batch:
         return batch["codes"]
     images = pictures.to_float(batch["image"])
-    module = Tokenizer(tokenizer, dtype=dtype)
-    return module.apply({"params": params}, images, method=Tokenizer.encode)
+    module = families.make(tokenizer, dtype)
+    return module.apply({"params": params}, images, method="encode")
 
 
 def validation_loss(

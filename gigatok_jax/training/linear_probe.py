@@ -16,10 +16,10 @@ from gigatok_jax import bundles, pictures
 from gigatok_jax.config import configclass
 from gigatok_jax.data import codes as stored
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import layers
+from gigatok_jax.models import families, layers
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.norms import BatchNorm
-from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
+from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import losses, task
 from gigatok_jax.training.generator import batch_codes, check_tokenizer
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
@@ -71,9 +71,8 @@ class LinearProbeRun(RunConfig):
         if self.data.source != "codes" or self.features != "generator":
             if not self.tokenizer:
                 raise UserError("config.tokenizer: expected a tokenizer's bundle or workdir")
-            tokenizer = bundles.load(
-                self.tokenizer, "tokenizer", TokenizerConfig, where="config.tokenizer"
-            )
+            kinds = families.KINDS
+            tokenizer = bundles.load(self.tokenizer, kinds, kinds, where="config.tokenizer")
         if self.features == "generator":
             probed = _generator_features(self, tokenizer, dtype)
         else:
@@ -127,7 +126,12 @@ def _generator_features(run: LinearProbeRun, tokenizer, dtype) -> Probed:
 def _tokenizer_features(run: LinearProbeRun, tokenizer: bundles.Bundle, dtype) -> Probed:
     if run.data.source == "codes":
         raise UserError("config.data.source: expected images for a tokenizer's features")
-    config, module = tokenizer.config, Tokenizer(tokenizer.config, dtype=dtype)
+    config, module = tokenizer.config, families.make(tokenizer.config, dtype)
+    if run.features != "latents" and not isinstance(config, TokenizerConfig):
+        raise UserError(
+            f"config.features: expected generator or latents with a tokenizer of the family "
+            f"{families.describe(config)}, got {run.features}"
+        )
     if run.features == "decoder":
         layer = _chosen_layer(run, config.semantic_layer, config.decoder.depth)
         width, text = config.decoder.width, f"decoder, output of layer {layer}"
@@ -136,16 +140,16 @@ def _tokenizer_features(run: LinearProbeRun, tokenizer: bundles.Bundle, dtype) -
             f"config.layer: the {run.features} features have no layers, got {run.layer}"
         )
     elif run.features == "encoder":
-        method, width = Tokenizer.encoder_features, config.encoder.width
+        method, width = "encoder_features", config.encoder.width
         text = "encoder, output after the last LayerNorm"
     else:
-        method, width, text = Tokenizer.latents, config.code_dim, "latents before the quantizer"
+        method, width, text = "latents", config.code_dim, "latents before the quantizer"
 
     def apply(frozen, batch):
         variables = {"params": frozen["tokenizer"]}
         if run.features == "decoder":
             codes = batch_codes(batch, config, frozen["tokenizer"], dtype)
-            features = module.apply(variables, codes, layer, method=Tokenizer.decoder_features)
+            features = module.apply(variables, codes, layer, method="decoder_features")
         else:
             features = module.apply(variables, pictures.to_float(batch["image"]), method=method)
         return features.mean(1)

@@ -45,7 +45,7 @@ class ObjectiveConfig:
     """Weights of the loss terms, and the networks that measure them.
 
     `l2`, `codebook` and `commitment` are always computed and logged. Every other term is left out
-    at weight 0.
+    at weight 0. Terms that the model's quantizer does not have are 0.
     """
 
     l2: NonNegativeFloat = 1.0
@@ -438,11 +438,13 @@ class TokenizerTask(Task):
         if self._warned or step - self._low_since < run.usage_patience:
             return None
         self._warned = True
+        entropy = "objective.entropy=0.005, " if run.model.quantizer != "fsq" else ""
+        rotation = "model.gradient='rotation', " if run.model.quantizer == "vq" else ""
         return (
             f"only {usage:.1%} of the {run.model.codebook_size} codes have been in use since step "
-            f"{self._low_since}: the codebook may have collapsed. Remedies: "
-            "objective.entropy=0.005, a longer optimizer.warmup_steps, a lower optimizer.rate, "
-            "model.gradient='rotation', a larger batch_size or a smaller model.codebook_size"
+            f"{self._low_since}: the codebook may have collapsed. Remedies: {entropy}a longer "
+            f"optimizer.warmup_steps, a lower optimizer.rate, {rotation}a larger batch_size or a "
+            "smaller model.codebook_size"
         )
 
     _low_since, _warned = None, False

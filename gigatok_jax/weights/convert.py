@@ -18,7 +18,17 @@ import numpy as np
 from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.files import Path, as_path, in_bucket, local_cache_dir, local_copy
-from gigatok_jax.models import generator, inception, layers, lpips, quantizer, tokenizer, vit
+from gigatok_jax.models import (
+    generator,
+    inception,
+    layers,
+    lpips,
+    quantizer,
+    titok,
+    tokenizer,
+    vit,
+    vqgan,
+)
 from gigatok_jax.weights import fetch, layout, names, torch_files
 
 
@@ -57,6 +67,20 @@ KINDS = {
         config=generator.GeneratorConfig,
         model=recipes.generator_model,
         example="b",
+    ),
+    "vqgan": Kind(
+        names.vqgan,
+        vqgan.param_shapes,
+        config=vqgan.VqganConfig,
+        model=lambda name: lookup(name, vqgan.MODELS, "vqgan model"),
+        example="llamagen_vq16",
+    ),
+    "titok": Kind(
+        names.titok,
+        titok.param_shapes,
+        config=titok.TitokConfig,
+        model=lambda name: lookup(name, titok.MODELS, "titok model"),
+        example="titok_l32",
     ),
     "dino": _vit(vit.DINO, "dino", names.dino),
     "dinov2": _vit(vit.DINOV2, "dinov2", names.dino),

@@ -66,6 +66,17 @@ def _tokenizer(model: str, file: str, rfid: str) -> Published:
     return Published("tokenizer", f"{model},released", (File(f"{GIGATOK}/{file}"),), f"rFID {rfid}")
 
 
+def _vqgan(model: str, repo: str, file: str, rfid: str) -> Published:
+    url = f"https://huggingface.co/{repo}/resolve/main/{file}"
+    return Published("vqgan", model, (File(url),), f"rFID {rfid}")
+
+
+def _titok(model: str, rfid: str) -> Published:
+    repo = f"tokenizer_{model}_imagenet"
+    url = f"https://huggingface.co/yucornetto/{repo}/resolve/main/model.safetensors"
+    return Published("titok", model, (File(url, saved_as=f"{repo}.safetensors"),), f"rFID {rfid}")
+
+
 def _generator(
     model: str, tokenizer: str, file: str, gfid: str, guidance: float = 1.0
 ) -> Published:
@@ -92,7 +103,41 @@ HUB_URL = re.compile(
     r"https://huggingface\.co/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<name>.+)"
 )
 
-# The authors of SigLIP, DINO and GigaTok publish no hashes.
+# By model, from their authors: repository on the Hub, file, and rFID at 256 pixels, or at 128 for
+# open_magvit2_128. That of llamagen_vq16_384 is of its images, resized from 384 pixels.
+LLAMAGEN, TENCENT = "FoundationVision/LlamaGen", "TencentARC"
+VQGANS = {
+    "llamagen_vq16": (LLAMAGEN, "vq_ds16_c2i.pt", "2.19"),
+    "llamagen_vq16_384": (LLAMAGEN, "vq_ds16_c2i.pt", "0.94"),
+    "llamagen_vq8": (LLAMAGEN, "vq_ds8_c2i.pt", "0.59"),
+    "maskgit_vqgan": ("fun-research/TiTok", "maskgit-vqgan-imagenet-f16-256.bin", "2.28"),
+    "open_magvit2_256": (
+        f"{TENCENT}/Open-MAGVIT2-Tokenizer-256-resolution",
+        "imagenet_256_L.ckpt",
+        "1.17",
+    ),
+    "open_magvit2_128": (
+        f"{TENCENT}/Open-MAGVIT2-Tokenizer-128-resolution",
+        "imagenet_128_L.ckpt",
+        "1.18",
+    ),
+    "ibq_1024": (f"{TENCENT}/IBQ-Tokenizer-1024", "imagenet256_1024.ckpt", "2.24"),
+    "ibq_8192": (f"{TENCENT}/IBQ-Tokenizer-8192", "imagenet256_8192.ckpt", "1.87"),
+    "ibq_16384": (f"{TENCENT}/IBQ-Tokenizer-16384", "imagenet256_16384.ckpt", "1.37"),
+    "ibq_262144": (f"{TENCENT}/IBQ-Tokenizer-262144", "imagenet256_262144.ckpt", "1.00"),
+}
+
+# rFID of each TiTok.
+TITOKS = {
+    "titok_l32": "2.21",
+    "titok_b64": "1.70",
+    "titok_s128": "1.71",
+    "titok_bl64_vq8k": "2.06",
+    "titok_bl128_vq8k": "1.49",
+    "titok_sl256_vq8k": "1.03",
+}
+
+# The authors of SigLIP, DINO, GigaTok, TiTok and the VQGANs publish no hashes.
 PUBLISHED = {
     **{
         name: _one("dinov2", name, f"{DINOV2_HOST}/{name}/{name}_pretrain.pth", sha256)
@@ -164,6 +209,8 @@ PUBLISHED = {
     "gigatok_gpt_xxl_xl_xxl": _generator(
         "xxl", "gigatok_xl_xxl", "GPT_XXL256_e300_VQ_XLXXL.pt", "1.98"
     ),
+    **{model: _vqgan(model, *where) for model, where in VQGANS.items()},
+    **{model: _titok(model, rfid) for model, rfid in TITOKS.items()},
 }
 
 

@@ -7,16 +7,20 @@ for the number of a layer.
 from collections.abc import Iterable, Iterator
 import dataclasses
 
-from gigatok_jax.models import inception, lpips
+from gigatok_jax.models import cnn, inception, lpips
 from gigatok_jax.models.generator import GeneratorConfig
+from gigatok_jax.models.titok import PIXELS, TitokConfig
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.models.vit import ViTConfig
+from gigatok_jax.models.vqgan import FAMILIES, VqganConfig
 from gigatok_jax.weights.layout import Entry
 
 USAGE = "quantize.codebook_used"  # a tokenizer's last codes assigned
 # By the kinds of `weights.convert`: globs of tensors without a counterpart here.
 IGNORED = {
     "tokenizer": (USAGE,),
+    "titok": (),
+    "vqgan": (USAGE, "loss.*"),  # discriminators and LPIPS
     "generator": ("freqs_cis", "causal_mask", "*.kv_cache.*"),  # constants in older checkpoints
     "dino": ("mask_token",),
     "dinov2": ("mask_token",),
@@ -32,6 +36,8 @@ TOWERS = {"clip": "visual.", "siglip": "vision_model."}
 LINEAR = "o i -> i o"
 CONV = "o i h w -> h w i o"
 CONV_1X1 = "o i 1 1 -> i o"
+IN_CONV_1X1 = "(n h) i 1 1 -> i n h"
+OUT_CONV_1X1 = "o (n h) 1 1 -> n h o"
 PACKED_WEIGHT = "(p n h) i -> p i n h"
 PACKED_BIAS = "(p n h) -> p n h"
 IN_WEIGHT = "(n h) i -> i n h"
@@ -74,38 +80,107 @@ def _attention_out(name: str, path: str, heads: int) -> Iterator[Entry]:
     yield Entry(f"{name}.bias", (f"{path}/out/bias",))
 
 
-def _residual_block(name: str, path: str, shortcut: bool = False) -> Iterator[Entry]:
+@dataclasses.dataclass(frozen=True)
+class CNNNames:
+    """What a program calls the modules of its CNN.
+
+    `{level}` counts resolutions from the highest, `{step}` in order of use.
+    """
+
+    encoder_level: str
+    decoder_level: str
+    block: str  # residual blocks in a level
+    middle: tuple[str, ...]  # in order of use
+    down: str  # in a level of the encoder
+    up: str  # in a level of the decoder
+    adaptive: str = "adaptive.{level}"
+
+
+STEPS = ("conv_blocks.{step}", "conv_blocks.{step}", "res")
+LEVELS = ("down.{level}", "up.{level}", "block")
+# Of GigaTok, and of the families of `models.vqgan`.
+CNN_NAMES = {
+    "gigatok": CNNNames(
+        *STEPS, ("mid.0", "mid.1"), "downsample.conv", "upsample.conv1", "adaptive.{step}"
+    ),
+    "llamagen": CNNNames(*STEPS, ("mid.0", "mid.1", "mid.2"), "downsample.conv", "upsample.conv"),
+    "taming": CNNNames(
+        *LEVELS, ("mid.block_1", "mid.attn_1", "mid.block_2"), "downsample.conv", "upsample.conv"
+    ),
+    "maskgit": CNNNames(*LEVELS, ("mid.0", "mid.1"), "", "upsample_conv"),
+    "open_magvit2": CNNNames(
+        *LEVELS, tuple(f"mid_block.{i}" for i in range(4)), "downsample", "upsample.conv1"
+    ),
+}
+
+
+def _conv(name: str, path: str, bias: bool = True) -> Iterator[Entry]:
+    weight, offset = _pair(name, path, CONV)
+    yield from (weight, offset) if bias else (weight,)
+
+
+def _residual_block(
+    name: str, path: str, shortcut: bool = False, bias: bool = True
+) -> Iterator[Entry]:
     for i in (1, 2):
         yield from _norm(f"{name}.norm{i}", f"{path}/norm{i}")
-        yield from _pair(f"{name}.conv{i}", f"{path}/conv{i}", CONV)
+        yield from _conv(f"{name}.conv{i}", f"{path}/conv{i}", bias)
     if shortcut:
-        yield from _pair(f"{name}.nin_shortcut", f"{path}/shortcut", CONV)
+        yield from _conv(f"{name}.nin_shortcut", f"{path}/shortcut", bias)
 
 
-def _cnn(config: TokenizerConfig, part: str) -> Iterator[Entry]:
+def _pixel_attention(name: str, path: str) -> Iterator[Entry]:
+    yield from _norm(f"{name}.norm", f"{path}/norm")
+    path, heads = f"{path}/attention", (("n", 1),)
+    for ours in QKV:
+        yield Entry(f"{name}.{ours[0]}.weight", (f"{path}/{ours}/kernel",), IN_CONV_1X1, heads)
+        yield Entry(f"{name}.{ours[0]}.bias", (f"{path}/{ours}/bias",), IN_BIAS, heads)
+    yield Entry(f"{name}.proj_out.weight", (f"{path}/out/kernel",), OUT_CONV_1X1, heads)
+    yield Entry(f"{name}.proj_out.bias", (f"{path}/out/bias",))
+
+
+def _cnn(
+    config: TokenizerConfig | VqganConfig,
+    part: str,
+    design: cnn.Design = cnn.GIGATOK,
+    called: CNNNames = CNN_NAMES["gigatok"],
+) -> Iterator[Entry]:
     """The convolutional "encoder" or "decoder"."""
     ours, encoder = f"cnn_{part}", part == "encoder"
     levels = list(enumerate(config.channels))
+    lowest = len(levels) - 1
     if not encoder:
         levels.reverse()
-    width = levels[0][1]
-    yield from _pair(f"{part}.conv_in", f"{ours}/conv_in", CONV)
-    # The reference numbers levels in order of use.
+    width, bias = levels[0][1], design.bias
+    yield from _conv(f"{part}.conv_in", f"{ours}/conv_in", bias or not encoder)
     for step, (level, features) in enumerate(levels):
-        name, path = f"{part}.conv_blocks.{step}", f"{ours}/level{level}"
-        for i in range(config.residual_blocks + (not encoder)):
-            yield from _residual_block(f"{name}.res.{i}", f"{path}_block{i}", width != features)
+        place = {"step": step, "level": level}
+        name = (called.encoder_level if encoder else called.decoder_level).format(**place)
+        name, path = f"{part}.{name}", f"{ours}/level{level}"
+        for i in range(config.residual_blocks + (0 if encoder else design.more_blocks)):
+            block = f"{name}.{called.block}.{i}"
+            yield from _residual_block(block, f"{path}_block{i}", width != features, bias)
             width = features
-        if not encoder:
-            yield from _pair(f"{part}.adaptive.{step}.gamma", f"{path}_adaptive/gain")
-            yield from _pair(f"{part}.adaptive.{step}.beta", f"{path}_adaptive/bias")
-        if step < len(levels) - 1:
-            resize, short = ("downsample.conv", "down") if encoder else ("upsample.conv1", "up")
-            yield from _pair(f"{name}.{resize}", f"{path}_{short}", CONV)
-    for i in range(2):
-        yield from _residual_block(f"{part}.mid.{i}", f"{ours}/mid_block{i}")
+            if design.attention and level == lowest:
+                yield from _pixel_attention(f"{name}.attn.{i}", f"{path}_attention{i}")
+        if design.adaptive and not encoder:
+            adaptive = f"{part}.{called.adaptive.format(**place)}"
+            yield from _pair(f"{adaptive}.gamma", f"{path}_adaptive/gain")
+            yield from _pair(f"{adaptive}.beta", f"{path}_adaptive/bias")
+        if encoder and level < lowest and design.down != "pool":
+            yield from _conv(f"{name}.{called.down}", f"{path}_down")
+        if not encoder and level > 0:
+            yield from _conv(f"{name}.{called.up}", f"{path}_up")
+    middle = [f"mid_block{i}" for i in range(design.middle_blocks)]
+    if design.attention:
+        middle.insert(1, "mid_attention")
+    for name, path in zip(called.middle, middle, strict=True):
+        if path == "mid_attention":
+            yield from _pixel_attention(f"{part}.{name}", f"{ours}/{path}")
+        else:
+            yield from _residual_block(f"{part}.{name}", f"{ours}/{path}", bias=bias)
     yield from _norm(f"{part}.norm_out", f"{ours}/norm_out")
-    yield from _pair(f"{part}.conv_out", f"{ours}/conv_out", CONV)
+    yield from _conv(f"{part}.conv_out", f"{ours}/conv_out")
 
 
 def _token_transformer(config: TokenizerConfig, part: str) -> Iterator[Entry]:
@@ -149,15 +224,72 @@ def _token_transformer(config: TokenizerConfig, part: str) -> Iterator[Entry]:
 
 def tokenizer(config: TokenizerConfig) -> list[Entry]:
     """Entries of a GigaTok tokenizer, except `USAGE`."""
+    codebook = [Entry("quantize.embedding.weight", ("codebook",))]
     return [
         *_cnn(config, "encoder"),
         *_cnn(config, "decoder"),
         *_token_transformer(config, "encoder"),
         *_token_transformer(config, "decoder"),
-        Entry("quantize.embedding.weight", ("codebook",)),
+        *(codebook if config.has_codebook else ()),
         *_pair("quant_conv", "quant_conv", CONV_1X1),
         *_pair("post_quant_conv", "post_quant_conv", CONV_1X1),
     ]
+
+
+def vqgan(config: VqganConfig) -> list[Entry]:
+    """Entries of a VQGAN or one of its successors, except `USAGE`."""
+    family = FAMILIES[config.family]
+    parts = [
+        _cnn(config, part, family.cnn, CNN_NAMES[config.family]) for part in ("encoder", "decoder")
+    ]
+    if config.quantizer != "lfq":
+        parts.append([Entry("quantize.embedding.weight", ("codebook",))])
+    if family.quant_convs:
+        parts += [_pair(name, name, CONV_1X1) for name in ("quant_conv", "post_quant_conv")]
+    return [entry for part in parts for entry in part]
+
+
+def _titok_transformer(config: TitokConfig, part: str) -> Iterator[Entry]:
+    """The ViT of TiTok's "encoder" or "decoder"."""
+    size = config.decoder if part == "decoder" else config.encoder
+    yield Entry(f"{part}.class_embedding", (f"{part}/class_token",))
+    yield Entry(f"{part}.positional_embedding", (f"{part}/positions",))
+    latents = f"{part}.latent_token_positional_embedding"
+    yield Entry(latents, (f"{part}/latent_positions",))
+    yield from _norm(f"{part}.ln_pre", f"{part}/norm_in")
+    yield from _norm(f"{part}.ln_post", f"{part}/norm_out")
+    layer, block = f"{part}.transformer.{{layer}}", f"{part}/{BLOCK}"
+    packed, out = f"{layer}.attn.in_proj_", f"{layer}.attn.out_proj"
+    rows = [*_attention(packed, out, f"{block}/self_attention", size.heads)]
+    rows += _norm(f"{layer}.ln_1", f"{block}/norm_self")
+    rows += _norm(f"{layer}.ln_2", f"{block}/norm_mlp")
+    rows += _pair(f"{layer}.mlp.c_fc", f"{block}/mlp_in")
+    rows += _pair(f"{layer}.mlp.c_proj", f"{block}/mlp_out")
+    yield from _layers(size.depth, rows)
+
+
+def titok(config: TitokConfig) -> list[Entry]:
+    """Entries of a TiTok; a two-stage one holds the decoder of MaskGIT's VQGAN."""
+    entries = [
+        Entry("latent_tokens", ("latent_tokens",)),
+        *_pair("encoder.patch_embed", "patch_embed", CONV),
+        *_titok_transformer(config, "encoder"),
+        *_pair("encoder.conv_out", "encoder_out", CONV_1X1),
+        Entry("quantize.embedding.weight", ("codebook",)),
+        *_pair("decoder.decoder_embed", "embed"),
+        Entry("decoder.mask_token", ("mask_token",), "1 n w -> n w"),
+        *_titok_transformer(config, "decoder"),
+    ]
+    if not config.two_stage:
+        entries += _pair("decoder.ffn.0", "patch_out", CONV_1X1)
+        return [*entries, *_pair("decoder.conv_out", "conv_out", CONV)]
+    entries += _pair("decoder.ffn.0", "proxy_hidden", CONV_1X1)
+    entries += _pair("decoder.ffn.2", "proxy_out", CONV_1X1)
+    entries.append(Entry("pixel_quantize.embedding.weight", ("proxy_codebook",)))
+    family = PIXELS.family
+    for entry in _cnn(PIXELS, "decoder", FAMILIES[family].cnn, CNN_NAMES[family]):
+        entries.append(dataclasses.replace(entry, name=f"pixel_{entry.name}"))
+    return entries
 
 
 def generator(config: GeneratorConfig) -> list[Entry]:

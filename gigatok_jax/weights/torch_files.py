@@ -25,6 +25,7 @@ from gigatok_jax.files import (
 )
 
 WRAPPERS = ("model", "state_dict", "module")
+AVERAGE = "model_ema."  # begins names of averages among the weights, which lack all other dots
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 ADVICE = 'where it was made, call torch.save({"model": model.state_dict()}, FILE)'
 
@@ -67,6 +68,8 @@ HARMLESS = [
             *_names("numpy.random", f"{RANDOM} _mt19937.MT19937 _pcg64.PCG64"),
             *_names("pathlib", PATHS),
             *_names("pathlib._local", PATHS),  # Python 3.13
+            # Older Lightning keeps the state of a callback under its class.
+            *_names("pytorch_lightning.callbacks.model_checkpoint", "ModelCheckpoint"),
             *_names("types", "SimpleNamespace"),
             *_names("uuid", "UUID"),
         )
@@ -102,7 +105,9 @@ def read(path: str | Path, weights: str = "auto") -> Tensors:
 
     Code in `.pt` files never runs. Tensors may be nested under "model", "state_dict" or "module".
     The prefixes that `DistributedDataParallel` ("module.") and `torch.compile` ("_orig_mod.") add
-    to names are removed. Other content is ignored.
+    to names are removed. The EMA is nested under "ema", or, as latent diffusion's `LitEma` stores
+    it, lies beside the weights under names such as "model_ema.encoderconv_inweight". Other content
+    is ignored.
 
     Args:
       path: a `.safetensors` file, or one from `torch.save` (`.pt`, `.pth`, `.bin`, ...).
@@ -124,11 +129,25 @@ def read(path: str | Path, weights: str = "auto") -> Tensors:
         for name, tensor in content.items()
         if isinstance(name, str) and (callable(tensor) or hasattr(tensor, "is_floating_point"))
     }
+    tensors = _without_averages(tensors, weights != "model", path)
     if not tensors:
         raise UserError(f"{path}: expected a model's tensors, {_describe(content)}")
     while all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): tensor for name, tensor in tensors.items()}
     return Tensors(tensors)
+
+
+def _without_averages(tensors: dict[str, Any], used: bool, path: Path) -> dict[str, Any]:
+    """Removes what `LitEma` stores; if `used`, averages replace the tensors that they are of."""
+    own = {name: tensor for name, tensor in tensors.items() if not name.startswith(AVERAGE)}
+    if not used or len(own) == len(tensors):
+        return own
+    averages = {name: tensors.get(AVERAGE + name.replace(".", "")) for name in own}
+    if all(average is None for average in averages.values()):
+        first = next(name for name in tensors if name.startswith(AVERAGE))
+        raise UserError(f"{path}: expected {first!r} and others to be averages of its tensors")
+    # What is not trained, such as a count, has no average.
+    return {name: own[name] if average is None else average for name, average in averages.items()}
 
 
 def shards(path: pathlib.Path) -> list[pathlib.Path]:
@@ -195,10 +214,12 @@ def _unwrap(content: Any, weights: str, path: pathlib.Path) -> Mapping:
         raise UserError(f"{path}: holds a {type(content).__name__}, expected a state_dict")
     if weights == "auto":
         weights = "ema" if isinstance(content.get("ema"), Mapping) else "model"
-    if weights != "model":
-        if not isinstance(content.get(weights), Mapping):
-            raise UserError(f"{path}: has no {weights!r} weights, {_describe(content)}")
+    if weights != "model" and isinstance(content.get(weights), Mapping):
         content = content[weights]
+    elif weights != "model":
+        own = _unwrap(content, "model", path)
+        if weights != "ema" or not any(str(name).startswith(AVERAGE) for name in own):
+            raise UserError(f"{path}: has no {weights!r} weights, {_describe(content)}")
     for key in WRAPPERS:
         if isinstance(content.get(key), Mapping):
             return _unwrap(content[key], "model", path)

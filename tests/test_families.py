@@ -1,0 +1,151 @@
+"""Tokenizers of other families, and of a user's own, wherever a tokenizer is named."""
+
+import dataclasses
+import json
+import pathlib
+
+import numpy as np
+from PIL import Image
+import pytest
+
+import gigatok_jax as gt
+from gigatok_jax import api, bundles, cli
+from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import report
+from gigatok_jax.models import families
+from gigatok_jax.models.titok import TitokConfig
+from gigatok_jax.models.tokenizer import TransformerSize
+from gigatok_jax.models.vqgan import VqganConfig
+from gigatok_jax.training.generator import GeneratorRun
+
+import tiny
+
+PROBE = pathlib.Path(__file__).parent / "probe_config.py"
+CNN = {"base_channels": 4, "residual_blocks": 1, "channel_multipliers": (1, 1, 2)}
+SIZES = CNN | {"image_size": 16, "codebook_size": 64}
+LLAMAGEN = VqganConfig("llamagen", code_dim=8, z_channels=8, normalize_codes=True, **SIZES)
+OWN = "python:own_tokenizer:Mean"
+
+
+@pytest.fixture(scope="module")
+def names(tmp_path_factory):
+    """Names of tokenizers, by family."""
+    folder = tmp_path_factory.mktemp("llamagen")
+    weights = {"params": tiny.fill(families.param_shapes(LLAMAGEN))}
+    bundles.save(folder / "tokenizer", "vqgan", LLAMAGEN, weights, {})
+    return {"llamagen": str(folder / "tokenizer"), "own": OWN}
+
+
+@pytest.fixture(scope="module")
+def probes(names, tmp_path_factory):
+    """Workdirs of probes, by family."""
+    folder = tmp_path_factory.mktemp("probes")
+    for family, name in names.items():
+        flags = [f"--tokenizer={name}", f"--workdir={folder / family}", f"--config={PROBE}"]
+        assert cli.main(["probe", *flags]) == 0
+    return {family: folder / family for family in names}
+
+
+@pytest.mark.parametrize("family", ["llamagen", "own"])
+def test_probe_measures_any_tokenizer(names, probes, family):
+    results = json.loads((probes[family] / "results.json").read_text())
+    assert results.keys() >= {"psnr", "rfd_teacher", "loss", "gfd_teacher", "linear_accuracy"}
+    generator = gt.load_generator(probes[family] / "generator")
+    tokenizer = gt.load_tokenizer(names[family])
+    assert generator.made_by["tokenizer"] == tokenizer.fingerprint
+    assert generator.config.codes == tokenizer.config.latents == 16
+
+
+def test_report_compares_families_by_bits(probes, tmp_path):
+    report.write([probes["llamagen"], probes["own"]], tmp_path / "report.html")
+    html = (tmp_path / "report.html").read_text()
+    assert "<span>(llamagen)</span>" in html and "<span>(own)</span>" in html
+    assert "Reconstruction against generation" in html
+    for workdir in probes.values():
+        loss = json.loads((workdir / "results.json").read_text())["loss"]
+        bits = 16 * loss / np.log(2)  # of 16 codes
+        assert f"<td>{bits:,.0f}</td>" in html and f"<td>{bits / 256:.4f}</td>" in html
+    assert "<td>96</td>" in html  # 16 codes of 6 bits
+
+
+@pytest.mark.parametrize("family", ["llamagen", "own"])
+def test_photos_are_reconstructed(names, tmp_path, family):
+    photo = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    Image.fromarray(photo).save(tmp_path / "photo.png")
+    flags = [f"--tokenizer={names[family]}", f"--images={tmp_path / 'photo.png'}"]
+    assert cli.main(["reconstruct", *flags, f"--out={tmp_path / 'out'}"]) == 0
+    tokenizer = gt.load_tokenizer(names[family])
+    images = np.asarray(tokenizer.decode(tokenizer.encode(photo[None])))
+    expected = np.clip(np.round((images[0] + 1) * 127.5), 0, 255)
+    found = np.asarray(Image.open(tmp_path / "out" / "images" / "photo.png"), float)
+    assert np.abs(found - expected).max() <= 1
+
+
+def test_own_tokenizer_gives_what_its_functions_do():
+    tokenizer = gt.load_tokenizer(OWN)
+    white = np.full((2, 16, 16, 3), 255, np.uint8)
+    np.testing.assert_array_equal(tokenizer.encode(white), np.full((2, 16), 63))
+    np.testing.assert_array_equal(tokenizer.decode(np.full((2, 16), 63)), np.float32(white / 340))
+    assert tokenizer.fingerprint == gt.load_tokenizer(OWN).fingerprint
+    assert tokenizer.codes_of == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize(
+    "function, message",
+    [
+        ("fails", r"returns a tokenizer, got RuntimeError: no weights$"),
+        ("nothing", r"got AttributeError: module 'own_tokenizer' has no attribute 'nothing'"),
+        ("Without", r"decode, found no encode$"),
+    ],
+)
+def test_own_tokenizer_that_cannot_be_made_is_one_line(function, message):
+    with pytest.raises(
+        UserError, match=rf"^--tokenizer: python:own_tokenizer:{function}: expected.*{message}"
+    ):
+        api.load_tokenizer(f"python:own_tokenizer:{function}", where="--tokenizer")
+
+
+def test_codes_out_of_range_are_one_line():
+    tokenizer = gt.load_tokenizer("python:own_tokenizer:Wrong")
+    white = np.full((2, 16, 16, 3), 255, np.uint8)
+    expected = (
+        r"encode: expected integers \[2, 16\] from 0 to 63, got int64 \[2, 16\] from 64 to 64"
+    )
+    with pytest.raises(UserError, match=expected):
+        tokenizer.encode(white)
+
+
+def test_own_tokenizer_does_not_encode_while_training():
+    run = GeneratorRun(model=tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=64, classes=3))
+    with pytest.raises(UserError, match=r"^config\.tokenizer: a tokenizer of your own cannot"):
+        dataclasses.replace(run, tokenizer=OWN).open_task()
+
+
+def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(names):
+    model = tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=32, classes=3)
+    with pytest.raises(UserError, match=r"expected codebook_size=32, as in its model.*, got 64$"):
+        GeneratorRun(model=model, tokenizer=names["llamagen"]).open_task()
+
+
+def test_titok_is_a_tokenizer(tmp_path):
+    size = TransformerSize(1, 2, 16)
+    config = TitokConfig(size, size, latents=8, codebook_size=64, code_dim=4)
+    weights = {"params": tiny.fill(families.param_shapes(config))}
+    bundles.save(tmp_path / "titok", "titok", config, weights, {})
+    tokenizer = gt.load_tokenizer(tmp_path / "titok")
+    codes = tokenizer.encode(np.zeros((1, 256, 256, 3), np.uint8))
+    assert codes.shape == (1, 8) and tokenizer.family == "titok"
+    assert tokenizer.decode(codes).shape == (1, 256, 256, 3)
+
+
+def test_what_only_gigatok_has_is_refused(names):
+    tokenizer = gt.load_tokenizer(names["llamagen"])
+    codes = np.zeros((1, 16), int)
+    for call in (
+        lambda: tokenizer.decoder_features(codes, layer=1),
+        lambda: tokenizer.semantic_features(codes),
+        tokenizer.codebook_usage,
+    ):
+        with pytest.raises(ValueError, match=r"^this tokenizer"):
+            call()
+    assert tokenizer.latents(np.zeros((1, 16, 16, 3), np.uint8)).shape == (1, 16, 8)
