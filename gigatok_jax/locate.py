@@ -1,6 +1,7 @@
 """Models by name: the one place that knows what `--tokenizer` and its like may hold."""
 
 from collections.abc import Sequence
+import difflib
 import logging
 import os
 import pathlib
@@ -47,18 +48,21 @@ def find(
     """
     name = str(name)
     if name.startswith(hub.SCHEME):
+        hub.parse(name, where)
         return _together(hub.download(name, weights=weights))
     folder = as_path(name, where or "bundle")
     if name in fetch.PUBLISHED or name in INCLUDED:
         if not _holds_model(folder):
-            _check_kind(name, kinds)
+            _check_kind(name, kinds, where)
             return _together(_fetch(name))
         logger.info("%s: taking the folder of this name, not the published weights", name)
     elif not folder.exists() and (where or not os.path.dirname(name)):
         fitting = [model for model, kind in _kinds().items() if not kinds or kind in kinds]
         known = ", ".join([*others, *fitting])
         culprit = f"{where}: {name!r}" if where else repr(name)
-        listed = f"; known: {known}" if known else ""
+        hints = [f"is it {near!r}?" for near in difflib.get_close_matches(name, fitting, 1)]
+        hints += [f"known: {known}"] if known else []
+        listed = "".join(f"; {hint}" for hint in hints)
         raise UserError(f"{culprit}: no such folder{listed}; or give {hub.FORM}")
     return folder
 
@@ -76,7 +80,7 @@ def architecture(name: str, kinds: Sequence[str]) -> Any:
     published = fetch.PUBLISHED.get(name)
     if not published or _holds_model(as_path(name)) or fetch.is_there(name):
         return None
-    _check_kind(name, kinds)
+    _check_kind(name, kinds, "")
     model = convert.KINDS[published.kind].model
     return model(published.model) if model else None
 
@@ -104,10 +108,11 @@ def _kinds() -> dict[str, str]:
     return included | {name: published.kind for name, published in fetch.PUBLISHED.items()}
 
 
-def _check_kind(name: str, kinds: Sequence[str]) -> None:
+def _check_kind(name: str, kinds: Sequence[str], where: str) -> None:
     kind = _kinds()[name]
     if kinds and kind not in kinds:
-        raise UserError(f"{name}: holds a {kind}, expected a {' or '.join(kinds)}")
+        culprit = f"{where}: {name}" if where else name
+        raise UserError(f"{culprit}: holds a {kind}, expected a {' or '.join(kinds)}")
 
 
 def _holds_model(folder: Path) -> bool:

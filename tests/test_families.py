@@ -123,7 +123,7 @@ def test_own_tokenizer_does_not_encode_while_training():
 
 def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(names):
     model = tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=32, classes=3)
-    with pytest.raises(UserError, match=r"expected codebook_size=32, as in its model.*, got 64$"):
+    with pytest.raises(UserError, match=r"expected codebook_size=32, as in the .*, got 64$"):
         GeneratorRun(model=model, tokenizer=names["llamagen"]).open_task()
 
 

@@ -444,10 +444,10 @@ def test_run_warns_of_pictures_by_an_untrained_class(
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"codes": 8}, r"\S+: expected codes=8, as in its model.codes, got 4"),
+        ({"codes": 8}, r"\S+: expected codes=8, as in the generator's model.codes, got 4"),
         (
             {"codebook_size": 256},
-            r"\S+: expected codebook_size=256, as in its model.codebook_size, got 512",
+            r"\S+: expected codebook_size=256, as in the generator's model.codebook_size, got 512",
         ),
         (
             {"classes": 2},
@@ -480,7 +480,7 @@ def test_model_of_another_size_than_the_tokenizer_is_refused(
     photos, directory, tmp_path, field, theirs
 ):
     model = dataclasses.replace(MODEL, **{field: 16})
-    message = rf"^\S+: expected {field}=16, as in its model.{field}, got {theirs}$"
+    message = rf"^\S+: expected {field}=16, as in the generator's model.{field}, got {theirs}$"
     with pytest.raises(UserError, match=message):
         start(tmp_path / "run", photos, tokenizer=str(directory), model=model)
 

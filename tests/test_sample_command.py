@@ -367,7 +367,7 @@ def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
     "flag, name, message",
     [
         ("tokenizer", "other", "expected tokenizer="),
-        ("tokenizer", "short", "expected codes=4, as in its model.codes, got 2"),
+        ("tokenizer", "short", "expected codes=4, as in the generator's model.codes, got 2"),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],

@@ -319,7 +319,8 @@ def _scan(part: _Part) -> tuple[list[tuple], list[_Part], list[str]]:
             label = _validation_labels()[int(validation[1]) - 1]
         if label is None:
             raise UserError(
-                f"{path}: {files.printable(image.name)}: expected a label in .cls or .json"
+                f"{path}: {files.printable(image.name)}: expected a label in .cls or .json "
+                "beside it; unpack tar files of class folders, and read these"
             )
         rows.append((part.tar, image.offset, image.size, image.name, label))
     return rows, inner, ignored

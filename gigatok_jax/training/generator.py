@@ -156,8 +156,8 @@ def check_tokenizer(
     names = "codes", "codebook_size", "tokenizer"
     for name, expected, found in zip(names, ours, theirs, strict=True):
         if expected not in (None, found):
-            where = "as in the generator" if name == "tokenizer" else f"as in its model.{name}"
-            raise UserError(f"{path}: expected {name}={expected}, {where}, got {found}")
+            where = "generator" if name == "tokenizer" else f"generator's model.{name}"
+            raise UserError(f"{path}: expected {name}={expected}, as in the {where}, got {found}")
 
 
 def _check_branch_point(run: GeneratorRun) -> None:

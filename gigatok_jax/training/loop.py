@@ -114,6 +114,9 @@ def train(run: RunConfig, workdir: Path) -> None:
         restored = branch or checkpoints.restore(abstract, check=check_progress)
         if restored is None:
             start, state, unlogged = 0, fresh_state(task, abstract, run.seed), []
+            if run.freeze and not given and distributed.is_main():
+                parts = ", ".join(run.freeze)
+                logger.warning("config.freeze: without init_from, %s keep random weights", parts)
             if given:
                 state = finetuning.adopt(state, given)
                 task.provenance = given.provenance

@@ -94,7 +94,7 @@ class RunConfig:
         if self.resolved_optimizer.warmup_steps >= self.total_steps:
             raise ValueError(
                 f"optimizer.warmup_steps: expected fewer than the run's {self.total_steps} steps, "
-                f"got {self.resolved_optimizer.warmup_steps}"
+                f"got {self.resolved_optimizer.warmup_steps}{self._warmup_origin}"
             )
         if self.loop.profile_at > self.total_steps:
             raise ValueError(
@@ -114,6 +114,12 @@ class RunConfig:
         if self.freeze and self.parts.keys() <= set(self.freeze):
             raise ValueError("freeze: expected to leave a part to train, got all of them")
         return self
+
+    @property
+    def _warmup_origin(self) -> str:
+        if self.optimizer.warmup_steps is not None:
+            return ""
+        return f" (warmup_epochs={self.optimizer.warmup_epochs:g} of {self.epoch_images:,} images)"
 
     @property
     def parts(self) -> Mapping[str, tuple[str, ...]]:
@@ -323,7 +329,8 @@ class HeldOut:
 
         def measure(state, batch, frozen):
             with sharding.use(mesh):
-                return task.measure(state, batch, frozen)
+                values, arrays = task.measure(state, batch, frozen)
+            return values, (arrays, batch["valid"])
 
         self._measure = jax.jit(measure, out_shardings=shardings)
         self._batches = pipeline.eval_batches(
@@ -348,7 +355,10 @@ class HeldOut:
         self._batches.set_state({"next_batch": 0})
         with self._batches:
             means = held_out_means(measure, self._batches, self._task.run.evaluation_images)
-        pictures = self._task.pictures(state, jax.device_get(shown), frozen, self._mesh)
+        arrays, valid = jax.device_get(shown)
+        # Fewer images than a batch are followed by black ones.
+        arrays = tuple(array[valid[: len(array)]] for array in arrays)
+        pictures = self._task.pictures(state, arrays, frozen, self._mesh)
         return {f"held_out/{name}": value for name, value in means.items()}, pictures
 
 
@@ -360,8 +370,8 @@ def held_out_means(
     """Means over the first `images` readable images, over all processes.
 
     Args:
-      measure: maps this process's arrays ("image" or "codes", and "label") to the values of each
-        image, `[B/P]` by name.
+      measure: maps this process's arrays ("image" or "codes", "label" and "valid") to the values of
+        each image, `[B/P]` by name.
       batches: this process's batches, see `pipeline.eval_batches`.
       images: maximum number of images.
 
@@ -370,7 +380,7 @@ def held_out_means(
     """
     sums, count = collections.Counter(), 0
     for batch in batches:
-        values = measure({k: batch[k] for k in ("image", "codes", "label") if k in batch})
+        values = measure({k: batch[k] for k in ("image", "codes", "label", "valid") if k in batch})
         rows = {name: np.asarray(value, np.float64) for name, value in values.items()}
         gathered = distributed.gather_rows(rows | {k: batch[k] for k in ("index", "valid")})
         # Sort by index, so that the mean does not depend on which process read which image. Drop

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import json
+import logging
 import pathlib
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ import numpy as np
 from gigatok_jax import pictures as png
 from gigatok_jax.files import Lines, Path, in_bucket, json_text, replacing, upload
 from gigatok_jax.training.trackers import Run, Trackers, is_evaluation
+
+logger = logging.getLogger(__name__)
 
 
 class Telemetry:
@@ -102,6 +105,7 @@ class Trace:
         if self._written:
             written, self._written = self._written, None
             jax.profiler.stop_trace()
+            logger.info("traced steps %d to %d into %s", self._first, self._last, self._folder)
             if written != self._folder:
                 upload(written, self._folder)
                 shutil.rmtree(written)

@@ -34,8 +34,8 @@ class Address(NamedTuple):
         return f"{self.folder}/{name}" if self.folder else name
 
 
-def parse(text: str) -> Address:
-    """Splits hf://OWNER/REPO[/FOLDER][@REVISION].
+def parse(text: str, where: str = "") -> Address:
+    """Splits hf://OWNER/REPO[/FOLDER][@REVISION]; `where` holds it, for messages.
 
     Raises:
       UserError: `text` is no such address.
@@ -45,7 +45,8 @@ def parse(text: str) -> Address:
     parts = [owner, *rest]
     whole = len(parts) > 1 and all(re.fullmatch(r"(?!\.+$)[\w. -]+", part) for part in parts)
     if not text.startswith(SCHEME) or not whole or (at and not revision):
-        raise UserError(f"{text!r}: expected {FORM}")
+        culprit = f"{where}: {text!r}" if where else repr(text)
+        raise UserError(f"{culprit}: expected {FORM}")
     return Address("/".join(parts[:2]), "/".join(parts[2:]), revision or None)
 
 
@@ -117,6 +118,8 @@ def _reason(error: Exception, missing: str) -> str:
         if constants.HF_HUB_OFFLINE:
             return "not in the Hub's cache, and HF_HUB_OFFLINE forbids connections"
         return f"no connection to {constants.ENDPOINT} ({first_line(error.__cause__ or error)})"
+    if "Connect" in type(error).__name__:
+        return f"no connection to {constants.ENDPOINT} ({first_line(error)})"
     if isinstance(error, errors.GatedRepoError):
         return "its authors must grant access; ask for it on the page of the repository"
     if isinstance(error, errors.RepositoryNotFoundError):
