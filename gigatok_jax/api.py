@@ -22,7 +22,7 @@ import numpy as np
 
 from gigatok_jax import bundles, files, locate, recipes, sampling, sharding
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.models import families, generator, quantizer, tokenizer
+from gigatok_jax.models import families, generator, quantizer, titok, vqgan
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.layers import compute_dtype
 from gigatok_jax.models.tokenizer import TokenizerConfig
@@ -182,9 +182,9 @@ class OwnTokenizer:
 
     Args:
       name: "python:MODULE:FUNCTION". FUNCTION() returns an object with `image_size`, `codes` (per
-        image, N), `codebook_size` (K), `encode` (images float32 `[B, H, W, 3]` in [-1, 1] to
-        integers `[B, N]`) and `decode` (these to images, floats in about [-1, 1]). With
-        `fingerprint`, a text that changes with the weights, it is not computed.
+        image, N), `codebook_size` (K), `fingerprint` (any text that changes with the weights),
+        `encode` (images float32 `[B, H, W, 3]` in [-1, 1] to integers `[B, N]`) and `decode` (these
+        to images, floats in about [-1, 1]).
       where: flag or argument that holds the name, for messages.
 
     Raises:
@@ -207,7 +207,7 @@ class OwnTokenizer:
                 f"{self.name}: expected {locate.OWN}MODULE:FUNCTION that returns a tokenizer, got "
                 f"{type(error).__name__}: {first_line(error)}"
             ) from error
-        needed = ("image_size", "codes", "codebook_size", "encode", "decode")
+        needed = ("image_size", "codes", "codebook_size", "encode", "decode", "fingerprint")
         if missing := [name for name in needed if not hasattr(self._own, name)]:
             raise UserError(f"{self.name}: expected {', '.join(needed)}, found no {missing[0]}")
         sizes = (self._own.image_size, self._own.codes, self._own.codebook_size)
@@ -217,15 +217,8 @@ class OwnTokenizer:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Sixteen hex digits of its text, or of the codes and images that it makes of noise."""
-        if text := getattr(self._own, "fingerprint", None):
-            content = [str(text).encode()]
-        else:
-            size = self.config.image_size
-            noise = np.random.default_rng(0).integers(0, 256, (4, size, size, 3), np.uint8)
-            codes = self.encode(noise)
-            content = [codes.tobytes(), self.decode(codes).tobytes()]
-        return hashlib.sha256(b"".join(content)).hexdigest()[:16]
+        """Sixteen hex digits of its text."""
+        return hashlib.sha256(str(self._own.fingerprint).encode()).hexdigest()[:16]
 
     @property
     def codes_of(self) -> str:
@@ -235,7 +228,7 @@ class OwnTokenizer:
         """See `PretrainedTokenizer.encode`."""
         images = np.asarray(_images(images, self.config.image_size))
         images = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
-        codes = _own_array(self._own.encode(np.array(images, np.float32)))
+        codes = self._array(self._own.encode(np.array(images, np.float32)))
         count, highest = (len(images), self.config.latents), self.config.codebook_size - 1
         right = codes.shape == count and codes.dtype.kind in "iu"
         if not right or codes.min() < 0 or codes.max() > highest:
@@ -252,9 +245,9 @@ class OwnTokenizer:
         config = self.config
         # A copy, because PyTorch wants arrays that can be written to.
         codes = np.array(_codes(codes, config.latents, config.codebook_size))
-        images = _own_array(self._own.decode(codes))
+        images = self._array(self._own.decode(codes))
         shape = (len(codes), config.image_size, config.image_size, 3)
-        if images.shape != shape or images.dtype.kind != "f":
+        if images.shape != shape or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
                 f"{self.name}: decode: expected floats {list(shape)}, got {images.dtype} "
                 f"{list(images.shape)}"
@@ -370,6 +363,18 @@ class PretrainedGenerator(Pretrained):
             )
         return classes.astype(np.int32)
 
+    def _array(self, values) -> np.ndarray:
+        """An array of another library, on any device."""
+        try:
+            if hasattr(values, "detach"):  # PyTorch
+                values = values.detach().cpu()
+                values = values.float() if values.is_floating_point() else values
+            return np.asarray(values)
+        except Exception as error:  # of any type: it is another program
+            raise UserError(
+                f"{self.name}: expected arrays, got {type(values).__name__} ({first_line(error)})"
+            ) from error
+
 
 AnyTokenizer = PretrainedTokenizer | OwnTokenizer
 
@@ -399,11 +404,6 @@ def _images(images, size: int):
         expected = "floats in [-1, 1] or integers in 0..255"
         raise ValueError(f"images: expected {expected}, got {images.dtype}")
     return images
-
-
-def _own_array(values) -> np.ndarray:
-    """An array of another library, on any device."""
-    return np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
 
 
 def class_list(classes: Sequence[int]) -> str:
@@ -525,7 +525,7 @@ def parameter_count(name: str) -> int:
     """Exact number of trainable parameters; allocates nothing.
 
     Args:
-      name: a tokenizer, such as "b_l", or a generator, such as "generator:b".
+      name: a tokenizer, such as "b_l" or "titok_b64", or a generator, such as "generator:b".
 
     Raises:
       UserError: the name is unknown.
@@ -536,5 +536,6 @@ def parameter_count(name: str) -> int:
     elif kind:
         raise UserError(f"{name!r}: no such model; expected a name such as b_l or generator:b")
     else:
-        shapes = tokenizer.param_shapes(recipes.tokenizer_model(name))
+        config = vqgan.MODELS.get(name) or titok.MODELS.get(name) or recipes.tokenizer_model(name)
+        shapes = families.param_shapes(config)
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))

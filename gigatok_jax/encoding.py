@@ -125,7 +125,7 @@ def remove(folder: files.Path) -> None:
 
 def _write_missing(
     paths: list[files.Path],
-    tokenizer: api.PretrainedTokenizer,
+    tokenizer: api.AnyTokenizer,
     batches: pipeline.Batches,
     batch_size: int,
     shard_images: int,

@@ -9,6 +9,7 @@ import jax
 from gigatok_jax import bundles, locate
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path, local_copy, read_json
+from gigatok_jax.models import families
 from gigatok_jax.training.telemetry import read_metrics
 from gigatok_jax.training.trackers import is_evaluation
 from gigatok_jax.weights import hub
@@ -57,10 +58,11 @@ def push(
 
     target = hub.parse(address)
     directory, record = bundles.read_record(name)
+    kind = "tokenizer" if record["kind"] in families.KINDS else record["kind"]
     bundle = bundles.load(directory, record["kind"])  # rejects what is damaged before an upload
     folder = None if locate.is_name(name) else as_path(name)
-    measured = _measured(folder, metrics, record["kind"], bundle)
-    card = _card(target, record["kind"], bundle, license, measured)
+    measured = _measured(folder, metrics, kind, bundle)
+    card = _card(target, kind, bundle, license, measured)
     api = huggingface_hub.HfApi(library_name=hub.LIBRARY)
     with hub.one_line(str(target)):
         theirs = _open_repository(api, target, private)
@@ -80,7 +82,7 @@ def push(
                 ),
                 *(huggingface_hub.CommitOperationDelete(target.path(file)) for file in stale),
             ],
-            commit_message=f"A {record['kind']} of {hub.LIBRARY}",
+            commit_message=f"A {kind} of {hub.LIBRARY}",
             revision=target.revision,
         )
     return target._replace(revision=commit.oid)

@@ -6,7 +6,7 @@ import numpy as np
 class Mean:
     """The mean color of each patch of 4 pixels, in four steps of each channel."""
 
-    image_size, codes, codebook_size = 16, 16, 64
+    image_size, codes, codebook_size, fingerprint = 16, 16, 64, "means"
 
     def encode(self, images):
         patches = images.reshape(len(images), 4, 4, 4, 4, 3).mean((2, 4))

@@ -121,6 +121,20 @@ def test_own_tokenizer_does_not_encode_while_training():
         dataclasses.replace(run, tokenizer=OWN).open_task()
 
 
+def test_what_a_later_step_would_reject_ends_a_probe_at_once(names, tmp_path):
+    for tokenizer, flag, message in (
+        (names["llamagen"], "features=encoder", "features: expected generator or latents with"),
+        (
+            OWN,
+            "features=latents",
+            "features: expected generator with a tokenizer of the family own",
+        ),
+    ):
+        flags = [f"--config={PROBE}", f"--workdir={tmp_path / 'probe'}", f"--tokenizer={tokenizer}"]
+        code = cli.main(["probe", *flags, f"--config.linear_probe.{flag}"])
+        assert code == 2 and not (tmp_path / "probe").exists(), message
+
+
 def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(names):
     model = tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=32, classes=3)
     with pytest.raises(UserError, match=r"expected codebook_size=32, as in the .*, got 64$"):

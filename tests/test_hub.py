@@ -242,8 +242,11 @@ REFUSALS = {
     "unknown repository": (f"hf://{REPO}x", f"hf://{REPO}x: no such repository on http://127"),
     "unknown revision": (f"hf://{REPO}@v9", f"hf://{REPO}@v9: no such revision"),
     "no bundle": (f"hf://{REPO}/below", f"hf://{REPO}/below: not a bundle: it has no config.json"),
-    "no owner": ("hf://tokenizer", "'hf://tokenizer': expected hf://OWNER/REPO[/FOLDER][@REV"),
-    "outside": ("hf://me/../x", "'hf://me/../x': expected hf://OWNER/REPO[/FOLDER][@REVISION]"),
+    "no owner": (
+        "hf://tokenizer",
+        "--tokenizer: 'hf://tokenizer': expected hf://OWNER/REPO[/FOLDER]",
+    ),
+    "outside": ("hf://me/../x", "--tokenizer: 'hf://me/../x': expected hf://OWNER/REPO[/FOLDER]"),
 }
 
 

@@ -302,17 +302,20 @@ def read_reference(
 
 def describe(path: Path) -> str:
     """The name and digest of an `.npz` file or a folder of images, which identify its content."""
-    digest = hashlib.sha256()
-    for file in image_paths(path) if path.is_dir() else [path]:
-        with _readable(path), file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    if path.is_dir():
+        digest = hashlib.sha256()
+        for file in image_paths(path):
+            digest.update(file.read_bytes())
+    else:
+        with _readable(path), path.open("rb") as opened:
+            digest = hashlib.file_digest(opened, "sha256")
     return f"{path.name} {digest.hexdigest()[:16]}"
 
 
 def _stored_reference(
     path: Path, extractor: Extractor, image_size: int, batch_size: int
 ) -> Reference:
-    name, statistics, found = describe(path), {}, None
+    name, statistics = describe(path), {}
     if not path.is_dir():
         path = local_copy(path)
         with _readable(path):
@@ -434,6 +437,11 @@ def read_images(path: Path, batch_size: int) -> Iterator[np.ndarray]:
         yield from _read_folder(path, batch_size)
         return
     path = local_copy(path)
+    with _readable(path):
+        arrays = zipfile.ZipFile(path).namelist()
+    if "arr_0.npy" not in arrays:
+        found = ", ".join(arrays) or "nothing"
+        raise UserError(f"{path}: expected images as arr_0, found {found}")
     with _readable(path), zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("arr_0 has an unknown .npy format")

@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from gigatok_jax import distributed, imagenet, pictures
-from gigatok_jax.api import PretrainedGenerator, PretrainedTokenizer, load_tokenizer
+from gigatok_jax.api import AnyTokenizer, PretrainedGenerator, load_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -54,9 +54,7 @@ RECORD = "sampling.json"  # in a folder of pictures: that, and how, this program
 PICTURE = re.compile(r"\d{6,}_class\d{4,}\.png")
 
 
-def load_matching_tokenizer(
-    directory: str | Path, generator: PretrainedGenerator
-) -> PretrainedTokenizer:
+def load_matching_tokenizer(directory: str | Path, generator: PretrainedGenerator) -> AnyTokenizer:
     """Loads the tokenizer whose codes the generator models.
 
     Raises:
@@ -69,7 +67,7 @@ def load_matching_tokenizer(
 
 def sample(
     generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     classes: np.ndarray,
     settings: SamplingConfig,
     out: Path,
@@ -144,7 +142,7 @@ def _is_whole(file: Path) -> bool:
 
 def evaluate(
     generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     extractor: Extractor,
     reference: Reference | None,
     settings: SamplingConfig,
@@ -217,7 +215,7 @@ def guidance_folder(out: Path, settings: SamplingConfig) -> Path:
 
 def evaluate_best(
     generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     extractor: Extractor,
     reference: Reference | None,
     settings: SamplingConfig,
@@ -268,7 +266,7 @@ def search_guidance(distance: Callable[[float], float], start: float) -> dict[fl
 
 def evaluate_loss(
     generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer | None,
+    tokenizer: AnyTokenizer | None,
     data: DataConfig,
     batch_size: int,
 ) -> dict[str, float]:
@@ -337,7 +335,7 @@ def _identity(generator, tokenizer, settings: SamplingConfig, seed: int) -> dict
 
 def _sample_missing(
     generator: PretrainedGenerator,
-    tokenizer: PretrainedTokenizer,
+    tokenizer: AnyTokenizer,
     classes: np.ndarray,
     settings: SamplingConfig,
     paths: Sequence[Path],

@@ -14,6 +14,7 @@ from gigatok_jax.config import configclass
 from gigatok_jax.data import codes as stored
 from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import DataConfig, open_source
+from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.evaluation import (
     features,
     fid,
@@ -23,6 +24,7 @@ from gigatok_jax.evaluation import (
     report,
 )
 from gigatok_jax.files import Path, as_path, read_json, write_json
+from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.linear_probe import LinearProbeRun
@@ -87,7 +89,7 @@ class _Probe:
     config: ProbeConfig
     workdir: Path
     name: str  # the tokenizer's
-    tokenizer: api.PretrainedTokenizer
+    tokenizer: api.AnyTokenizer
     extractor: features.Extractor
     reference: fid.Reference | None
     results: dict[str, Any]  # metrics of the steps so far
@@ -99,6 +101,11 @@ class _Probe:
         return dataclasses.replace(
             self.config.data, source="codes", path=path, length=0, eval_length=0
         )
+
+    @property
+    def training_tokenizer(self) -> str:
+        """The tokenizer's name for runs that train; one of the user's cannot be part of these."""
+        return "" if isinstance(self.tokenizer, api.OwnTokenizer) else self.name
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -131,6 +138,9 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         split: open_source(config.data, train=train, image_size=tokenizer.config.image_size)
         for split, train in (("training", True), ("evaluation", False))
     }
+    # Before hours of work: what a later step would reject.
+    _generator_model(config.generator, tokenizer, len(sources["training"].class_names))
+    _check_features(config.linear_probe.features, tokenizer)
     made = {"tokenizer": tokenizer.fingerprint, "codes_of": tokenizer.codes_of}
     identity = {**made, **config.identity()}
     for split, source in sources.items():
@@ -187,6 +197,20 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
     return shared.results
 
 
+def _check_features(features: str, tokenizer: api.AnyTokenizer) -> None:
+    """Raises UserError if the tokenizer lacks the features that the linear probe reads."""
+    known = ["generator", "latents", "encoder", "decoder"]
+    if isinstance(tokenizer, api.OwnTokenizer):
+        known = known[:1]
+    elif not tokenizer.has_decoder_features:
+        known = known[:2]
+    if features not in known:
+        raise UserError(
+            f"config.linear_probe.features: expected {' or '.join(known)} with a tokenizer of the "
+            f"family {tokenizer.family}, got {features}"
+        )
+
+
 def _reconstruct(probe: _Probe, out: Path) -> dict[str, Any]:
     config = probe.config
     return reconstruction.evaluate(
@@ -214,14 +238,25 @@ def _encode(probe: _Probe, out: Path) -> dict[str, Any]:
 
 def _train_generator(probe: _Probe, out: Path) -> dict[str, Any]:
     run = probe.config.generator
-    model = dataclasses.replace(
-        run.model,
-        codes=probe.tokenizer.config.latents,
-        codebook_size=probe.tokenizer.config.codebook_size,
-        classes=len(probe.class_names),
-    )
-    train(dataclasses.replace(run, model=model, data=probe.codes, tokenizer=probe.name), out)
+    model = _generator_model(run, probe.tokenizer, len(probe.class_names))
+    name = probe.training_tokenizer
+    train(dataclasses.replace(run, model=model, data=probe.codes, tokenizer=name), out)
     return {}
+
+
+def _generator_model(
+    run: GeneratorRun, tokenizer: api.AnyTokenizer, classes: int
+) -> GeneratorConfig:
+    """The generator for a tokenizer's codes.
+
+    Raises:
+      UserError: the probe's generator cannot model as many codes.
+    """
+    codes, size = tokenizer.config.latents, tokenizer.config.codebook_size
+    try:
+        return dataclasses.replace(run.model, codes=codes, codebook_size=size, classes=classes)
+    except ValueError as error:
+        raise UserError(f"config.generator.model.{first_line(error)}") from error
 
 
 def _evaluate_loss(probe: _Probe, out: Path) -> dict[str, Any]:
@@ -250,7 +285,7 @@ def _train_linear_probe(probe: _Probe, out: Path) -> dict[str, Any]:
         run,
         # Only the generator's features can be computed from stored codes.
         data=probe.codes if run.features == "generator" else probe.config.data,
-        tokenizer=probe.name,
+        tokenizer=probe.training_tokenizer,
         generator=str(probe.workdir / "generator"),
     )
     train(run, out)
@@ -312,9 +347,7 @@ STEPS = {
 }
 
 
-def feature_maps(
-    tokenizer: api.PretrainedTokenizer, images: np.ndarray, layer: int = 1
-) -> np.ndarray:
+def feature_maps(tokenizer: api.AnyTokenizer, images: np.ndarray, layer: int = 1) -> np.ndarray:
     """A picture of images, uint8 `[n, S, S, 3]`, over maps of a decoder layer's features."""
     tokens = tokenizer.decoder_features(tokenizer.encode(images), layer=layer)
     maps = component_maps(np.asarray(tokens))

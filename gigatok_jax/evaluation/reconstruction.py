@@ -43,7 +43,7 @@ Batch = dict[str, Any]
 
 
 def evaluate(
-    tokenizer: api.PretrainedTokenizer,
+    tokenizer: api.AnyTokenizer,
     extractor: Extractor,
     data: DataConfig,
     out: Path,
@@ -93,7 +93,7 @@ def evaluate(
 
 
 def reconstruct(
-    tokenizer: api.PretrainedTokenizer,
+    tokenizer: api.AnyTokenizer,
     source: Path,
     out: Path,
     *,
@@ -191,7 +191,7 @@ def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> It
 
 
 def _reconstruct(
-    tokenizer: api.PretrainedTokenizer,
+    tokenizer: api.AnyTokenizer,
     batches: Iterable[Batch],
     examples: int,
     batch_size: int,

@@ -178,8 +178,11 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
         run = dict(tokenizer["made_by"].get("run", {}))
         run.pop("model", None)  # a copy of tokenizer["model"]
         settings["Tokenizer"] = {"model": tokenizer["model"]} | tokenizer["made_by"] | {"run": run}
-        if "family" in tokenizer:  # older probes lack it
-            results |= _sizes(tokenizer, results["loss"])
+        if "family" not in tokenizer:  # an older probe, of the only family then
+            model = tokenizer["model"]
+            tokenizer |= {"family": "gigatok", "codes": model["latents"]}
+            tokenizer |= {name: model[name] for name in ("image_size", "codebook_size")}
+        results |= _sizes(tokenizer, results["loss"])
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
@@ -253,8 +256,9 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     scaling, tradeoff = {}, None
     measures = (RECONSTRUCTION_DISTANCES, GENERATION_DISTANCES, ("loss_pixel",))
     for name in filter(None, map(shared, (*measures, ("linear_accuracy",)))):
-        if len(probes) > 1 and all(probe["parameters"] for probe in probes):
-            scaling[name] = chart(functools.partial(_draw_scaling, probes=probes, name=name))
+        known = [probe for probe in probes if probe["parameters"]]
+        if len(known) > 1:
+            scaling[name] = chart(functools.partial(_draw_scaling, probes=known, name=name))
     pair = shared(RECONSTRUCTION_DISTANCES), shared(GENERATION_DISTANCES)
     if len(probes) > 1 and all(pair):
         tradeoff = chart(functools.partial(_draw_tradeoff, probes=probes, names=pair))

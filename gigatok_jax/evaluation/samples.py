@@ -64,6 +64,11 @@ def compare(
 def _compare(
     batches: Iterable[np.ndarray], reference: str, extractor: Extractor, batch_size: int
 ) -> dict[str, Any]:
+    if not reference:
+        raise UserError("reference: missing, expected a folder of images or an .npz file")
+    real = files.as_path(reference, "reference")
+    if not real.exists():  # before all samples pass the network
+        raise UserError(f"{real}: no such file or folder, expected real images")
     found, count, size = fid.FeatureSet(extractor, members=True), 0, 0
     for images in batches:
         found.add(images)
@@ -74,12 +79,15 @@ def _compare(
         reference, None, extractor, count=count, image_size=size, batch_size=batch_size
     )
     result = {"images": count} | fid.compare(found, real, extractor.distance)
+    sets = {"images": count}
+    if real.members is not None:
+        result["reference_images"] = sets["reference images"] = len(real.members)
     rank = extractor.widths["pool"]
-    if count <= rank:
-        result["remark"] = (
-            f"{count:,} images: a covariance of full rank needs more than {rank:,}, and published "
-            f"numbers have {PUBLISHED:,}"
-        )
-    elif count < PUBLISHED:
-        result["remark"] = f"{count:,} images: published numbers have {PUBLISHED:,}"
-    return result
+    remarks = [
+        f"{number:,} {name}: a covariance of full rank needs more than {rank:,}"
+        for name, number in sets.items()
+        if number <= rank
+    ]
+    if count < PUBLISHED:
+        remarks.append(f"{count:,} images: published numbers have {PUBLISHED:,}")
+    return result | ({"remark": "; ".join(remarks)} if remarks else {})

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, Mesh
 from gigatok_jax import bundles, frozen_networks, sampling, sharding
 from gigatok_jax.models import families, generator, lpips, vit
 from gigatok_jax.training import loop
-from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
+from gigatok_jax.training.generator import GeneratorRun, GeneratorTask, refuse_own
 from gigatok_jax.training.task import RunConfig, Task
 from gigatok_jax.training.tokenizer import Frozen, TokenizerTask
 
@@ -75,6 +75,7 @@ def abstract_task(run: RunConfig) -> tuple[Task, Any]:
         run = run.for_classes(IMAGENET_CLASSES)
         if run.data.source == "codes" or not run.tokenizer:  # without a tokenizer, plan for codes
             return GeneratorTask(run), None
+        refuse_own(run.tokenizer)
         config = bundles.load_config(
             run.tokenizer, families.KINDS, families.KINDS, where="config.tokenizer"
         )

@@ -73,7 +73,8 @@ def read(task: Task) -> Given:
         notes.append("it was trained on the codes of another tokenizer")
     logger.info("starting from %s%s", run.init_from, "".join(f"; {note}" for note in notes))
     provenance = {"started_from": bundle.fingerprint}
-    if {"encoder", "quantizer"} & run.parts.keys() <= set(run.freeze) and not changed:
+    makes_codes = {"encoder", "quantizer"} & run.parts.keys()
+    if makes_codes and makes_codes <= set(run.freeze) and not changed:
         provenance["codes_of"] = bundle.codes_of
     return Given(bundle.weights | {"params": unflatten_dict(params)}, provenance)
 

@@ -110,13 +110,8 @@ class GeneratorRun(RunConfig):
                 "the images, or config.data.source=codes, got ''"
             )
         tokenizer = None
-        if self.tokenizer.startswith(locate.OWN):
-            if not from_codes:
-                raise UserError(
-                    "config.tokenizer: a tokenizer of your own cannot encode while training; run "
-                    "`gigatok encode`, and set config.data.source=codes"
-                )
-        elif self.tokenizer:
+        refuse_own(self.tokenizer)
+        if self.tokenizer:
             kinds = families.KINDS
             tokenizer = bundles.load(self.tokenizer, kinds, kinds, where="config.tokenizer")
             check_tokenizer(self.tokenizer, tokenizer, self.model)
@@ -134,6 +129,15 @@ class GeneratorRun(RunConfig):
             tokenizer.config if tokenizer else None,
             frozen=tokenizer.weights["params"] if tokenizer else None,
             fingerprint=fingerprint,
+        )
+
+
+def refuse_own(tokenizer: str) -> None:
+    """Raises UserError for a tokenizer of the user's, which cannot be part of a training step."""
+    if tokenizer.startswith(locate.OWN):
+        raise UserError(
+            "config.tokenizer: a tokenizer of your own cannot encode or decode while training; run "
+            "`gigatok encode`, set config.data.source=codes, and leave out config.tokenizer"
         )
 
 

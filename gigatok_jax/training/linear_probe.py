@@ -21,7 +21,7 @@ from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.models.norms import BatchNorm
 from gigatok_jax.models.tokenizer import TokenizerConfig
 from gigatok_jax.training import losses, task
-from gigatok_jax.training.generator import batch_codes, check_tokenizer
+from gigatok_jax.training.generator import batch_codes, check_tokenizer, refuse_own
 from gigatok_jax.training.optimizer import OptimizerConfig, make_optimizer
 from gigatok_jax.training.task import BundleContent, RunConfig, Task
 
@@ -71,6 +71,7 @@ class LinearProbeRun(RunConfig):
         if self.data.source != "codes" or self.features != "generator":
             if not self.tokenizer:
                 raise UserError("config.tokenizer: expected a tokenizer's bundle or workdir")
+            refuse_own(self.tokenizer)
             kinds = families.KINDS
             tokenizer = bundles.load(self.tokenizer, kinds, kinds, where="config.tokenizer")
         if self.features == "generator":
