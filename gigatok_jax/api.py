@@ -254,6 +254,18 @@ class OwnTokenizer:
             )
         return images.astype(np.float32)
 
+    def _array(self, values) -> np.ndarray:
+        """An array of another library, on any device."""
+        try:
+            if hasattr(values, "detach"):  # PyTorch
+                values = values.detach().cpu()
+                values = values.float() if values.is_floating_point() else values
+            return np.asarray(values)
+        except Exception as error:  # of any type: it is another program
+            raise UserError(
+                f"{self.name}: expected arrays, got {type(values).__name__} ({first_line(error)})"
+            ) from error
+
 
 class PretrainedGenerator(Pretrained):
     """A generator and its weights; see `Pretrained`.
@@ -362,18 +374,6 @@ class PretrainedGenerator(Pretrained):
                 f"classes: expected {class_list(self.trained)}, or {null} for none, got {bad[0]}"
             )
         return classes.astype(np.int32)
-
-    def _array(self, values) -> np.ndarray:
-        """An array of another library, on any device."""
-        try:
-            if hasattr(values, "detach"):  # PyTorch
-                values = values.detach().cpu()
-                values = values.float() if values.is_floating_point() else values
-            return np.asarray(values)
-        except Exception as error:  # of any type: it is another program
-            raise UserError(
-                f"{self.name}: expected arrays, got {type(values).__name__} ({first_line(error)})"
-            ) from error
 
 
 AnyTokenizer = PretrainedTokenizer | OwnTokenizer

@@ -60,7 +60,7 @@ def find(
         fitting = [model for model, kind in _kinds().items() if not kinds or kind in kinds]
         known = ", ".join([*others, *fitting])
         culprit = f"{where}: {name!r}" if where else repr(name)
-        hints = [f"is it {near!r}?" for near in difflib.get_close_matches(name, fitting, 1)]
+        hints = [f"is it {near!r}" for near in difflib.get_close_matches(name, fitting, 1)]
         hints += [f"known: {known}"] if known else []
         listed = "".join(f"; {hint}" for hint in hints)
         raise UserError(f"{culprit}: no such folder{listed}; or give {hub.FORM}")

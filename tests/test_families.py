@@ -121,18 +121,18 @@ def test_own_tokenizer_does_not_encode_while_training():
         dataclasses.replace(run, tokenizer=OWN).open_task()
 
 
-def test_what_a_later_step_would_reject_ends_a_probe_at_once(names, tmp_path):
-    for tokenizer, flag, message in (
-        (names["llamagen"], "features=encoder", "features: expected generator or latents with"),
-        (
-            OWN,
-            "features=latents",
-            "features: expected generator with a tokenizer of the family own",
-        ),
-    ):
-        flags = [f"--config={PROBE}", f"--workdir={tmp_path / 'probe'}", f"--tokenizer={tokenizer}"]
-        code = cli.main(["probe", *flags, f"--config.linear_probe.{flag}"])
-        assert code == 2 and not (tmp_path / "probe").exists(), message
+@pytest.mark.parametrize(
+    "family, features, expected",
+    [("llamagen", "encoder", "generator or latents"), ("own", "latents", "generator")],
+)
+def test_what_a_later_step_would_reject_ends_a_probe_at_once(
+    names, tmp_path, capsys, family, features, expected
+):
+    flags = [f"--config={PROBE}", f"--tokenizer={names[family]}", f"--workdir={tmp_path / 'p'}"]
+    assert cli.main(["probe", *flags, f"--config.linear_probe.features={features}"]) == 2
+    message = f"error: config.linear_probe.features: expected {expected} with a tokenizer of the"
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p" / "probe.json").exists()
 
 
 def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(names):

@@ -59,7 +59,7 @@ def test_files_and_folders_give_the_numbers_of_the_reference(tmp_path):
             for name, part in zip(("real", "made"), images, strict=True)
         )
         found = samples.evaluate(drawn, str(reference), extractor, batch_size=64)
-        assert found.pop("images") == len(made)
+        assert found.pop("images") == len(made) and found.pop("reference_images") == len(real)
         assert found.pop("remark") == "500 images: published numbers have 50,000"
         assert found == pytest.approx(
             {
