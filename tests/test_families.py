@@ -95,7 +95,7 @@ def test_own_tokenizer_gives_what_its_functions_do():
     [
         ("fails", r"returns a tokenizer, got RuntimeError: no weights$"),
         ("nothing", r"got AttributeError: module 'own_tokenizer' has no attribute 'nothing'"),
-        ("Without", r"decode, found no encode$"),
+        ("Without", r"fingerprint, found no encode$"),
     ],
 )
 def test_own_tokenizer_that_cannot_be_made_is_one_line(function, message):
