@@ -330,7 +330,7 @@ def _describe(
     if not whole or record.get("format") != FORMAT:
         raise UserError(f"{path}: not the config of a bundle (format {FORMAT})")
     if kinds and record["kind"] not in kinds:
-        raise UserError(f"{directory}: holds a {record['kind']}, expected a {' or '.join(kinds)}")
+        raise UserError(f"{directory}: holds a {record['kind']}, expected a {locate.one_of(kinds)}")
     config = record["config"]
     if isinstance(config_type, Mapping):
         config_type = config_type[record["kind"]]

@@ -102,6 +102,11 @@ def _together(folder: Path) -> Path:
     return folder
 
 
+def one_of(kinds: Sequence[str]) -> str:
+    """Kinds of networks, for messages; those of all families of tokenizers are tokenizers."""
+    return "tokenizer" if "tokenizer" in kinds else " or ".join(kinds)
+
+
 def _kinds() -> dict[str, str]:
     """The kind of every model that has a name."""
     included = {name: kind for name, (kind, _) in INCLUDED.items()}
@@ -112,7 +117,7 @@ def _check_kind(name: str, kinds: Sequence[str], where: str) -> None:
     kind = _kinds()[name]
     if kinds and kind not in kinds:
         culprit = f"{where}: {name}" if where else name
-        raise UserError(f"{culprit}: holds a {kind}, expected a {' or '.join(kinds)}")
+        raise UserError(f"{culprit}: holds a {kind}, expected a {one_of(kinds)}")
 
 
 def _holds_model(folder: Path) -> bool:

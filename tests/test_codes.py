@@ -8,6 +8,7 @@ from pathlib import Path
 import pickle
 import re
 import shutil
+import types
 
 import numpy as np
 import pyarrow
@@ -88,7 +89,7 @@ def tokenizer(bundle) -> api.PretrainedTokenizer:
 
 def always(tokenizer) -> type:
     """A class whose every instance is the tokenizer; annotations need a class."""
-    return type("Always", (), {"__new__": lambda cls, config, weights, **kwargs: tokenizer})
+    return type("Always", (), {"__new__": lambda cls, *args, **kwargs: tokenizer})
 
 
 @pytest.fixture(autouse=True)
@@ -98,12 +99,10 @@ def compiled_once(monkeypatch, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, bundle, data, tokenizer) -> Path:
+def whole(tmp_path_factory, data, tokenizer) -> Path:
     """The codes of an unbroken run."""
     out = tmp_path_factory.mktemp("whole") / "codes"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(api, "PretrainedTokenizer", always(tokenizer))
-        encoding.encode(bundle, data, out, **OPTIONS)
+    encoding.encode(tokenizer, data, out, **OPTIONS)
     return out
 
 
@@ -283,7 +282,8 @@ class Mortal:
     """A tokenizer that dies when it is asked for codes the `last` time."""
 
     def __init__(self, tokenizer: api.PretrainedTokenizer, last: int):
-        self.config, self._tokenizer, self._left = tokenizer.config, tokenizer, last
+        self.config, self.codes_of = tokenizer.config, tokenizer.codes_of
+        self._tokenizer, self._left = tokenizer, last
 
     def encode(self, images):
         self._left -= 1
@@ -292,15 +292,12 @@ class Mortal:
         return self._tokenizer.encode(images)
 
 
-def test_killed_encoding_resumes_to_the_same_files(
-    whole, bundle, data, tokenizer, tmp_path, monkeypatch
-):
+def test_killed_encoding_resumes_to_the_same_files(whole, data, tokenizer, tmp_path):
     out = tmp_path / "codes"
     after = 3 * 10 * len(FACTORS) + 1  # as a fourth batch of training images begins
 
     def run(tokenizer):
-        monkeypatch.setattr(api, "PretrainedTokenizer", always(tokenizer))
-        encoding.encode(bundle, data, out, **OPTIONS)
+        encoding.encode(tokenizer, data, out, **OPTIONS)
 
     with pytest.raises(Killed):
         run(Mortal(tokenizer, after))  # half-way through the second shard
@@ -320,42 +317,38 @@ def test_killed_encoding_resumes_to_the_same_files(
     assert (last.st_mtime_ns, last.st_ino) == (first.st_mtime_ns, first.st_ino)
 
 
-def test_finished_codes_stay_unchanged(copy, whole, bundle, data, tokenizer, monkeypatch):
+def test_finished_codes_stay_unchanged(copy, whole, data, tokenizer):
     paths = sorted(copy.glob("*.array_record"))
     before = [path.stat().st_mtime_ns for path in paths]
-    monkeypatch.setattr(api, "PretrainedTokenizer", lambda *args, **kwargs: Mortal(tokenizer, 1))
-    encoding.encode(bundle, data, copy, **OPTIONS)
+    encoding.encode(Mortal(tokenizer, 1), data, copy, **OPTIONS)
     assert contents(copy) == contents(whole)
     assert [path.stat().st_mtime_ns for path in paths] == before
 
 
-def test_options_that_change_no_code_may_change(copy, whole, bundle, data):
+def test_options_that_change_no_code_may_change(copy, whole, tokenizer, data):
     other = dataclasses.replace(data, workers=1, prefetch=1, max_bad_share=0.5)
-    encoding.encode(bundle, other, copy, **OPTIONS)
+    encoding.encode(tokenizer, other, copy, **OPTIONS)
     assert contents(copy) == contents(whole)
 
 
-def other_weights(bundle):
-    params = bundle.weights["params"] | {"codebook": bundle.weights["params"]["codebook"] + 1}
-    return bundle._replace(
-        weights=bundle.weights | {"params": params}, fingerprint=bundles.fingerprint(params)
-    )
+def other_weights(tokenizer):
+    return types.SimpleNamespace(config=tokenizer.config, codes_of="0123456789abcdef")
 
 
 @pytest.mark.parametrize(
     "field, changes",
     [
-        ("tokenizer", {"bundle": other_weights}),
+        ("tokenizer", {"tokenizer": other_weights}),
         ("crop_factors", {"crop_factors": (1.25,)}),
         ("crop_factors", {"crop_factors": ()}),
         ("shard_images", {"shard_images": 12}),
         ("data", {"data": lambda data: dataclasses.replace(data, length=8)}),
     ],
 )
-def test_folder_with_other_codes_is_rejected(copy, whole, bundle, data, field, changes):
+def test_folder_with_other_codes_is_rejected(copy, whole, tokenizer, data, field, changes):
     inputs = [
         changes.get(name, lambda value: value)(value)
-        for name, value in (("bundle", bundle), ("data", data))
+        for name, value in (("tokenizer", tokenizer), ("data", data))
     ]
     options = {name: changes.get(name, value) for name, value in OPTIONS.items()}
     message = rf"^{re.escape(str(copy))}: holds codes made with another {field}: "
@@ -364,37 +357,37 @@ def test_folder_with_other_codes_is_rejected(copy, whole, bundle, data, field, c
     assert contents(copy) == contents(whole)
 
 
-def test_images_that_have_changed_are_rejected_or_encoded_anew(bundle, tmp_path):
+def test_images_that_have_changed_are_rejected_or_encoded_anew(tokenizer, tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "codes"
     image_folders.make(photos, {"ant": 3, "bee": 3})
     data = DataConfig(source="folder", path=str(photos), holdout=0)
-    encoding.encode(bundle, data, out, **OPTIONS)
+    encoding.encode(tokenizer, data, out, **OPTIONS)
     before = contents(out)
     image_folders.make(photos, {"ant": 6, "bee": 2})  # three more, two of them written again
     message = rf"^{re.escape(str(out))}: the train images have changed .* \(9 images, were 6\)"
     with pytest.raises(UserError, match=message):
-        encoding.encode(bundle, data, out, **OPTIONS)
+        encoding.encode(tokenizer, data, out, **OPTIONS)
     assert contents(out) == before
-    encoding.encode(bundle, data, out, **OPTIONS, overwrite=True)
+    encoding.encode(tokenizer, data, out, **OPTIONS, overwrite=True)
     assert len(codes.CodesSource(out, "train")) == 9
     (photos / "ant" / "ant_000.png").touch()
     with pytest.raises(UserError, match=r"have changed .* \(other files, as many\)"):
-        encoding.encode(bundle, data, out, **OPTIONS)
+        encoding.encode(tokenizer, data, out, **OPTIONS)
 
 
-def test_resuming_over_a_damaged_shard_is_rejected(copy, bundle, data):
+def test_resuming_over_a_damaged_shard_is_rejected(copy, tokenizer, data):
     path = copy / SHARDS[1]
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(UserError, match=rf"^{re.escape(str(path))}: missing or damaged shard"):
-        encoding.encode(bundle, data, copy, **OPTIONS)
+        encoding.encode(tokenizer, data, copy, **OPTIONS)
 
 
 @pytest.mark.parametrize("format", ["parquet", "npz"])
 def test_other_programs_get_the_codes_as_one_file_per_split(
-    copy, bundle, data, monkeypatch, format
+    copy, tokenizer, data, monkeypatch, format
 ):
     monkeypatch.setattr(export, "ROWS", 5)
-    encoding.encode(bundle, data, copy, **OPTIONS, format=format)
+    encoding.encode(tokenizer, data, copy, **OPTIONS, format=format)
     for split in ("train", "validation"):
         expected = examples(copy, split)
         all_codes = np.stack([example["codes"] for example in expected])

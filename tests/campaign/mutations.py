@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from PIL import Image
 
-from gigatok_jax import bundles, config, encoding, sharding
+from gigatok_jax import api, bundles, config, encoding, sharding
 from gigatok_jax.data import codes, crops
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -161,7 +161,7 @@ def _kinds(root: pathlib.Path) -> dict[str, tuple[pathlib.Path, str, Callable, b
 
     folder = made / "codes"
     data = DataConfig(source="embedded", length=24, eval_length=8)
-    loaded = bundles.load(bundle, "tokenizer", TokenizerConfig)
+    loaded = api.load_tokenizer(bundle)
     encoding.encode(loaded, data, folder, crop_factors=(), batch_size=8, shard_images=24)
     for name in ("train-00000-of-00001.array_record", "codes.json"):
         kinds[f"codes/{name}"] = (folder, name, _codes, name != "codes.json")
