@@ -14,7 +14,7 @@ import optax
 from PIL import Image
 import pytest
 
-from gigatok_jax import bundles, config, encoding
+from gigatok_jax import api, bundles, config, encoding
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
@@ -72,8 +72,8 @@ def photos(tmp_path_factory) -> DataConfig:
 def stored(tmp_path_factory, directory, photos) -> DataConfig:
     """Codes of the centre crops of `photos`."""
     out = tmp_path_factory.mktemp("codes")
-    bundle = bundles.load(directory, "tokenizer", type(TOKENIZER))
-    encoding.encode(bundle, photos, out, crop_factors=(), batch_size=8, shard_images=8)
+    tokenizer = api.load_tokenizer(directory)
+    encoding.encode(tokenizer, photos, out, crop_factors=(), batch_size=8, shard_images=8)
     return DataConfig(source="codes", path=str(out))
 
 

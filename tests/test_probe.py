@@ -201,7 +201,10 @@ def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
 def test_table_names_the_source_and_setting_of_the_papers_rows(whole):
     rows = table(whole)
     settings = {name: (row["generator trained"], row["guidance"]) for name, row in rows.items()}
-    assert settings.pop(whole.name) == ("6 steps", f"{results(whole)['guidance']:.2f}, constant")
+    assert settings.pop(f"{whole.name} (gigatok)") == (
+        "6 steps",
+        f"{results(whole)['guidance']:.2f}, constant",
+    )
     assert settings["B-L (Table 2)"] == ("50 epochs", "constant")
     assert settings["B-L (Tables 3, 10)"] == ("300 epochs", "step")
     assert settings["LlamaGen-Tok. (Table 10)"] == ("-", "-")
@@ -216,8 +219,8 @@ def test_ssim_of_each_range_has_its_own_column(whole, tmp_path):
     record = json.loads((other / "probe.json").read_text())
     (other / "probe.json").write_text(json.dumps(record | {"config.ssim_range": 2}))
     rows, names = table(whole, other), ("SSIM, range 1", "SSIM, range 2")
-    assert [rows[whole.name][name] for name in names] == [ssim, "-"]
-    assert [rows["probe"][name] for name in names] == ["-", ssim]
+    assert [rows[f"{whole.name} (gigatok)"][name] for name in names] == [ssim, "-"]
+    assert [rows["probe (gigatok)"][name] for name in names] == ["-", ssim]
     assert [rows["B-L (Tables 3, 10)"][name] for name in names] == ["-", "0.685"]
 
 
@@ -235,7 +238,7 @@ def test_report_compares_probes_side_by_side(whole, tmp_path):
     assert cli.main(["report", str(whole), str(whole), f"--out={out}"]) == 0
     html = out.read_text()
     assert "against the tokenizer" in html and "2 side by side" in html
-    assert html.count("data:image/svg+xml") == 2 * 4 + 4
+    assert html.count("data:image/svg+xml") == 2 * 4 + 5
 
 
 def test_maps_show_equal_features_in_equal_colours():
