@@ -755,8 +755,8 @@ def convert(kind: list[str], to_torch: bool, model: str, weights: str, out: str,
     """gigatok convert KIND --from=FILE --out=DIR, or --to-torch --from=DIR --out=FILE
 
     Converts a published checkpoint (.pt, .safetensors) to a bundle, or back. KIND is tokenizer,
-    generator, dino, dinov2, clip, siglip, lpips or inception. For a checkpoint in several files,
-    repeat --from.
+    generator, vqgan, titok, dino, dinov2, clip, siglip, lpips or inception. For a checkpoint in
+    several files, repeat --from.
     """
     from gigatok_jax import locks
     from gigatok_jax.weights import convert as converters
