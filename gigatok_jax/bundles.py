@@ -39,7 +39,7 @@ from gigatok_jax.files import (
     write_json,
     write_safetensors,
 )
-from gigatok_jax.models import generator, quantizer, titok, tokenizer, vit, vqgan
+from gigatok_jax.models import families, generator, quantizer, titok, tokenizer, vit, vqgan
 
 FORMAT = 3
 FILES = re.compile(r"config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?")
@@ -52,8 +52,8 @@ CONTENT: dict[type, Callable[[Any], dict[str, Any]]] = {
         "history": jax.ShapeDtypeStruct((quantizer.HISTORY_LENGTH,), jnp.int32),
     },
     generator.GeneratorConfig: lambda config: {"params": generator.param_shapes(config)},
-    titok.TitokConfig: lambda config: {"params": titok.param_shapes(config)},
-    vqgan.VqganConfig: lambda config: {"params": vqgan.param_shapes(config)},
+    titok.TitokConfig: lambda config: {"params": families.param_shapes(config)},
+    vqgan.VqganConfig: lambda config: {"params": families.param_shapes(config)},
     vit.ViTConfig: lambda config: {"params": vit.param_shapes(config)},
 }
 

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import bundles
-from gigatok_jax.models import vqgan
+from gigatok_jax.models import families, vqgan
 from gigatok_jax.models.vqgan import Vqgan, VqganConfig
 from gigatok_jax.weights import convert, fetch, names
 
@@ -100,7 +100,7 @@ def test_vqgan_computes_what_the_authors_program_does(name):
 def test_reconstruction_is_the_decoded_codes(family, quantizer):
     config = narrow(family, quantizer)
     model, images = Vqgan(config), tiny.images(2, config.image_size)
-    variables = {"params": tiny.fill(vqgan.param_shapes(config))}
+    variables = {"params": tiny.fill(families.param_shapes(config))}
 
     @jax.jit
     def run(variables, images):

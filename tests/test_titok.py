@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gigatok_jax import bundles
-from gigatok_jax.models import layers, titok
+from gigatok_jax.models import families, layers, titok
 from gigatok_jax.models.titok import Titok, TitokConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.weights import convert, fetch, torch_files
@@ -100,7 +100,7 @@ def test_titok_computes_what_the_authors_program_does(name):
 
 
 def test_patch_is_read_by_rows_then_columns_then_colors():
-    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), titok.param_shapes(NARROW))
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape), families.param_shapes(NARROW))
     patch = np.random.default_rng(0).uniform(size=(16, 16, 3)).astype(np.float32)
     params["patch_out"]["bias"] = patch.reshape(-1)
     params["conv_out"]["kernel"][1, 1] = np.eye(3)
@@ -111,7 +111,7 @@ def test_patch_is_read_by_rows_then_columns_then_colors():
 
 
 def test_reconstruction_is_the_decoded_codes():
-    variables = {"params": tiny.fill(titok.param_shapes(NARROW))}
+    variables = {"params": tiny.fill(families.param_shapes(NARROW))}
     images = tiny.images(2, size=256)
 
     @jax.jit

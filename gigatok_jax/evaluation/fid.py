@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import math
+from typing import Any
 import zipfile
 import zlib
 
@@ -233,7 +234,12 @@ class Reference:
     name: str  # identifies the content
 
 
-def load_reference(
+def load_reference(*what: Any, **options: Any) -> Reference | None:
+    """`read_reference` in process 0, which computes the metrics; None in all others."""
+    return distributed.in_main(lambda: read_reference(*what, **options))
+
+
+def read_reference(
     stored: str,
     data: DataConfig | None,
     extractor: Extractor,
@@ -242,7 +248,7 @@ def load_reference(
     image_size: int,
     batch_size: int,
     train: bool = False,
-) -> Reference | None:
+) -> Reference:
     """Loads the real images that samples are compared with, or their statistics.
 
     Args:
@@ -256,30 +262,10 @@ def load_reference(
       batch_size: images per batch.
       train: use the training images of `data` instead.
 
-    Returns:
-      The reference in process 0, which computes the metrics; None in all others.
-
     Raises:
       UserError: the reference cannot be read or has other features, or too few images are given or
         requested.
     """
-    sizes = {"count": count, "image_size": image_size, "batch_size": batch_size}
-    return distributed.in_main(
-        lambda: read_reference(stored, data, extractor, **sizes, train=train)
-    )
-
-
-def read_reference(
-    stored: str,
-    data: DataConfig | None,
-    extractor: Extractor,
-    *,
-    count: int,
-    image_size: int,
-    batch_size: int,
-    train: bool = False,
-) -> Reference:
-    """`load_reference` in this process alone."""
     if stored:
         reference = _stored_reference(as_path(stored), extractor, image_size, batch_size)
     else:

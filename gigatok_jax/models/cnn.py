@@ -43,6 +43,25 @@ class Design:
 GIGATOK = Design()
 
 
+class Levels:
+    """Base of configurations with `image_size`, `base_channels` and `channel_multipliers`."""
+
+    @property
+    def factor(self) -> int:
+        """Downsampling factor of the CNN."""
+        return 2 ** (len(self.channel_multipliers) - 1)
+
+    @property
+    def grid(self) -> int:
+        """Side of the grid of features."""
+        return self.image_size // self.factor
+
+    @property
+    def channels(self) -> tuple[int, ...]:
+        """Width of each level of the CNN."""
+        return tuple(self.base_channels * m for m in self.channel_multipliers)
+
+
 def norm_silu(*, remat: str, dtype: layers.Dtype, name: str | None) -> GroupNorm:
     """GroupNorm and SiLU. "dots" recomputes them from the convolution outputs that it keeps."""
     module = layers.remat(GroupNorm, "full" if remat == "dots" else "none")

@@ -11,8 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from gigatok_jax.models import titok, tokenizer, vqgan
-from gigatok_jax.models.layers import Dtype
+from gigatok_jax.models import layers
 from gigatok_jax.models.titok import Titok, TitokConfig
 from gigatok_jax.models.tokenizer import Tokenizer, TokenizerConfig
 from gigatok_jax.models.vqgan import Vqgan, VqganConfig
@@ -22,21 +21,17 @@ KINDS: dict[str, type] = {
     "vqgan": VqganConfig,
     "titok": TitokConfig,
 }
-_MODULES = {
-    TokenizerConfig: (Tokenizer, tokenizer.param_shapes),
-    VqganConfig: (Vqgan, vqgan.param_shapes),
-    TitokConfig: (Titok, titok.param_shapes),
-}
+_MODULES = {TokenizerConfig: Tokenizer, VqganConfig: Vqgan, TitokConfig: Titok}
 
 
-def make(config: Any, dtype: Dtype = jnp.float32) -> nn.Module:
+def make(config: Any, dtype: layers.Dtype = jnp.float32) -> nn.Module:
     """The module of an architecture."""
-    return _MODULES[type(config)][0](config, dtype=dtype)
+    return _MODULES[type(config)](config, dtype=dtype)
 
 
 def param_shapes(config: Any) -> dict:
     """Shapes of the parameters; allocates nothing."""
-    return _MODULES[type(config)][1](config)
+    return layers.param_shapes(make(config), (1, config.image_size, config.image_size, 3))
 
 
 def describe(config: Any) -> str:

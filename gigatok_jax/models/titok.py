@@ -215,8 +215,3 @@ MODELS = {
     "titok_bl128_vq8k": _model("b", "l", 128),
     "titok_sl256_vq8k": _model("s", "l", 256),
 }
-
-
-def param_shapes(config: TitokConfig) -> dict:
-    """Shapes of the parameters; allocates nothing."""
-    return layers.param_shapes(Titok(config), (1, config.image_size, config.image_size, 3))

@@ -48,7 +48,7 @@ class TransformerSize:
 
 
 @configclass
-class TokenizerConfig:
+class TokenizerConfig(cnn.Levels):
     """A tokenizer's architecture: all that determines its parameters and outputs."""
 
     encoder: TransformerSize
@@ -75,16 +75,6 @@ class TokenizerConfig:
     init: Literal["reference", "fan_in"] = "reference"
 
     @property
-    def factor(self) -> int:
-        """Downsampling factor of the CNN."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def grid(self) -> int:
-        """Side of the feature grid."""
-        return self.image_size // self.factor
-
-    @property
     def parts(self) -> dict[str, tuple[str, ...]]:
         """The parameters' first-level names, by the part of the tokenizer that they belong to."""
         parts = {
@@ -99,11 +89,6 @@ class TokenizerConfig:
     def has_codebook(self) -> bool:
         """Whether codes are learned vectors."""
         return self.quantizer in ("vq", "ibq")
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Width of each level of the CNN."""
-        return tuple(self.base_channels * m for m in self.channel_multipliers)
 
     @model_validator(mode="after")
     def _check_quantizer(self):

@@ -68,7 +68,7 @@ FAMILIES = {
 
 
 @configclass
-class VqganConfig:
+class VqganConfig(cnn.Levels):
     """A tokenizer's architecture: all that determines its parameters and outputs."""
 
     # The program whose layers it has; IBQ has those of "taming". The names of the tensors in
@@ -87,24 +87,9 @@ class VqganConfig:
     z_channels: PositiveInt = 256  # of the encoder's output
 
     @property
-    def factor(self) -> int:
-        """Downsampling factor."""
-        return 2 ** (len(self.channel_multipliers) - 1)
-
-    @property
-    def grid(self) -> int:
-        """Side of the grid of codes."""
-        return self.image_size // self.factor
-
-    @property
     def latents(self) -> int:
         """Codes per image, N."""
         return self.grid**2
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Width of each level of the CNN."""
-        return tuple(self.base_channels * m for m in self.channel_multipliers)
 
     @model_validator(mode="after")
     def _check(self):
@@ -232,8 +217,3 @@ MODELS = {
     "open_magvit2_256": _open_magvit2(),
     "open_magvit2_128": _open_magvit2(image_size=128, channel_multipliers=F8),
 }
-
-
-def param_shapes(config: VqganConfig) -> dict:
-    """Shapes of the parameters; allocates nothing."""
-    return layers.param_shapes(Vqgan(config), (1, config.image_size, config.image_size, 3))

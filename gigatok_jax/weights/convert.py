@@ -19,6 +19,7 @@ from gigatok_jax import bundles, locate, recipes
 from gigatok_jax.errors import UserError, lookup
 from gigatok_jax.files import Path, as_path, in_bucket, local_cache_dir, local_copy
 from gigatok_jax.models import (
+    families,
     generator,
     inception,
     layers,
@@ -43,12 +44,13 @@ class Kind:
     example: str = ""  # such a name
 
 
-def _vit(known: Mapping[str, vit.ViTConfig], family: str, entries: Callable) -> Kind:
+def _known(kind: str, known: Mapping[str, Any], entries: Callable, shapes: Callable) -> Kind:
+    """A kind whose architectures are those of a table, by name."""
     return Kind(
         entries,
-        vit.param_shapes,
-        config=vit.ViTConfig,
-        model=lambda name: lookup(name, known, f"{family} model"),
+        shapes,
+        config=type(next(iter(known.values()))),
+        model=lambda name: lookup(name, known, f"{kind} model"),
         example=next(iter(known)),
     )
 
@@ -68,24 +70,12 @@ KINDS = {
         model=recipes.generator_model,
         example="b",
     ),
-    "vqgan": Kind(
-        names.vqgan,
-        vqgan.param_shapes,
-        config=vqgan.VqganConfig,
-        model=lambda name: lookup(name, vqgan.MODELS, "vqgan model"),
-        example="llamagen_vq16",
-    ),
-    "titok": Kind(
-        names.titok,
-        titok.param_shapes,
-        config=titok.TitokConfig,
-        model=lambda name: lookup(name, titok.MODELS, "titok model"),
-        example="titok_l32",
-    ),
-    "dino": _vit(vit.DINO, "dino", names.dino),
-    "dinov2": _vit(vit.DINOV2, "dinov2", names.dino),
-    "clip": _vit(vit.CLIP, "clip", names.clip),
-    "siglip": _vit(vit.SIGLIP, "siglip", names.siglip),
+    "vqgan": _known("vqgan", vqgan.MODELS, names.vqgan, families.param_shapes),
+    "titok": _known("titok", titok.MODELS, names.titok, families.param_shapes),
+    "dino": _known("dino", vit.DINO, names.dino, vit.param_shapes),
+    "dinov2": _known("dinov2", vit.DINOV2, names.dino, vit.param_shapes),
+    "clip": _known("clip", vit.CLIP, names.clip, vit.param_shapes),
+    "siglip": _known("siglip", vit.SIGLIP, names.siglip, vit.param_shapes),
     "lpips": Kind(lambda _: names.lpips_vgg16(), lambda _: lpips.param_shapes()),
     "inception": Kind(
         lambda _: names.inception_fid(),
