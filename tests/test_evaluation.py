@@ -71,6 +71,7 @@ def test_generation_does_not_depend_on_batches(evaluate, reference, tmp_path):
     found = [
         evaluate(reference, settings, tmp_path / str(size), batch_size=size) for size in (16, 9)
     ]
+    assert found[0].pop("protocol") == found[1].pop("protocol")
     assert found[0].keys() == {"images", "guidance", "gfd_teacher", "precision", "recall"}
     for name, value in found[0].items():
         assert found[1][name] == pytest.approx(value, rel=1e-5), name
@@ -81,6 +82,7 @@ def test_generation_does_not_depend_on_batches(evaluate, reference, tmp_path):
 def test_killed_generation_resumes(evaluate, extractor, reference, tmp_path, monkeypatch):
     settings = SamplingConfig(guidance=2.0)
     whole = evaluate(reference, settings, tmp_path / "whole")
+    how = whole.pop("protocol")
     monkeypatch.setattr(generation, "CHUNK", 16)
     extracted = []
 
@@ -100,6 +102,8 @@ def test_killed_generation_resumes(evaluate, extractor, reference, tmp_path, mon
         evaluate(reference, settings, out, mortal)
     resumed = evaluate(reference, settings, out, mortal)
     assert extracted == [16, 16, 16, 8]  # the first chunk was kept
+    assert resumed["protocol"] == how
+    assert how["images"] == 40 and how["seed"] == 0 and how["sampling"]["guidance"] == 2
     for name, value in whole.items():
         assert resumed[name] == pytest.approx(value, rel=1e-5), name
     with pytest.raises(UserError, match="holds results made with another sampling"):

@@ -28,7 +28,7 @@ def tokenizer():
 class Pixels:
     """An extractor that costs nothing: the first pixels."""
 
-    distance, widths = "fd_teacher", {"pool": 6}
+    distance, fingerprint, widths = "fd_teacher", "pixels", {"pool": 6}
 
     def __call__(self, images):
         return {"pool": images.reshape(len(images), -1)[:, :6].astype(np.float32)}
@@ -42,6 +42,9 @@ def test_every_image_counts_once_whatever_the_batch_size(tokenizer, tmp_path):
     assert found[0]["images"] == found[1]["images"] == 50
     for name in ("psnr", "ssim", "codebook_usage", "rfd_teacher"):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
+    how = found[0]["protocol"]
+    assert how == found[1]["protocol"] and how["images"] == 50
+    assert how["data"] == "drawings 1 evaluation" and how["lpips"] is None
     counts = np.load(tmp_path / "code_counts.npy")
     assert counts.sum() == 50 * TOKENIZER.latents
     assert np.mean(counts > 0) == found[0]["codebook_usage"]
@@ -50,17 +53,19 @@ def test_every_image_counts_once_whatever_the_batch_size(tokenizer, tmp_path):
 
 
 def test_each_of_two_processes_measures_its_part(tokenizer, tmp_path, monkeypatch):
-    grids, counts, images = [], [], []
+    grids, counts, images, pixels = [], [], [], []
     monkeypatch.setattr(reconstruction, "_save_grid", lambda path, shown: grids.append(len(shown)))
     for process in range(2):
         monkeypatch.setattr(distributed, "place", lambda process=process: (process, 2))
         found = reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=32)
         images.append(found["images"])
+        pixels.append(int(found["protocol"]["pixels"], 16))
         counts.append(np.load(tmp_path / "code_counts.npy"))
     assert images == [32, 18]
     assert grids == [32]  # process 0 shows its own images and no others
     monkeypatch.undo()
-    reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=16)
+    whole = reconstruction.evaluate(tokenizer, Pixels(), DATA, tmp_path, batch_size=16)
+    assert f"{sum(pixels) % 2**64:016x}" == whole["protocol"]["pixels"]
     np.testing.assert_array_equal(sum(counts), np.load(tmp_path / "code_counts.npy"))
 
 

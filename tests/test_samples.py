@@ -10,6 +10,7 @@ import gigatok_jax as gt
 from gigatok_jax import cli
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import samples
+from gigatok_jax.evaluation.fid import describe
 
 import synth
 
@@ -61,6 +62,10 @@ def test_files_and_folders_give_the_numbers_of_the_reference(tmp_path):
         found = samples.evaluate(drawn, str(reference), extractor, batch_size=64)
         assert found.pop("images") == len(made) and found.pop("reference_images") == len(real)
         assert found.pop("remark") == "500 images: published numbers have 50,000"
+        how = found.pop("protocol")
+        assert (how["images"], how["image_size"], how["crop"]) == (500, 4, "none")
+        assert how["reference"] == {"name": describe(reference), "members": len(real)}
+        assert how["features"] == {"distance": "fid", "weights": "table"}
         assert found == pytest.approx(
             {
                 "gfid": float(kit["frechet_distance"]),
@@ -88,7 +93,8 @@ def test_command_and_function_measure_the_same(drawn, tmp_path, capsys):
     images = np.stack([np.asarray(Image.open(p)) for p in sorted((drawn / "made").iterdir())])
     remark = found.pop("remark")
     again = gt.compare(images, drawn / "real", features="embedded")
-    assert again.pop("remark") == remark and again == pytest.approx(found)
+    assert again.pop("remark") == remark and again.pop("protocol") == found.pop("protocol")
+    assert again == pytest.approx(found)
     assert found["gfd_teacher"] > 0 and found["images"] == 6
     assert remark.startswith("6 images: a covariance of full rank needs more than ")
     assert remark in capsys.readouterr().out

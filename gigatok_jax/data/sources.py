@@ -18,7 +18,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from gigatok_jax.config import configclass
 from gigatok_jax.data import codes, crops
-from gigatok_jax.data.drawings import EmbeddedSource
+from gigatok_jax.data.drawings import VERSION, EmbeddedSource
 from gigatok_jax.data.folders import open_folder
 from gigatok_jax.data.records import RecordsSource
 from gigatok_jax.data.tars import open_tars
@@ -96,6 +96,17 @@ class DataConfig:
     def content(self) -> dict[str, Any]:
         """The fields that determine the examples, without those of how to read them."""
         return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
+
+    def described(self, *, train: bool = False) -> str:
+        """The name of one of the two sets of images, wherever its files lie."""
+        match self.source:
+            case "tfds":
+                return f"{self.name} {self.split if train else self.eval_split}"
+            case "embedded":
+                name = f"drawings {VERSION}"
+            case _:
+                name = as_path(self.path).name
+        return f"{name} {'training' if train else 'evaluation'}"
 
 
 class Source(Protocol):

@@ -233,6 +233,12 @@ class Reference:
     members: np.ndarray | None  # pool features [n, D]; None if only statistics are known
     name: str  # identifies the content
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """For `protocol.stamp`."""
+        images = None if self.members is None else len(self.members)
+        return {"name": self.name, "members": images}
+
 
 def load_reference(*what: Any, **options: Any) -> Reference | None:
     """`read_reference` in process 0, which computes the metrics; None in all others."""

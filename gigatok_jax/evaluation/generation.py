@@ -25,7 +25,7 @@ from gigatok_jax.api import AnyTokenizer, PretrainedGenerator, load_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import fid
+from gigatok_jax.evaluation import fid, protocol
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import FeatureSet, Reference
 from gigatok_jax.files import (
@@ -163,7 +163,8 @@ def evaluate(
       seed: of the samples and their classes.
 
     Returns:
-      The metrics of `fid.compare`, "images" and "guidance", read from `metrics.json` if it exists.
+      The metrics of `fid.compare`, "images", "guidance" and "protocol" (see `protocol.stamp`), read
+      from `metrics.json` if it exists.
 
     Raises:
       UserError: `out` holds the results of another evaluation.
@@ -199,7 +200,18 @@ def evaluate(
             with np.load(local_copy(file)) as features:
                 samples.add_features(dict(features))
         metrics = fid.compare(samples, reference, extractor.distance)
-        write_json(path, {"images": count, "guidance": settings.guidance} | metrics)
+        stamp = protocol.stamp(
+            "generation",
+            reference=reference.described,
+            images=count,
+            image_size=tokenizer.config.image_size,
+            classes="uniform",
+            features=protocol.features(extractor),
+            sampling=dataclasses.asdict(settings),
+            seed=seed,
+        )
+        made = {"images": count, "guidance": settings.guidance}
+        write_json(path, made | metrics | {"protocol": stamp})
         for file in files:
             file.unlink()
         with contextlib.suppress(OSError):
@@ -279,7 +291,8 @@ def evaluate_loss(
       batch_size: images per step, over all processes.
 
     Returns:
-      "images", the number of images that could be read, and "loss", in nats per code.
+      "images", the number of images that could be read, "loss", in nats per code, and "protocol",
+      see `protocol.stamp`.
 
     Raises:
       UserError: the data cannot be read, have too many classes, or are another tokenizer's codes.
@@ -314,7 +327,13 @@ def evaluate_loss(
         progress = tqdm(batches, total=math.ceil(batches.examples / batch_size), disable=None)
         means = held_out_means(measure, progress, batches.examples)
     bad = distributed.sums({"bad": batches.bad_count})["bad"]
-    return {"images": batches.examples - int(bad), **means}
+    images = batches.examples - int(bad)
+    how = {"images": images, "crop": protocol.CENTER_CROP}
+    return {
+        "images": images,
+        **means,
+        "protocol": protocol.stamp("loss", data=data.described(), **how),
+    }
 
 
 def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:

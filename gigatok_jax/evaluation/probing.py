@@ -34,6 +34,8 @@ from gigatok_jax.training.telemetry import read_metrics
 
 PER_CLASS = 8  # samples of each class in the report
 MAPPED = 8  # images whose features are shown as maps
+# Fields of the generator's architecture that depend on the tokenizer.
+OF_TOKENIZER = ("codes", "codebook_size", "classes", "positions")
 
 
 @configclass
@@ -80,6 +82,16 @@ class ProbeConfig:
             for name in ("data", "mesh", "loop", "remat", "feature_batch_size"):
                 run.pop(name, None)
         return flatten_dict({"config": fields}, sep=".")
+
+    def protocol(self) -> dict[str, Any]:
+        """How the networks are trained, without what the tokenizer or the machine decides."""
+        dependent = {f"config.generator.model.{name}" for name in OF_TOKENIZER}
+        return {
+            name.removeprefix("config."): value
+            for name, value in self.identity().items()
+            if name.startswith(("config.generator.", "config.linear_probe.", "config.crop_factors"))
+            and name not in dependent
+        }
 
 
 @dataclasses.dataclass
@@ -175,7 +187,7 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         tokenizer=tokenizer,
         extractor=extractor,
         reference=reference,
-        results={"parameters": tokenizer.parameters},
+        results={"parameters": tokenizer.parameters, "protocol": {"probe": config.protocol()}},
     )
     for name, step in STEPS.items():
         finished = workdir / "steps" / f"{name}.json"
@@ -189,6 +201,8 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         metrics = read_json(finished, f"the metrics of {name}")
         if "images" in metrics:
             metrics[f"{name}_images"] = metrics.pop("images")
+        if "protocol" in metrics:
+            shared.results["protocol"][name] = metrics.pop("protocol")
         shared.results |= metrics
     if distributed.is_main():
         write_json(workdir / "results.json", shared.results)

@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import api, distributed, frozen_networks, image_metrics, pictures
+from gigatok_jax import api, bundles, distributed, frozen_networks, image_metrics, pictures
 from gigatok_jax.data import crops, pipeline
 from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import print_metrics
+from gigatok_jax.evaluation import print_metrics, protocol
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.evaluation.fid import Moments, check_count, frechet_distance
 from gigatok_jax.files import (
@@ -64,7 +64,7 @@ def evaluate(
     Returns:
       "images", "psnr" (dB), "ssim", "lpips" if its weights are installed, "codebook_usage" (the
       share of all codes that these images use), and the Fréchet distance between images and
-      reconstructions: "rfid", "rfd_dinov2" or "rfd_teacher".
+      reconstructions: "rfid", "rfd_dinov2" or "rfd_teacher"; and "protocol", see `protocol.stamp`.
 
     Raises:
       UserError: the data cannot be read, or have fewer than two images.
@@ -89,7 +89,13 @@ def evaluate(
     fake.gather()
     origin = data.path or data.source
     distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
-    return result | {f"r{extractor.distance}": distance}
+    how = {"features": protocol.features(extractor), "crop": protocol.CENTER_CROP} | result.pop(
+        "how"
+    )
+    return result | {
+        f"r{extractor.distance}": distance,
+        "protocol": protocol.stamp("reconstruction", data=data.described(), **how),
+    }
 
 
 def reconstruct(
@@ -113,7 +119,7 @@ def reconstruct(
 
     Returns:
       The content of `metrics.json`: "images", "skipped", the metrics of `evaluate` without the
-      distance, and "each", one row of metrics per image.
+      distance, "protocol", and "each", one row of metrics per image.
 
     Raises:
       UserError: no image can be read, or `out` has an `images/` with more than an earlier call's.
@@ -134,7 +140,9 @@ def reconstruct(
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
         write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
     skipped = len(paths) - means.pop("images")
-    result = {"images": len(rows), "skipped": skipped, **means, "each": rows}
+    how = {"crop": protocol.CENTER_CROP} | means.pop("how")
+    stamp = protocol.stamp("reconstruction", data=source.name, **how)
+    result = {"images": len(rows), "skipped": skipped, **means, "protocol": stamp, "each": rows}
     write_json(out / "metrics.json", result)
     print(f"{len(rows)} images ({skipped} skipped)")
     print_metrics(means)
@@ -202,15 +210,16 @@ def _reconstruct(
     """Passes this process's part of `batches` through a tokenizer, and writes `grid.png`.
 
     `visit` receives the keys, inputs, outputs and metrics of each batch's readable images. Returns
-    the means of the metrics and the count of each code, over all processes.
+    the means of the metrics, "how" they were measured, and the count of each code, over all
+    processes.
     """
-    compare = _comparison(ssim_range)
+    compare, lpips = _comparison(ssim_range)
     # Process 0 saves the grid, so only images that it reads are shown: the first of each batch.
     index = np.arange(examples)
     own = index[index % batch_size < batch_size // distributed.place()[1]]
     wanted = own[np.linspace(0, len(own) - 1, min(SHOWN, len(own))).astype(int)]
     code_counts = np.zeros(tokenizer.config.codebook_size, np.int64)
-    images, sums, shown = 0, {}, []
+    images, sums, shown, digest = 0, {}, [], protocol.PixelDigest()
     for batch in tqdm(batches, total=math.ceil(examples / batch_size), unit="batch", disable=None):
         valid = batch["valid"]
         codes = tokenizer.encode(batch["image"])
@@ -221,6 +230,7 @@ def _reconstruct(
         inputs = batch["image"][valid]
         if valid.any():
             visit(batch["key"][valid], inputs, outputs, values)
+        digest.add(inputs)
         images += len(inputs)
         code_counts += np.bincount(np.asarray(codes)[valid].ravel(), minlength=len(code_counts))
         sums = {name: sums.get(name, 0.0) + value.sum() for name, value in values.items()}
@@ -228,15 +238,25 @@ def _reconstruct(
         shown += zip(inputs[in_grid], outputs[in_grid], strict=True)
     if distributed.is_main() and shown:
         _save_grid(out / "grid.png", shown)
-    sums = distributed.sums({"images": images, "code_counts": code_counts, **sums})
-    images, code_counts = sums.pop("images"), sums.pop("code_counts")
+    counts = {"images": images, "code_counts": code_counts, "digest": digest.total}
+    sums = distributed.sums(counts | sums)
+    images, code_counts, pixels = (sums.pop(name) for name in counts)
+    how = {
+        "images": int(images),
+        "image_size": tokenizer.config.image_size,
+        "pixels": protocol.hexadecimal(pixels),
+        "ssim_range": ssim_range,
+        "lpips": lpips,
+    }
     means = {name: float(total / images) for name, total in sums.items()}
     usage = float(np.mean(code_counts > 0))
-    return {"images": int(images), **means, "codebook_usage": usage}, code_counts
+    return {"images": int(images), **means, "codebook_usage": usage, "how": how}, code_counts
 
 
-def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, jax.Array]]:
-    """A function that maps uint8 inputs and float outputs to metrics, `[B]` each."""
+def _comparison(
+    ssim_range: int,
+) -> tuple[Callable[[np.ndarray, jax.Array], dict[str, jax.Array]], str | None]:
+    """A function that maps uint8 inputs and float outputs to metrics, `[B]` each; LPIPS' digest."""
     # Process 0 decides about LPIPS, because all processes must add up the same metrics.
     lpips = frozen_networks.load_lpips() if distributed.agree(frozen_networks.has_lpips()) else None
     if lpips is None:
@@ -256,7 +276,8 @@ def _comparison(ssim_range: int) -> Callable[[np.ndarray, jax.Array], dict[str, 
             values["lpips"] = distance
         return values
 
-    return functools.partial(compare, lpips=jax.device_put(lpips))
+    digest = None if lpips is None else bundles.fingerprint(lpips)
+    return functools.partial(compare, lpips=jax.device_put(lpips)), digest
 
 
 def _save_grid(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:

@@ -23,6 +23,7 @@ from PIL import Image
 
 from gigatok_jax.config import from_mapping
 from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import protocol
 from gigatok_jax.files import Path, local_copy, read_json, real_path, replacing
 from gigatok_jax.training import TASKS
 from gigatok_jax.training.telemetry import read_metrics
@@ -36,6 +37,7 @@ RECONSTRUCTION_DISTANCES = ("rfid", "rfd_dinov2", "rfd_teacher")
 GENERATION_DISTANCES = ("gfid", "gfd_dinov2", "gfd_teacher")
 UNUSED_SETTINGS = ("generator.data.", "linear_probe.data.")  # overridden by the probe's own data
 
+MAX_REASONS = 6  # why a protocol stands apart
 MAX_POINTS = 400  # per curve; more points are invisible and bloat the file
 WIDE_RANGE = 8  # ratio of largest to smallest value above which the scale is logarithmic
 MAX_PNG_BYTES = 2**20  # larger pictures are embedded as JPEG
@@ -183,6 +185,8 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
             tokenizer |= {"family": "gigatok", "codes": model["latents"]}
             tokenizer |= {name: model[name] for name in ("image_size", "codebook_size")}
         results |= _sizes(tokenizer, results["loss"])
+    results["comparable"] = protocol.comparable(results.get("protocol", {}))
+    settings["Protocol"] = results.pop("protocol", {})
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
@@ -248,7 +252,12 @@ def _probe_charts(workdir: Path, results: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """More variables for the template; `scaling` is as in the paper's Figs. 3 and 7."""
+    """More variables for the template; `scaling` is as in the paper's Figs. 3 and 7.
+
+    Charts show only the probes of the first one's protocol.
+    """
+    groups = _by_protocol(probes)
+    everything, probes = probes, next(iter(groups.values()))
 
     def shared(names: Sequence[str]) -> str | None:
         return next((name for name in names if all(name in probe for probe in probes)), None)
@@ -263,12 +272,27 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     if len(probes) > 1 and all(pair):
         tradeoff = chart(functools.partial(_draw_tradeoff, probes=probes, names=pair))
     return {
-        "measured": set().union(*probes),
+        "measured": set().union(*everything),
+        "by_protocol": groups,
         "scaling": scaling,
         "tradeoff": tradeoff,
         "generation_distances": GENERATION_DISTANCES,
         "paper": read_json(PAPER, "the paper's results")["rows"],
     }
+
+
+def _by_protocol(probes: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
+    """Probes by what sets their protocol apart from that of the first one, which has ""."""
+    groups, first = {}, probes[0]["comparable"]
+    for probe in probes:
+        found = probe["comparable"]
+        reasons = protocol.differences(first, found)
+        if reasons and not (first and found):
+            reasons = ["an older program has not recorded one of the protocols"]
+        more = reasons[MAX_REASONS:]
+        reason = "; ".join(reasons[:MAX_REASONS]) + (f"; and {len(more)} more" if more else "")
+        groups.setdefault(reason, []).append(probe)
+    return groups
 
 
 def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:

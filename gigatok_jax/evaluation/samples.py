@@ -8,7 +8,7 @@ import numpy as np
 
 from gigatok_jax import files
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import fid
+from gigatok_jax.evaluation import fid, protocol
 from gigatok_jax.evaluation.features import Extractor, load
 
 PUBLISHED = 50_000  # images, as in published numbers
@@ -26,8 +26,8 @@ def evaluate(
       batch_size: images per batch; does not affect the metrics.
 
     Returns:
-      "images", the metrics of `fid.compare`, and "remark" if there are fewer images than a metric
-      needs.
+      "images", the metrics of `fid.compare`, "protocol" (see `protocol.stamp`), and "remark" if
+      there are fewer images than a metric needs.
 
     Raises:
       UserError: images are missing, cannot be read or differ in size, or the reference has the
@@ -70,8 +70,10 @@ def _compare(
     if not real.exists():  # before all samples pass the network
         raise UserError(f"{real}: no such file or folder, expected real images")
     found, count, size = fid.FeatureSet(extractor, members=True), 0, 0
+    digest = protocol.PixelDigest()
     for images in batches:
         found.add(images)
+        digest.add(images)
         count, size = count + len(images), images.shape[1]
     if count < 2:
         raise UserError(f"samples: expected at least 2 images, got {count}")
@@ -90,4 +92,13 @@ def _compare(
     ]
     if count < PUBLISHED:
         remarks.append(f"{count:,} images: published numbers have {PUBLISHED:,}")
+    result["protocol"] = protocol.stamp(
+        "samples",
+        reference=real.described,
+        images=count,
+        image_size=size,
+        pixels=protocol.hexadecimal(digest.total),
+        crop="none",
+        features=protocol.features(extractor),
+    )
     return result | ({"remark": "; ".join(remarks)} if remarks else {})
