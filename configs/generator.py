@@ -1,7 +1,8 @@
 """A generator on a tokenizer's codes: `--config=generator:NAME[,VARIANT...]`.
 
-NAME: b l xl xxl (the paper's sizes), or tiny. VARIANT: `2d`, for 2D tokenizers. The run encodes
-images as it reads them (`--config.tokenizer=DIR`), or reads codes that `gigatok encode` stored
+NAME: b l xl xxl (the paper's sizes), 3b (LlamaGen's largest), or tiny. VARIANT: `2d`, for 2D
+tokenizers; `384`, 24x24 codes, of images of 384 pixels. The run encodes images as it reads them
+(`--config.tokenizer=DIR`), or reads codes that `gigatok encode` stored
 (`--config.data.source=codes --config.data.path=DIR`).
 """
 

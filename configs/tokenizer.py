@@ -8,7 +8,7 @@ VARIANT: `released`, the older recipe of the released weights; `vanilla`, no sem
 from gigatok_jax import recipes
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training.optimizer import OptimizerConfig
-from gigatok_jax.training.tokenizer import ObjectiveConfig, TokenizerRun
+from gigatok_jax.training.tokenizer import RECIPE_ENTROPY, ObjectiveConfig, TokenizerRun
 
 
 def get_config(argument="s_s"):
@@ -17,7 +17,7 @@ def get_config(argument="s_s"):
     # The paper recommends warm-up and entropy loss for every size (appendix C). The released
     # weights up to B-L were trained with 15,000 steps of auxiliary losses instead.
     older = "released" in variants and name != "xl_xxl"
-    objective = dict(auxiliary_steps=15_000) if older else dict(entropy=0.005)
+    objective = dict(auxiliary_steps=15_000) if older else dict(entropy=RECIPE_ENTROPY)
     if "vanilla" in variants:
         objective["semantic"] = 0.0
     if "dino_disc" in variants:

@@ -97,7 +97,8 @@ SSIM_RANGE = flag(
 
 # What `--tokenizer` and `--generator` take, see `locate.find`.
 MODEL = "folder (bundle or workdir), published name, or hf://OWNER/REPO[/FOLDER][@REVISION]"
-ITS_TOKENIZER = f"{MODEL}; default: that of a published generator"
+TOKENIZER = f"{MODEL}; or your own, python:MODULE:FUNCTION"
+ITS_TOKENIZER = f"{TOKENIZER}; default: that of a published generator"
 
 SAMPLING = (
     flag(
@@ -230,7 +231,7 @@ def train(config, workdir: str) -> None:
 
 @verb(
     "reconstruct images with a tokenizer, with metrics",
-    required("tokenizer", MODEL),
+    required("tokenizer", TOKENIZER),
     required("images", "image file, or folder of images"),
     required("out", "folder for the results"),
     batch_size(8),
@@ -298,7 +299,7 @@ def pack(out: str, **options: Any) -> None:
 
 @verb(
     "store the codes of a data set",
-    required("tokenizer", MODEL),
+    required("tokenizer", TOKENIZER),
     required("out", "folder for the codes"),
     flag(
         "list",
@@ -629,7 +630,7 @@ def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]
 
 @verb(
     "AR probing: evaluate a tokenizer by training a small generator on its codes",
-    required("tokenizer", MODEL),
+    required("tokenizer", TOKENIZER),
     required("workdir", "folder for the results"),
     *PROCESSES,
     configs={"config": REQUIRED},

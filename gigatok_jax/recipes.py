@@ -14,6 +14,7 @@ SIZES = {
     "l": TransformerSize(depth=24, heads=16, width=1024),
     "xl": TransformerSize(depth=36, heads=20, width=1280),
     "xxl": TransformerSize(depth=48, heads=24, width=1536),
+    "3b": TransformerSize(depth=24, heads=32, width=3200),  # LlamaGen's largest generator
 }
 
 
@@ -60,6 +61,7 @@ GENERATORS = {
     "l": Recipe(_generator("l"), epochs=300, batch_size=256),
     "xl": Recipe(_generator("xl"), epochs=300, batch_size=256, sharded=True),
     "xxl": Recipe(_generator("xxl"), epochs=300, batch_size=512, sharded=True),
+    "3b": Recipe(_generator("3b"), epochs=300, batch_size=256, sharded=True),
 }
 
 # Changes to the model only; configs/tokenizer.py holds what a variant changes in training.
@@ -68,7 +70,10 @@ TOKENIZER_VARIANTS = {
     "vanilla": {"semantic_dim": 0},
     "dino_disc": {},
 }
-GENERATOR_VARIANTS = {"2d": {"positions": "rotary_2d"}}
+GENERATOR_VARIANTS = {
+    "2d": {"positions": "rotary_2d"},  # LlamaGen's architecture
+    "384": {"codes": 24**2},  # of 384 pixels, where one code stands for 16x16
+}
 
 
 def tokenizer_model(argument: str) -> TokenizerConfig:

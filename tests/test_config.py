@@ -198,6 +198,30 @@ def test_impossible_values_are_rejected_by_field(path, value, message):
         override("s_s", **{path: value})
 
 
+NO_CODEBOOK = {
+    "fsq": {"fsq_levels": (8, 8, 4), "code_dim": 3, "codebook_size": 256},
+    "lfq": {"code_dim": 14},
+    "bsq": {"code_dim": 14},
+}
+
+
+@pytest.mark.parametrize("recipe", ["b_l", "s_s,vanilla"])
+@pytest.mark.parametrize("quantizer", NO_CODEBOOK)
+def test_recipes_take_another_quantizer_but_no_weight_that_it_does_not_use(recipe, quantizer):
+    changes = {"quantizer": quantizer} | NO_CODEBOOK[quantizer]
+    changes = {f"model.{name}": value for name, value in changes.items()}
+    assert override(recipe, **changes).model.quantizer == quantizer
+    idle = {"codebook": 0.5} | ({"commitment": 2.0, "entropy": 0.1} if quantizer == "fsq" else {})
+    for term, weight in idle.items():
+        field = f"objective.{term}"
+        message = (
+            rf"^config\.{field}: expected 0 with model\.quantizer='{quantizer}', .* {weight:g}$"
+        )
+        with pytest.raises(UserError, match=message):
+            override(recipe, **changes, **{field: weight})
+        override(recipe, **changes, **{field: 0.0})
+
+
 def test_dino_discriminator_needs_batches_that_it_can_group():
     with pytest.raises(UserError, match=r"^config\.batch_size: .* got 13$"):
         override("s_s,dino_disc", batch_size=13)

@@ -17,6 +17,7 @@ from gigatok_jax.models.titok import TitokConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.models.vqgan import VqganConfig
 from gigatok_jax.training.generator import GeneratorRun
+from gigatok_jax.weights import convert, fetch
 
 import tiny
 
@@ -139,6 +140,50 @@ def test_tokenizer_that_a_generator_does_not_fit_is_refused_with_both_numbers(na
     model = tiny.GeneratorConfig(1, 2, 16, codes=16, codebook_size=32, classes=3)
     with pytest.raises(UserError, match=r"expected codebook_size=32, as in the .*, got 64$"):
         GeneratorRun(model=model, tokenizer=names["llamagen"]).open_task()
+
+
+GPT = tiny.GeneratorConfig(
+    1, 2, 16, codes=16, codebook_size=64, classes=3, positions="rotary_2d", dropout=0.0
+)
+
+
+@pytest.mark.parametrize("wrapper", ["model", None])
+def test_published_generator_of_llamagen_brings_its_tokenizer(tmp_path, monkeypatch, wrapper):
+    torch = pytest.importorskip("torch")
+    monkeypatch.setenv("GIGATOK_CACHE", str(tmp_path / "cache"))
+    its = {"tokenizer": "its_vq", "class_names": ("ant", "bee", "cat")}
+    its["sampling"] = {"guidance": 1.75}
+    files = {}
+    for name, kind, config, more in (
+        ("its_vq", "vqgan", LLAMAGEN, {}),
+        ("its_gpt", "generator", GPT, its),
+    ):
+        rule = dataclasses.replace(convert.KINDS[kind], model=lambda _, config=config: config)
+        monkeypatch.setitem(convert.KINDS, kind, rule)
+        params = tiny.fill(rule.shapes(config))
+        files[name] = convert.to_torch(kind, {"params": params}, config)
+        saved = {n: torch.from_numpy(np.array(tensor)) for n, tensor in files[name].items()}
+        if kind == "generator":
+            saved["freqs_cis"] = torch.zeros(17, 4, 2)
+        path = fetch.local_cache_dir() / f"{name}.pt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({wrapper: saved, "steps": 7} if wrapper else saved, path)
+        entry = fetch.Published(kind, "tiny", (fetch.File(f"https://none/{name}.pt"),), **more)
+        monkeypatch.setitem(fetch.PUBLISHED, name, entry)
+
+    found = bundles.load("its_gpt", "generator", tiny.GeneratorConfig)
+    back = convert.to_torch("generator", found.weights, found.config)
+    assert back.keys() == files["its_gpt"].keys()
+    assert all(back[name].tobytes() == x.tobytes() for name, x in files["its_gpt"].items())
+    assert found.made_by["tokenizer"] == gt.load_tokenizer("its_vq").fingerprint
+    if wrapper == "model":
+        out = tmp_path / "out"
+        command = ["sample", "--generator=its_gpt", "--classes=cat", "--count=2", "--batch_size=2"]
+        assert cli.main([*command, f"--out={out}"]) == 0
+        record = json.loads((out / "images" / "sampling.json").read_text())
+        assert record["tokenizer"] == found.made_by["tokenizer"]
+        assert record["sampling"]["guidance"] == 1.75
+        assert record["sampling"]["schedule"] == "constant"
 
 
 def test_titok_is_a_tokenizer(tmp_path):

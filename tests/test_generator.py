@@ -16,7 +16,7 @@ import pytest
 
 from gigatok_jax import api, recipes, sharding
 from gigatok_jax.errors import UserError
-from gigatok_jax.models import layers
+from gigatok_jax.models import layers, vqgan
 from gigatok_jax.models.generator import (
     AdaLN,
     Block,
@@ -27,9 +27,10 @@ from gigatok_jax.models.generator import (
     param_shapes,
     rotation,
 )
+from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.sharding import RULES
 from gigatok_jax.training import losses
-from gigatok_jax.weights import convert
+from gigatok_jax.weights import convert, fetch
 
 import tiny
 
@@ -99,6 +100,44 @@ def run(config, params, *args, method=Generator.__call__, train=False, seed=0, *
 )
 def test_parameter_counts_are_the_references(name, count):
     assert api.parameter_count(f"generator:{name}") == count == MANIFESTS[name]["parameters"]
+
+
+# Depth, heads and width (autoregressive/models/gpt.py), and the parameters in the README.
+LLAMAGEN = {
+    "b": (12, 12, 768, "111M"),
+    "l": (24, 16, 1024, "343M"),
+    "xl": (36, 20, 1280, "775M"),
+    "xxl": (48, 24, 1536, "1.4B"),
+    "3b": (24, 32, 3200, "3.1B"),
+}
+
+
+@pytest.mark.parametrize("name", LLAMAGEN)
+def test_llamagens_generators_have_their_sizes(name):
+    depth, heads, width, published = LLAMAGEN[name]
+    model = recipes.generator_model(f"{name},2d,384")
+    assert (model.depth, model.heads, model.width, model.codes) == (depth, heads, width, 576)
+    hidden = int(2 * 4 * width / 3)
+    hidden += -hidden % 256
+    count = depth * (4 * width**2 + 3 * width * hidden + 2 * width)
+    count += (1_001 + 2 * 16_384 + 1) * width
+    assert api.parameter_count(f"generator:{name},2d,384") == count
+    assert api.parameter_count(f"generator:{name},2d") == count  # there is no table of positions
+    digits, unit = (0, 1e6) if published.endswith("M") else (1, 1e9)
+    assert f"{count / unit:.{digits}f}{published[-1]}" == published
+
+
+def test_published_llamagens_are_of_known_architectures():
+    published = {n: p for n, p in fetch.PUBLISHED.items() if n.startswith("llamagen_gpt_")}
+    assert len(published) == 7
+    for name, entry in published.items():
+        size, pixels = name.removeprefix("llamagen_gpt_").partition("_")[::2]
+        model = recipes.generator_model(entry.model)
+        assert entry.model == f"{size},2d,384" if pixels else f"{size},2d"
+        assert entry.files[0].name == f"c2i_{size.upper()}_{pixels or 256}.pt"
+        tokenizer = vqgan.MODELS[entry.tokenizer]
+        assert (model.codes, model.codebook_size) == (tokenizer.latents, tokenizer.codebook_size)
+        assert SamplingConfig(**entry.sampling).schedule == "constant"
 
 
 @pytest.mark.parametrize("name", ["generator:c", "generator:b,3d", "generators:b", "b,2d"])
@@ -315,6 +354,54 @@ def plain_program(config, params, codes, classes):
         shift, scale = np.split(condition @ linear["kernel"] + linear["bias"], 2, -1)
         x = x * (1 + scale) + shift
     return outputs, x @ params["head"]["kernel"]
+
+
+def llamagens_program(tensors, codes, classes, depth, heads):
+    """Logits of LlamaGen's generator by the tensors of its file, in NumPy and float64."""
+    tensors = {name: tensor.astype(np.float64) for name, tensor in tensors.items()}
+    side, width = math.isqrt(codes.shape[1] + 1), tensors["norm.weight"].size
+    half = width // heads // 2  # of a head's dimensions, for rows; the others are for columns
+    frequencies = 10_000 ** (-np.arange(0, half, 2) / half)
+    axes = np.divmod(np.arange(side**2), side)
+    angles = np.concatenate([np.outer(axis, frequencies) for axis in axes], -1)[:-1, None]
+    # No angle has a cosine and a sine of 0: the class is no rotation.
+    cosine, sine = (np.pad(f(angles), [(1, 0), (0, 0), (0, 0)]) for f in (np.cos, np.sin))
+
+    def turn(x):
+        a, b = x[..., 0::2], x[..., 1::2]
+        return np.stack([a * cosine - b * sine, b * cosine + a * sine], -1).reshape(x.shape)
+
+    x = tensors["cls_embedding.embedding_table.weight"][classes][:, None]
+    x = np.concatenate([x, tensors["tok_embeddings.weight"][codes]], 1)
+    for layer in range(depth):
+        own = {name.removeprefix(f"layers.{layer}."): t for name, t in tensors.items()}
+        y = plain_rms_norm(x, own["attention_norm.weight"]) @ own["attention.wqkv.weight"].T
+        q, k, v = (part.reshape(*y.shape[:2], heads, -1) for part in np.split(y, 3, -1))
+        weights = np.einsum("btnh,bsnh->bnts", turn(q), turn(k)) / np.sqrt(2 * half)
+        weights = np.exp(weights) * np.tri(x.shape[1])
+        weights /= weights.sum(-1, keepdims=True)
+        y = np.einsum("bnts,bsnh->btnh", weights, v).reshape(x.shape)
+        x = x + y @ own["attention.wo.weight"].T
+        y = plain_rms_norm(x, own["ffn_norm.weight"])
+        gated = silu(y @ own["feed_forward.w1.weight"].T) * (y @ own["feed_forward.w3.weight"].T)
+        x = x + gated @ own["feed_forward.w2.weight"].T
+    return plain_rms_norm(x, tensors["norm.weight"]) @ tensors["output.weight"].T
+
+
+def test_llamagens_file_gives_the_logits_of_its_program():
+    config = narrow(positions="rotary_2d", width=24)  # a head's half has 3 frequencies: odd, as 3B
+    codes, classes = inputs(config)
+    rng = np.random.default_rng(2)
+    file = {
+        name: rng.standard_normal(shape, np.float32) * (0.3 if len(shape) > 1 else 1)
+        for name, shape in tiny.torch_shapes("generator", config).items()
+    }
+    assert not any("freq" in name or "position" in name for name in file)
+    params = convert.from_torch("generator", file, config)["params"]
+    logits = run(config, params, codes[:, :-1], classes)
+    expected = llamagens_program(file, codes[:, :-1], classes, config.depth, config.heads)
+    assert np.std(expected) > 0.5
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", VARIANTS + WITH_QK_NORM)

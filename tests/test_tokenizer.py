@@ -55,6 +55,10 @@ FSQ = {"quantizer": "fsq", "fsq_levels": (4, 4, 4), "code_dim": 3}
             {"quantizer": "ibq", "gradient": "rotation"},
             "gradient: expected 'straight_through' with quantizer='ibq', got 'rotation'",
         ),
+        (
+            FSQ | {"codebook_size": 64, "normalize_codes": False},
+            "normalize_codes: expected True with quantizer='fsq', got False",
+        ),
     ],
 )
 def test_impossible_configuration_names_its_field(changes, message):

@@ -344,7 +344,7 @@ def test_tokenizers_with_other_quantizers_learn_and_are_saved(name, tmp_path):
     size = TransformerSize(depth=1, heads=1, width=8)
     changes = {"encoder": size, "decoder": size, "layout": "2d", "latents": 64, "semantic_dim": 0}
     model = dataclasses.replace(RUN.model, quantizer=name, **changes, **QUANTIZERS[name])
-    objective = ObjectiveConfig(perceptual=0.0, semantic=0.0, adversarial=0.0, entropy=0.05)
+    objective = ObjectiveConfig(perceptual=0.0, semantic=0.0, adversarial=0.0, entropy=0.005)
     task = TokenizerTask(dataclasses.replace(RUN, model=model, objective=objective))
     params, images = tiny.fill(tokenizer.param_shapes(model)), tiny.images(4, size=8)
     assert ("codebook" in params) == (name == "ibq")

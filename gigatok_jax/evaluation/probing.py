@@ -51,7 +51,8 @@ class ProbeConfig:
     data: DataConfig = DataConfig()  # training images to encode, evaluation images to compare
     crop_factors: tuple[float, ...] = (1.1,)  # see `encoding.encode`
     features: str = "inception"  # network whose features are compared, see `features.load`
-    reference: str = ""  # .npz of real images or their statistics; "": the evaluation images
+    # Folder or .npz of real images, or .npz of their statistics; "": the evaluation images.
+    reference: str = ""
     ssim_range: Literal[1, 2] = 1  # data_range of SSIM; the reference program passes 2
     samples: Annotated[int, Field(ge=2)] = 50_000  # per guidance scale
     sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # the search starts at its guidance

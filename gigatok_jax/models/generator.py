@@ -45,7 +45,7 @@ class GeneratorConfig:
     codebook_size: Annotated[int, Field(ge=2)] = 16_384  # K
     # Without the null class, which is one more. 0, in a training run: the number in the data.
     classes: NonNegativeInt = 1_000
-    positions: Positions = "learned"  # 2d tokenizers need "rotary_2d"
+    positions: Positions = "learned"  # 2d tokenizers need "rotary_2d", that of LlamaGen
     qk_norm: bool = False  # LayerNorm over the dimensions of each head's queries and keys
     # Modulation of blocks by the class: "block" has one Linear per block; "shared" has one for all
     # blocks, and an offset per block.

@@ -95,13 +95,11 @@ class BSQ:
 
     The form of bsq-vit. Latents and codes have unit length. The first channel is the most
     significant bit of a code. Straight-through gradients are scaled by bits^-0.5, as the vectors
-    are. The entropy of the batch is that of groups of `group` channels, added up: with a group of
-    1, which needs the least memory, an upper bound.
+    are. The entropy of the batch is that of each channel, added up: an upper bound, which needs the
+    least memory.
     """
 
     bits: int
-    group: int = 1
-    inverse_temperature: float = 1.0
 
     def encode(self, z: jax.Array) -> jax.Array:
         return self._signs.encode(z)
@@ -120,9 +118,8 @@ class BSQ:
         vectors = pass_gradient(z, signs) * scale
         found = Quantized(vectors, self.encode(z), commitment_loss=commitment)
         if entropy:
-            logits = 4 * scale * self.inverse_temperature * z
-            sample, batch = bit_entropies(logits, group=self.group, epsilon=1e-8)
-            found = found._replace(entropy_loss=(sample - batch) / self.inverse_temperature)
+            sample, batch = bit_entropies(4 * scale * z, group=1, epsilon=1e-8)
+            found = found._replace(entropy_loss=sample - batch)
         return found
 
     @property

@@ -42,7 +42,7 @@ class TitokConfig:
 
     encoder: TransformerSize
     decoder: TransformerSize
-    latents: PositiveInt  # codes per image, K
+    latents: PositiveInt  # codes per image, N
     # Whether the decoder ends in that of MaskGIT's VQGAN. Latents and codes are then compared on
     # the unit sphere.
     two_stage: bool = False
@@ -57,7 +57,7 @@ class TitokConfig:
 
 
 class TokenTransformer(nn.Module):
-    """A ViT over a class token, image tokens `[B, P, W]` and latent tokens `[B, K, W]`."""
+    """A ViT over a class token, image tokens `[B, P, W]` and latent tokens `[B, N, W]`."""
 
     size: TransformerSize
     dtype: layers.Dtype = jnp.float32
@@ -144,11 +144,11 @@ class Titok(nn.Module):
             self.conv_out = layers.conv(3, dtype=dtype, name="conv_out")
 
     def latents(self, images: jax.Array) -> jax.Array:
-        """Latents before normalization and quantization, `[B, K, D]` float32."""
+        """Latents before normalization and quantization, `[B, N, D]` float32."""
         config = self.config
         x = self.patch_embed(((images + 1) / 2).astype(self.dtype))
         x = rearrange(x, "b h w c -> b (h w) c")
-        tokens = repeat(self.latent_tokens.astype(x.dtype), "k w -> b k w", b=len(x))
+        tokens = repeat(self.latent_tokens.astype(x.dtype), "n w -> b n w", b=len(x))
         _, x = self.encoder(x, tokens)
         if config.two_stage:
             # As in the authors' program, which means to transpose here but reads the numbers in
@@ -157,11 +157,11 @@ class Titok(nn.Module):
         return self.encoder_out(x).astype(jnp.float32)
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Maps images `[B, 256, 256, 3]` in [-1, 1] to codes `[B, K]` int32."""
+        """Maps images `[B, 256, 256, 3]` in [-1, 1] to codes `[B, N]` int32."""
         return self.quantizer.encode(self.latents(images))
 
     def decode(self, codes: jax.Array) -> jax.Array:
-        """Maps codes `[B, K]` to images, float32 in about [-1, 1], not clipped."""
+        """Maps codes `[B, N]` to images, float32 in about [-1, 1], not clipped."""
         x, side = self.decoder_features(codes), self.config.image_size // PATCH
         if self.config.two_stage:
             weights = nn.softmax(self._proxy_logits(x))

@@ -66,8 +66,10 @@ class TokenizerConfig(cnn.Levels):
     codebook_size: Annotated[int, Field(ge=2, le=2**30)] = 16_384
     code_dim: PositiveInt = 8
     fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()  # of "fsq": values of each channel
-    normalize_codes: bool = True  # of "vq": compare latents and codes on the unit sphere
-    gradient: Literal["straight_through", "rotation"] = "straight_through"  # "rotation": "vq" only
+    # Only "vq" has a choice of these two. Without the first, it compares latents and codes as they
+    # are, not on the unit sphere.
+    normalize_codes: bool = True
+    gradient: Literal["straight_through", "rotation"] = "straight_through"
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
     semantic_dim: NonNegativeInt = 768  # width of the teacher's features; 0: no projector
     # Standard deviation of initial kernels: "reference" is 0.02; "fan_in" is fan_in^-0.5, which
@@ -110,11 +112,12 @@ class TokenizerConfig(cnn.Levels):
                 f"codebook_size: expected 2^{self.code_dim} with quantizer={name!r} and "
                 f"code_dim={self.code_dim}, got {self.codebook_size}"
             )
-        if name != "vq" and self.gradient != "straight_through":
-            raise ValueError(
-                f"gradient: expected 'straight_through' with quantizer={name!r}, got "
-                f"{self.gradient!r}"
-            )
+        for field, default in (("gradient", "straight_through"), ("normalize_codes", True)):
+            found = getattr(self, field)
+            if name != "vq" and found != default:  # it would do nothing
+                raise ValueError(
+                    f"{field}: expected {default!r} with quantizer={name!r}, got {found!r}"
+                )
         return self
 
     @model_validator(mode="after")
@@ -268,8 +271,7 @@ class Tokenizer(nn.Module):
         def codebook_init(key, shape):
             codebook = layers.uniform(1 / shape[0])(key, shape)
             # Inner products with codes near 0 would make all of them equally probable for "ibq".
-            unit = config.normalize_codes or config.quantizer == "ibq"
-            return quantizer.normalize(codebook) if unit else codebook
+            return quantizer.normalize(codebook) if config.normalize_codes else codebook
 
         self.quant_conv = torch_default(config.code_dim, config.z_channels, "quant_conv")
         codebook = None

@@ -38,6 +38,15 @@ from gigatok_jax.training.task import (
 logger = logging.getLogger(__name__)
 
 SHOWN = 8  # images across a picture of reconstructions
+RECIPE_ENTROPY = 0.005  # weight of the entropy loss in the paper's recipes (appendix C)
+# Losses of the quantizers.
+TERMS = {
+    "vq": ("codebook", "commitment", "entropy"),
+    "ibq": ("codebook", "commitment", "entropy"),
+    "lfq": ("commitment", "entropy"),
+    "bsq": ("commitment", "entropy"),
+    "fsq": (),
+}
 
 
 @configclass
@@ -45,7 +54,8 @@ class ObjectiveConfig:
     """Weights of the loss terms, and the networks that measure them.
 
     `l2`, `codebook` and `commitment` are always computed and logged. Every other term is left out
-    at weight 0. Terms that the model's quantizer does not have are 0.
+    at weight 0. Terms that the model's quantizer does not have are 0; the weights that defaults and
+    recipes give them are accepted, and others refused.
     """
 
     l2: NonNegativeFloat = 1.0
@@ -98,6 +108,14 @@ class TokenizerRun(RunConfig):
         objective, channels = self.objective, self.objective.discriminator_channels
         if self.data.source == "codes":
             raise ValueError("data.source: expected images for a tokenizer, got 'codes'")
+        # These weights may stay as they are in a recipe of which only the quantizer is changed.
+        for term, usual in {"codebook": 1, "commitment": 1, "entropy": RECIPE_ENTROPY}.items():
+            weight = getattr(objective, term)
+            if term not in TERMS[self.model.quantizer] and weight not in (0, usual):
+                raise ValueError(
+                    f"objective.{term}: expected 0 with model.quantizer={self.model.quantizer!r}, "
+                    f"which has no such loss, got {weight:g}"
+                )
         if objective.semantic > 0 and not self.model.semantic_dim:
             raise ValueError("model.semantic_dim: expected a width with objective.semantic, got 0")
         part = self.batch_size // self.accumulate
@@ -438,7 +456,8 @@ class TokenizerTask(Task):
         if self._warned or step - self._low_since < run.usage_patience:
             return None
         self._warned = True
-        entropy = "objective.entropy=0.005, " if run.model.quantizer != "fsq" else ""
+        has_entropy = "entropy" in TERMS[run.model.quantizer]
+        entropy = f"objective.entropy={RECIPE_ENTROPY}, " if has_entropy else ""
         rotation = "model.gradient='rotation', " if run.model.quantizer == "vq" else ""
         return (
             f"only {usage:.1%} of the {run.model.codebook_size} codes have been in use since step "

@@ -231,7 +231,7 @@ def fetch_bundle(name: str) -> Path:
             torch_files.import_torch(f"{name}: {file.name}")  # raises before any download
     made_by = {"published": name}
     if published.tokenizer:
-        tokenizer = bundles.load(fetch_bundle(published.tokenizer), "tokenizer")
+        tokenizer = bundles.load(fetch_bundle(published.tokenizer), families.KINDS)
         made_by["tokenizer"] = tokenizer.fingerprint
         made_by["published_tokenizer"] = published.tokenizer
         made_by["sampling"] = dict(published.sampling)

@@ -78,18 +78,30 @@ def _titok(model: str, rfid: str) -> Published:
 
 
 def _generator(
-    model: str, tokenizer: str, file: str, gfid: str, guidance: float = 1.0
+    model: str, tokenizer: str, url: str, gfid: str, **sampling: float | str
 ) -> Published:
-    schedule = "step" if guidance > 1 else "constant"
     return Published(
         "generator",
         model,
-        (File(f"{GIGATOK}/{file}"),),
+        (File(url),),
         figure=f"gFID {gfid}",
         tokenizer=tokenizer,
-        sampling={"guidance": guidance, "schedule": schedule, "schedule_start": 0.18},
+        sampling=sampling,
         class_names=tuple(imagenet.classes()),
     )
+
+
+def _gigatok_gpt(
+    model: str, tokenizer: str, file: str, gfid: str, guidance: float = 1.0
+) -> Published:
+    schedule = {"schedule": "step", "schedule_start": 0.18} if guidance > 1 else {}
+    return _generator(model, tokenizer, f"{GIGATOK}/{file}", gfid, guidance=guidance, **schedule)
+
+
+def _llamagen_gpt(model: str, file: str, gfid: str, guidance: float) -> Published:
+    tokenizer = "llamagen_vq16_384" if model.endswith(",384") else "llamagen_vq16"
+    url = f"https://huggingface.co/{LLAMAGEN}/resolve/main/{file}"
+    return _generator(model, tokenizer, url, gfid, guidance=guidance)
 
 
 DINOV2 = {
@@ -137,7 +149,19 @@ TITOKS = {
     "titok_sl256_vq8k": "1.03",
 }
 
-# The authors of SigLIP, DINO, GigaTok, TiTok and the VQGANs publish no hashes.
+# By LlamaGen's authors: model, file, gFID at 256 pixels, and the guidance of that figure, without a
+# schedule (their paper, Tables 8 to 10). Images of 384 pixels were resized to 256 for it.
+LLAMAGEN_GPTS = {
+    "llamagen_gpt_b": ("b,2d", "c2i_B_256.pt", "5.46", 2.0),
+    "llamagen_gpt_b_384": ("b,2d,384", "c2i_B_384.pt", "6.09", 2.25),
+    "llamagen_gpt_l": ("l,2d", "c2i_L_256.pt", "3.80", 1.75),
+    "llamagen_gpt_l_384": ("l,2d,384", "c2i_L_384.pt", "3.07", 2.0),
+    "llamagen_gpt_xl_384": ("xl,2d,384", "c2i_XL_384.pt", "2.62", 1.75),
+    "llamagen_gpt_xxl_384": ("xxl,2d,384", "c2i_XXL_384.pt", "2.34", 1.75),
+    "llamagen_gpt_3b_384": ("3b,2d,384", "c2i_3B_384.pt", "2.18", 1.65),
+}
+
+# The authors of SigLIP, DINO, GigaTok, TiTok, LlamaGen and the VQGANs publish no hashes.
 PUBLISHED = {
     **{
         name: _one("dinov2", name, f"{DINOV2_HOST}/{name}/{name}_pretrain.pth", sha256)
@@ -195,22 +219,25 @@ PUBLISHED = {
     # codes (paper, appendix B), and XXL is best without any (appendix D). They publish one scale,
     # 1.75 for XL-XXL (Detailed_instructions.md); the others are those that their search starts
     # from, which it calls empirically best (sample_c2i_cfg_search.py).
-    "gigatok_gpt_b_s_s": _generator("b", "gigatok_s_s", "GPT_B256_e300_VQ_SS.pt", "4.05", 2.5),
-    "gigatok_gpt_b_s_b": _generator("b", "gigatok_s_b", "GPT_B256_e300_VQ_SB.pt", "3.83", 2.5),
-    "gigatok_gpt_b_b_l": _generator("b", "gigatok_b_l", "GPT_B256_e300_VQ_BL.pt", "3.26", 2.5),
-    "gigatok_gpt_b_b_l_dino_disc": _generator(
+    "gigatok_gpt_b_s_s": _gigatok_gpt("b", "gigatok_s_s", "GPT_B256_e300_VQ_SS.pt", "4.05", 2.5),
+    "gigatok_gpt_b_s_b": _gigatok_gpt("b", "gigatok_s_b", "GPT_B256_e300_VQ_SB.pt", "3.83", 2.5),
+    "gigatok_gpt_b_b_l": _gigatok_gpt("b", "gigatok_b_l", "GPT_B256_e300_VQ_BL.pt", "3.26", 2.5),
+    "gigatok_gpt_b_b_l_dino_disc": _gigatok_gpt(
         "b", "gigatok_b_l_dino_disc", "GPT_B256_e300_VQ_BL_dino_disc.pt", "3.33", 2.5
     ),
-    "gigatok_gpt_b_xl_xxl": _generator(
+    "gigatok_gpt_b_xl_xxl": _gigatok_gpt(
         "b", "gigatok_xl_xxl", "GPT_B256_e300_VQ_XLXXL.pt", "3.15", 1.75
     ),
-    "gigatok_gpt_xl_b_l": _generator("xl", "gigatok_b_l", "GPT_XL256_e300_VQ_BL.pt", "2.13", 1.25),
-    "gigatok_gpt_xxl_b_l": _generator("xxl", "gigatok_b_l", "GPT_XXL256_e300_VQ_BL.pt", "2.03"),
-    "gigatok_gpt_xxl_xl_xxl": _generator(
+    "gigatok_gpt_xl_b_l": _gigatok_gpt(
+        "xl", "gigatok_b_l", "GPT_XL256_e300_VQ_BL.pt", "2.13", 1.25
+    ),
+    "gigatok_gpt_xxl_b_l": _gigatok_gpt("xxl", "gigatok_b_l", "GPT_XXL256_e300_VQ_BL.pt", "2.03"),
+    "gigatok_gpt_xxl_xl_xxl": _gigatok_gpt(
         "xxl", "gigatok_xl_xxl", "GPT_XXL256_e300_VQ_XLXXL.pt", "1.98"
     ),
     **{model: _vqgan(model, *where) for model, where in VQGANS.items()},
     **{model: _titok(model, rfid) for model, rfid in TITOKS.items()},
+    **{name: _llamagen_gpt(*entry) for name, entry in LLAMAGEN_GPTS.items()},
 }
 
 

@@ -293,7 +293,7 @@ def titok(config: TitokConfig) -> list[Entry]:
 
 
 def generator(config: GeneratorConfig) -> list[Entry]:
-    """Entries of a GigaTok generator."""
+    """Entries of a generator; one with "rotary_2d" positions and no more is LlamaGen's."""
     layer, attention, heads = "layers.{layer}", f"{BLOCK}/attention", (("n", config.heads),)
     kernels = tuple(f"{attention}/{p}/kernel" for p in QKV)
     entries = [
