@@ -26,6 +26,7 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sharding import MeshConfig
 from gigatok_jax.training import checkpoints, loop, task
+from gigatok_jax.training import generator as generator_training
 from gigatok_jax.training import tokenizer as tokenizer_training
 from gigatok_jax.training.generator import GeneratorRun, GeneratorTask
 from gigatok_jax.training.optimizer import OptimizerConfig
@@ -95,6 +96,7 @@ def _positive(path, leaf):
 
 
 def generator():
+    generator_training.CHUNK_ELEMENTS = 2**8  # in chunks on all meshes
     model = GeneratorConfig(2, 2, 16, codes=16, codebook_size=64, classes=8)
     run = GeneratorRun(
         model=model,

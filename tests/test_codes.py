@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import types
+from unittest import mock
 
 import numpy as np
 import pyarrow
@@ -250,6 +251,43 @@ def test_loss_of_stored_codes_is_that_of_encoding_the_images(
     assert stored["images"] == encoded["images"] == 4
     assert encoded["loss"] == pytest.approx(stored["loss"], rel=1e-6)
     assert abs(stored["loss"] - np.log(512)) > 1e-3  # the weights matter
+
+
+@pytest.mark.parametrize("field, ours, theirs", [("codes", 9, 4), ("codebook_size", 64, 512)])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_loss_of_a_generator_of_other_sizes_is_refused(
+    gigatok, whole, directory, root, tmp_path, field, ours, theirs, encoded
+):
+    sizes = {"codes": 4, "codebook_size": 512} | {field: ours}
+    model = GeneratorConfig(1, 2, 16, classes=3, **sizes)
+    weights = {"params": tiny.fill(param_shapes(model))}
+    bundles.save(tmp_path / "generator", "generator", model, weights, {})
+    place = directory if encoded else whole
+    result = gigatok(
+        *("evaluate", "loss", f"--config={GENERATOR_RUN}", f"--out={tmp_path / 'out'}"),
+        *(f"--generator={tmp_path / 'generator'}", "--config.data.length=0"),
+        *([f"--tokenizer={directory}"] if encoded else []),
+        *(f"--config.data.source={'folder' if encoded else 'codes'}", "--config.data.holdout=4"),
+        *(f"--config.data.path={root if encoded else whole}", "--config.data.eval_length=0"),
+    )
+    message = f"{place}: expected {field}={ours}, as in the generator's model.{field}, got {theirs}"
+    assert refused(result) == message
+
+
+def test_codes_past_16_bits_are_stored_and_exported(tokenizer, data, whole, tmp_path):
+    large = mock.Mock(
+        config=dataclasses.replace(CONFIG, codebook_size=2**18),
+        encode=lambda images: tokenizer.encode(images) + 2**18 - 512,
+        codes_of=tokenizer.codes_of,
+    )
+    encoding.encode(large, data, tmp_path / "codes", **OPTIONS)
+    export.export(tmp_path / "codes", "npz")
+    for split in ("train", "validation"):
+        expected = np.stack([each["codes"] for each in examples(whole, split)]) + 2**18 - 512
+        stored = np.stack([each["codes"] for each in examples(tmp_path / "codes", split)])
+        np.testing.assert_array_equal(stored, expected)
+        with np.load(tmp_path / "codes" / f"{split}.npz") as found:
+            np.testing.assert_array_equal(found["codes"], expected)
 
 
 @pytest.mark.parametrize(

@@ -740,3 +740,39 @@ def test_gradient_of_cross_entropy(dtype):
     assert found.dtype == dtype and value == pytest.approx(float(expected_value), rel=1e-6)
     tolerance = 1e-6 if dtype == jnp.float32 else 0.04
     np.testing.assert_allclose(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("chunks, shards", [(1, 1), (4, 1), (8, 3)])
+def test_cross_entropy_in_chunks_is_that_of_whole_logits(chunks, shards):
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (6, 8, 5)), jax.random.normal(keys[1], (5, 11))
+    targets = jax.random.randint(keys[2], (6, 8), 0, 11)
+
+    def whole(x, kernel):
+        return losses.cross_entropy(x @ kernel, targets)
+
+    def mean(x, kernel):
+        return losses.mean_cross_entropy(x, kernel, targets, chunks, shards)
+
+    values = losses.chunked_cross_entropy(x, kernel, targets, chunks)
+    np.testing.assert_allclose(values, whole(x, kernel), rtol=1e-6)
+    assert mean(x, kernel) == pytest.approx(float(values.mean()), rel=1e-6)
+    found = jax.value_and_grad(lambda *args: 3 * mean(*args), (0, 1))(x, kernel)
+    expected = jax.value_and_grad(lambda *args: 3 * whole(*args).mean(), (0, 1))(x, kernel)
+    for one, other in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * np.abs(other).max())
+
+
+def test_gradient_of_cross_entropy_in_chunks_is_summed_in_float32():
+    keys = jax.random.split(jax.random.key(0), 3)
+    x, kernel = jax.random.normal(keys[0], (4, 256, 8)), jax.random.normal(keys[1], (8, 16))
+    x, kernel = x.astype(jnp.bfloat16), kernel.astype(jnp.bfloat16)
+    targets = jax.random.randint(keys[2], (4, 256), 0, 16)
+
+    def gradient(chunks):
+        found = jax.grad(losses.mean_cross_entropy, 1)(x, kernel, targets, chunks)
+        assert found.dtype == jnp.bfloat16
+        return found.astype(jnp.float32)
+
+    one, many = gradient(1), gradient(256)
+    assert np.abs(one - many).max() <= 2**-8 * np.abs(one).max()  # a rounding of the result

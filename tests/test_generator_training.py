@@ -14,14 +14,15 @@ import optax
 from PIL import Image
 import pytest
 
-from gigatok_jax import api, bundles, config, encoding
+from gigatok_jax import api, bundles, config, encoding, sampling, sharding
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
-from gigatok_jax.models.generator import Generator, GeneratorConfig
+from gigatok_jax.models.generator import Generator, GeneratorConfig, param_shapes
 from gigatok_jax.models.tokenizer import TransformerSize
 from gigatok_jax.sampling import SamplingConfig
-from gigatok_jax.training import loop, optimizer
+from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import generator, loop, losses, optimizer
 from gigatok_jax.training.generator import (
     GeneratorRun,
     GeneratorTask,
@@ -147,6 +148,72 @@ def test_batch_in_parts_gives_the_gradient_of_the_whole():
     ):
         close(10 * mean, leaf)
         assert np.abs(leaf).max() > 1e-4
+
+
+@pytest.mark.parametrize("changes", [{}, {"adaln": "block"}])
+def test_chunks_of_logits_change_no_loss_and_no_gradient(monkeypatch, changes):
+    model = dataclasses.replace(MODEL, **changes)
+    params, batch = filled(model), noise(8)
+    module = Generator(model)
+
+    def measure(limit):
+        monkeypatch.setattr(generator, "CHUNK_ELEMENTS", limit)
+
+        def loss(params):
+            return generator.code_losses(module, params, *batch.values(), mean=True)
+
+        each = validation_loss(model, params, *batch.values())
+        return each, *jax.jit(jax.value_and_grad(loss))(params)
+
+    whole, chunked = measure(2**30), measure(2 * 8 * 512)  # two positions
+    for one, other in zip(*map(jax.tree.leaves, (whole, chunked)), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-6 * np.abs(other).max())
+
+
+def test_only_large_codebooks_are_computed_in_chunks(monkeypatch):
+    chunked = []
+
+    def record(x, kernel, targets, chunks):
+        chunked.append(chunks)
+        return losses.cross_entropy(x @ kernel, targets)
+
+    monkeypatch.setattr(losses, "chunked_cross_entropy", record)
+    for size, images, devices, tensor, chunks in (
+        (16_384, 256, 1, 1, []),
+        (16_384, 512, 2, 1, []),
+        (262_144, 256, 1, 1, [16]),
+        (262_144, 256, 8, 1, [2]),
+        (262_144, 256, 8, 2, [2]),
+    ):
+        model = dataclasses.replace(MODEL, codes=256, codebook_size=size)
+        params = nn.meta.unbox(param_shapes(model))
+        array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        mesh = sharding.abstract_mesh(MeshConfig(tensor=tensor), devices)
+        with sharding.use(mesh):
+            loss = functools.partial(validation_loss, model)
+            jax.eval_shape(loss, params, array((images, 256)), array((images,)))
+        assert chunked == chunks, (size, images, devices, tensor)
+        chunked.clear()
+
+
+def test_generator_of_262144_codes_trains_and_samples(monkeypatch):
+    monkeypatch.setattr(generator, "CHUNK_ELEMENTS", 2**20)  # one position at a time
+    model = dataclasses.replace(MODEL, width=8, codebook_size=2**18)
+    training = make_task(model=model, optimizer=dataclasses.replace(OPTIMIZER, rate=0.1))
+    batch = noise(4)
+    batch["codes"] = batch["codes"] + 2**18 - 512  # past 16 bits
+    state = nn.meta.unbox(jax.jit(training.init)(jax.random.key(0)))
+    step = jax.jit(training.step)
+    totals = []
+    for _ in range(4):
+        state, metrics = step(state, batch, None, None)
+        totals.append(float(metrics["total"]))
+    assert totals[0] == pytest.approx(np.log(2**18), rel=1e-5)  # the head starts at zero
+    assert totals[-1] < totals[0] - 0.5
+    keys = jax.random.split(jax.random.key(0), 2)
+    settings = SamplingConfig(top_k=4, top_p=0.9, guidance=2.0)
+    found = sampling.sample(model, state.params, jnp.arange(2), keys, settings)
+    assert found.shape == (2, 4) and np.isin(found, batch["codes"]).all()
 
 
 def test_step_takes_images_in_place_of_their_codes(directory):

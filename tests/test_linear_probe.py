@@ -2,6 +2,8 @@
 
 import dataclasses
 import pathlib
+import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,8 @@ import pytest
 
 from gigatok_jax import api, bundles
 from gigatok_jax import config as configs
+from gigatok_jax.data import codes
+from gigatok_jax.data.codes import CodesInfo
 from gigatok_jax.data.sources import DataConfig
 from gigatok_jax.errors import UserError
 from gigatok_jax.models.generator import GeneratorConfig
@@ -224,3 +228,20 @@ def test_generator_of_another_tokenizer_is_refused(networks, tmp_path):
     bundles.save(other, "tokenizer", TOKENIZER, weights, {})
     with pytest.raises(UserError, match=r"other: expected tokenizer=\w+, as in the generator, got"):
         probed(networks, tokenizer=str(other))
+
+
+@pytest.mark.parametrize("field, theirs", [("latents", 2), ("codebook_size", 48)])
+@pytest.mark.parametrize("source", ["embedded", "codes"])
+def test_codes_that_do_not_fit_the_generator_are_refused(
+    networks, tmp_path, field, theirs, source, monkeypatch
+):
+    config = dataclasses.replace(TOKENIZER, **{field: theirs})
+    other, data = tmp_path / "other", dataclasses.replace(DATA, source=source, path="codes")
+    bundles.save(other, "tokenizer", config, tiny.weights(config), {})
+    info = CodesInfo("0" * 16, config.latents, config.codebook_size, (), {}, (), 8)
+    monkeypatch.setattr(codes, "STORE", mock.Mock(find_info=lambda path: info))
+    name, ours = ("codes", 4) if field == "latents" else (field, 64)
+    where = "codes" if source == "codes" else str(other)
+    message = f"{where}: expected {name}={ours}, as in the generator's model.{name}, got {theirs}"
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        probed(networks, tokenizer=str(other), data=data)

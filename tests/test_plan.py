@@ -16,6 +16,7 @@ from gigatok_jax.models.generator import GeneratorConfig
 from gigatok_jax.models.layers import dot_product_attention
 from gigatok_jax.planning import chips, flops, hlo, ledger, plan, programs
 from gigatok_jax.sharding import MeshConfig
+from gigatok_jax.training import generator
 from gigatok_jax.training.generator import GeneratorRun
 from gigatok_jax.training.optimizer import OptimizerConfig
 
@@ -343,6 +344,22 @@ def test_batches_are_divided_into_parts_only_if_they_do_not_fit_whole():
     chip = dataclasses.replace(ESTIMATED.chip, memory=memory)
     found = plan.alternatives(run, dataclasses.replace(ESTIMATED, chip=chip))
     assert found and all(way.accumulate == 2 for way, _ in found)
+
+
+def test_estimate_counts_a_chunk_of_logits():
+    def temporaries(limit):
+        with mock.patch.object(generator, "CHUNK_ELEMENTS", limit):
+            plan._activations.cache_clear()
+            return plan.estimated_memory(run, ESTIMATED)[plan.TEMPORARIES["train"]]
+
+    model = dataclasses.replace(GENERATOR.model, codebook_size=2**14)
+    run = dataclasses.replace(GENERATOR, model=model, batch_size=64, dtype="bfloat16")
+    logits = 64 * 8 * 2**14
+    whole, half, quarter = (temporaries(logits // parts) for parts in (1, 2, 4))
+    assert whole > 2 * 2 * logits  # and their gradient, at two bytes each
+    assert half - quarter >= 2 * 2 * logits / 4
+    assert quarter < whole / 2
+    plan._activations.cache_clear()
 
 
 @pytest.mark.parametrize(

@@ -58,13 +58,14 @@ def generator() -> api.PretrainedGenerator:
 def saved(tmp_path_factory, tokenizer, generator) -> dict[str, Path]:
     """Bundles by what they hold; "other" is the tokenizer with other weights."""
     folder = tmp_path_factory.mktemp("bundles")
-    paths = {name: folder / name for name in ("tokenizer", "other", "short", "generator")}
+    paths = {name: folder / name for name in ("tokenizer", "other", "short", "large", "generator")}
     weights = tiny.weights(TOKENIZER)
     bundles.save(paths["tokenizer"], "tokenizer", TOKENIZER, weights, {})
     params = weights["params"] | {"codebook": weights["params"]["codebook"] + 1}
     bundles.save(paths["other"], "tokenizer", TOKENIZER, weights | {"params": params}, {})
-    short = dataclasses.replace(TOKENIZER, latents=2)
-    bundles.save(paths["short"], "tokenizer", short, tiny.weights(short), {})
+    for name, changes in {"short": {"latents": 2}, "large": {"codebook_size": 48}}.items():
+        changed = dataclasses.replace(TOKENIZER, **changes)
+        bundles.save(paths[name], "tokenizer", changed, tiny.weights(changed), {})
     made_by = {"tokenizer": bundles.fingerprint(weights["params"])}
     bundles.save(paths["generator"], "generator", MODEL, generator.variables, made_by)
     return paths
@@ -368,6 +369,10 @@ def test_flag_out_of_range_is_named(gigatok, saved, tmp_path, others, culprit):
     [
         ("tokenizer", "other", "expected tokenizer="),
         ("tokenizer", "short", "expected codes=4, as in the generator's model.codes, got 2"),
+        (
+            *("tokenizer", "large"),
+            "expected codebook_size=32, as in the generator's model.codebook_size, got 48",
+        ),
         ("tokenizer", "generator", "holds a generator, expected a tokenizer"),
         ("generator", "tokenizer", "holds a tokenizer, expected a generator"),
     ],

@@ -252,6 +252,17 @@ class Generator(nn.Module):
         x, _ = self._run(codes, classes)
         return self.logits(x, self.class_vectors(classes))
 
+    def factors(self, codes: jax.Array, classes: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The factors `[B, n + 1, W]` and `[W, K]` of the logits, of the compute type.
+
+        Of a large codebook, the logits of a whole batch may not fit in memory.
+        """
+        x, _ = self._run(codes, classes)
+        x = self._before_head(x, self.class_vectors(classes))
+        kernel = self.head.variables["params"]["kernel"]
+        x, kernel, _ = self.head.promote_dtype(x, kernel, None, dtype=self.dtype)
+        return x, kernel
+
     def features(self, codes: jax.Array, classes: jax.Array, layer: int) -> jax.Array:
         """Output of layer `layer` (from 1; 0: the embeddings), `[B, n + 1, W]` float32."""
         _, (features,) = self._run(codes, classes, taps=(layer,))
@@ -290,11 +301,14 @@ class Generator(nn.Module):
 
     def logits(self, x: jax.Array, classes: jax.Array) -> jax.Array:
         """Maps the last block's output `[B, n, W]` and `class_vectors` to logits `[B, n, K]`."""
+        return self.head(self._before_head(x, classes))
+
+    def _before_head(self, x, classes):
         x = self.norm_out(x)
         if self.config.adaln != "none":
             shift, scale = jnp.split(self.modulation_out(nn.silu(classes)), 2, axis=-1)
             x = x * (1 + scale) + shift
-        return self.head(x)
+        return x
 
 
 class Decoder:

@@ -155,13 +155,16 @@ def search(
     return _unchunk(indices, z), loss
 
 
+def chunk_count(rows: int, width: int, chunk_elements: int) -> int:
+    """The fewest equal chunks of `[rows, width]` within the bound, or one for each row."""
+    least = min(math.ceil(rows * width / chunk_elements), rows)
+    return next(n for n in range(least, rows + 1) if rows % n == 0)
+
+
 def _chunks(z: jax.Array, codes: int, chunk_elements: int) -> jax.Array:
     """Latents `[..., D]` as `[n, M, D]`, with M * codes within the bound or M = 1."""
     flat = z.reshape(-1, z.shape[-1])
-    rows = flat.shape[0]
-    # The fewest chunks of equal size.
-    least = min(math.ceil(rows * codes / chunk_elements), rows)
-    count = next(n for n in range(least, rows + 1) if rows % n == 0)
+    count = chunk_count(len(flat), codes, chunk_elements)
     # Chunks are strided, so that each has rows of every device's contiguous shard of the batch.
     return rearrange(flat, "(m n) d -> n m d", n=count)
 

@@ -6,6 +6,7 @@ import functools
 import os
 import re
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -192,9 +193,13 @@ def estimated_memory(run: RunConfig, topology: Topology, job: str = "train") -> 
 
 @functools.cache  # `alternatives` repeats it for each division of the state
 def _activations(run: RunConfig, job: str) -> int:
-    mesh = sharding.abstract_mesh(run.mesh, 1)
-    doubled = dataclasses.replace(run, batch_size=2 * run.batch_size)
-    return estimate.peak(*(programs.build(x, mesh, job).trace().jaxpr for x in (run, doubled)))
+    def jaxpr(devices: int) -> Any:
+        # A batch twice as large needs two devices: on one, it would be processed in more parts.
+        wider = dataclasses.replace(run, batch_size=devices * run.batch_size)
+        mesh = sharding.abstract_mesh(run.mesh, devices)
+        return programs.build(wider, mesh, job).trace().jaxpr
+
+    return estimate.peak(jaxpr(1), jaxpr(2))
 
 
 def alternatives(run: RunConfig, topology: Topology) -> list[tuple[RunConfig, int]]:

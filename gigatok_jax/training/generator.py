@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import functools
 import logging
 import math
 from typing import Annotated, Any, Literal
@@ -18,7 +19,7 @@ from gigatok_jax.data import codes as stored
 from gigatok_jax.data.sources import missing_classes
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path, read_json
-from gigatok_jax.models import families, layers
+from gigatok_jax.models import families, layers, quantizer
 from gigatok_jax.models.generator import Generator, GeneratorConfig
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training import losses
@@ -27,6 +28,10 @@ from gigatok_jax.training.task import BundleContent, RunConfig, Task, mean_gradi
 
 logger = logging.getLogger(__name__)
 
+# Most logits that a device holds at a time: 2 GiB in bfloat16. They are those of 256 images of 256
+# codes with a codebook of 16,384; only larger ones are computed in chunks. Smaller chunks would
+# spend their time on reading the head's kernel and adding up its gradient.
+CHUNK_ELEMENTS = 2**30
 COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples per class
 
 
@@ -284,13 +289,8 @@ class GeneratorTask(Task):
             hidden = jax.random.bernoulli(class_key, run.class_dropout, labels.shape)
             classes = jnp.where(hidden, model.null_class, labels)
             module = Generator(model, train=True, remat=run.remat, dtype=self.dtype)
-            logits = module.apply(
-                {"params": state.params | trained},
-                codes[:, :-1],
-                classes,
-                rngs={"dropout": dropout_key},
-            )
-            value = losses.cross_entropy(logits, codes).mean()
+            params, rngs = state.params | trained, {"dropout": dropout_key}
+            value = code_losses(module, params, codes, classes, rngs, mean=True)
             return value, ({"total": value}, carry, None)
 
         key = jax.random.fold_in(jax.random.wrap_key_data(state.key), state.step)
@@ -381,8 +381,43 @@ def validation_loss(
       labels: int32 `[B]`.
       dtype: type of the computation.
     """
-    logits = Generator(model, dtype=dtype).apply({"params": params}, codes[:, :-1], labels)
-    return losses.cross_entropy(logits, codes).mean(-1)
+    return code_losses(Generator(model, dtype=dtype), params, codes, labels).mean(-1)
+
+
+def code_losses(
+    module: Generator,
+    params: Any,
+    codes: jax.Array,
+    classes: jax.Array,
+    rngs: Mapping[str, jax.Array] | None = None,
+    *,
+    mean: bool = False,
+) -> jax.Array:
+    """Cross entropy of each code, given the preceding ones and the class, float32 `[B, N]`.
+
+    Args:
+      module: the generator.
+      params: its parameters.
+      codes: int32 `[B, N]`.
+      classes: int32 `[B]`.
+      rngs: random keys of the module.
+      mean: return the mean, a scalar, whose gradient too needs no more than a chunk of logits.
+    """
+    apply = functools.partial(module.apply, {"params": params}, codes[:, :-1], classes, rngs=rngs)
+    mesh = sharding.mesh_in_use()
+    shards, tensor = (sharding.batch_shards(mesh), mesh.shape["tensor"]) if mesh else (1, 1)
+    images, length = codes.shape
+    if images % shards:  # as may be in an evaluation
+        shards = 1
+    logits = images * module.config.codebook_size // (shards * tensor)  # of a device and position
+    chunks = quantizer.chunk_count(length, logits, CHUNK_ELEMENTS)
+    if chunks == 1:
+        values = losses.cross_entropy(apply(), codes)
+        return values.mean() if mean else values
+    x, kernel = apply(method="factors")
+    if mean:
+        return losses.mean_cross_entropy(x, kernel, codes, chunks, shards)
+    return losses.chunked_cross_entropy(x, kernel, codes, chunks)
 
 
 def params_for_use(state: GeneratorState) -> Any:

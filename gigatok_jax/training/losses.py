@@ -5,7 +5,9 @@ value. The L2 loss is inline in `training.tokenizer`.
 """
 
 from collections.abc import Sequence
+import functools
 
+from einops import rearrange
 import jax
 import jax.numpy as jnp
 
@@ -92,3 +94,75 @@ def _cross_entropy_gradient(residuals, gradient):
 
 
 cross_entropy.defvjp(_cross_entropy, _cross_entropy_gradient)
+
+
+def chunked_cross_entropy(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, chunks: int
+) -> jax.Array:
+    """`cross_entropy` of the logits `x @ kernel`, float32 `[B, N]`, with a part of them at a time.
+
+    Args:
+      x: `[B, N, W]`.
+      kernel: `[W, K]` of the same type.
+      targets: int32 `[B, N]`.
+      chunks: number of parts, a divisor of N; each has positions of the whole batch, which keeps
+        its sharding.
+    """
+
+    def step(_, chunk):
+        x, targets = chunk
+        return None, cross_entropy(x @ kernel, targets)
+
+    _, values = jax.lax.scan(step, None, _split((x, targets), chunks))
+    return _join(values)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def mean_cross_entropy(
+    x: jax.Array, kernel: jax.Array, targets: jax.Array, chunks: int, shards: int = 1
+) -> jax.Array:
+    """Mean of `chunked_cross_entropy`, a scalar that can be differentiated without more memory.
+
+    All codes have the same weight in a mean, so a chunk's gradients are computed along with its
+    loss, and its logits only once.
+
+    Args:
+      x, kernel, targets, chunks: as there.
+      shards: of the batch, a divisor of B. Each adds up a gradient of the kernel of its own: a
+        common one would be summed over devices in every chunk.
+    """
+    return chunked_cross_entropy(x, kernel, targets, chunks).mean()
+
+
+def _mean_cross_entropy(x, kernel, targets, chunks, shards):
+    def step(total, chunk):
+        x, targets = chunk
+        values, residuals = _cross_entropy(x @ kernel, targets)
+        by_logits, _ = _cross_entropy_gradient(residuals, jnp.ones_like(values))
+        by_x = jnp.einsum("bnk,wk->bnw", by_logits, kernel)
+        parts = (rearrange(y, "(s b) n c -> s (b n) c", s=shards) for y in (x, by_logits))
+        # A sum in bfloat16 would be rounded after each chunk.
+        total += jnp.einsum("smw,smk->swk", *parts, preferred_element_type=jnp.float32)
+        return sharding.constrain(total, *axes), (values, by_x)
+
+    axes = "batch" if shards > 1 else None, None, "vocab"
+    start = sharding.constrain(jnp.zeros((shards, *kernel.shape), jnp.float32), *axes)
+    total, (values, by_x) = jax.lax.scan(step, start, _split((x, targets), chunks))
+    return values.mean(), (_join(by_x), total.sum(0))
+
+
+def _mean_cross_entropy_gradient(chunks, shards, residuals, gradient):
+    by_x, by_kernel = residuals
+    scale = gradient / (by_x.shape[0] * by_x.shape[1])
+    return (scale * by_x).astype(by_x.dtype), (scale * by_kernel).astype(by_x.dtype), None
+
+
+mean_cross_entropy.defvjp(_mean_cross_entropy, _mean_cross_entropy_gradient)
+
+
+def _split(arrays, chunks):
+    return jax.tree.map(lambda x: rearrange(x, "b (c n) ... -> c b n ...", c=chunks), arrays)
+
+
+def _join(x):
+    return rearrange(x, "c b n ... -> b (c n) ...")
