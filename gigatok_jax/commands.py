@@ -629,6 +629,50 @@ def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]
 
 
 @verb(
+    "measure a model again, and compare with the numbers published of it",
+    flag("string", "expected", "", "metrics.json of `evaluate`; default: see below"),
+    flag("string", "tokenizer", "", ITS_TOKENIZER),
+    flag("string", "reference", "", ".npz or folder of real images, or .npz of their statistics"),
+    flag("string", "features", "inception", "network whose features are compared"),
+    flag("string", "out", "", "folder that keeps the results; default: none is kept"),
+    batch_size(32),
+    *PROCESSES,
+    configs={"config": "probe"},
+    positional="names",
+)
+def verify(names: list[str], config, out: str, expected: str, features: str, **options) -> None:
+    """gigatok verify NAME --config.data.path=PATH [--reference=FILE.npz]
+
+    Measures a tokenizer or a generator by the protocol of its numbers, prints what was expected and
+    found, and exits with 1 if a number is outside of its tolerance. The numbers are those of a
+    metrics.json that `gigatok evaluate` wrote: --expected, or the file of this name beside the
+    model. For published weights they are the authors' rFID or gFID, on ImageNet's 50,000 validation
+    images or of 50,000 samples; these take hours, and with --out the same command resumes.
+    """
+
+    from gigatok_jax import distributed
+    from gigatok_jax.evaluation import features as extractors
+    from gigatok_jax.evaluation import verification
+
+    if len(names) != 1:
+        raise UserError(f"expected the NAME of one model, got {names or 'none'}")
+    known = verification.expectations(names[0], expected)
+    folder = as_path(out) if out else None
+    if folder:
+        _check_data("out", folder, _data(config))
+    with distributed.locked(folder) if folder else contextlib.nullcontext():
+        extractor = extractors.load(features)
+        options["out"] = folder
+        rows, differences = verification.verify(
+            names[0], known, _data(config), extractor, **options
+        )
+    print(f"{'metric':<18}{'expected':>12}{'found':>12}{'tolerance':>12}")
+    for row in rows:
+        print(f"{row.name:<18}" + "".join(f"{value:>12.4f}" for value in row[1:]))
+    verification.check(rows, differences)
+
+
+@verb(
     "AR probing: evaluate a tokenizer by training a small generator on its codes",
     required("tokenizer", TOKENIZER),
     required("workdir", "folder for the results"),

@@ -221,3 +221,21 @@ def test_random_crop_depends_on_the_generator_alone():
     first, again, other = (random_crop(photo, 64, np.random.default_rng(s)) for s in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+@pytest.mark.parametrize("resize", ["bicubic", "linear"])
+def test_evaluation_crops_of_other_programs(resize):
+    image = np.random.default_rng(0).integers(0, 256, (67, 101, 3), np.uint8)
+    if resize == "bicubic":  # as TorchVision: the long side is rounded down
+        whole = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
+    else:
+        cv2 = pytest.importorskip("cv2")
+        whole = cv2.resize(image, (48, 32), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(center_crop(image, 32, resize), whole[:, 8:40])
+
+
+def test_thin_images_are_cropped_without_resizing_them_whole():
+    image = np.broadcast_to(np.arange(40_000, dtype=np.uint8)[None, :, None], (2, 40_000, 3))
+    pytest.importorskip("cv2")
+    for resize in ("adm", "bicubic", "linear"):
+        assert center_crop(image, 32, resize).shape == (32, 32, 3)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 from typing import Literal
 import warnings
@@ -13,6 +14,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path
 
 Resize = Literal["bicubic", "linear"]
+CenterResize = Literal["adm", "bicubic", "linear"]
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
@@ -155,19 +157,39 @@ def _part_of_resize(
     return image
 
 
-def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+def center_crop(
+    image: Image.Image | np.ndarray, size: int, resize: CenterResize = "adm"
+) -> np.ndarray:
     """The evaluation crop: resizes the short side to `size` and takes the center.
 
     Args:
       image: RGB, or uint8 [H, W, 3].
       size: side S in pixels.
+      resize: "adm", as in ADM, GigaTok and LlamaGen: halved by boxes, then bicubic; "bicubic", as
+        in TiTok: at once, with antialiasing; "linear", as in Open-MAGVIT2 and IBQ: OpenCV, without
+        antialiasing.
 
     Returns:
       uint8 [S, S, 3].
     """
-    image, (width, height) = _halve(_pillow(image), size)
+    image = _pillow(image)
+    if resize == "adm":
+        image, (width, height) = _halve(image, size)
+    else:
+        scale = size / min(image.size)
+        # TorchVision rounds the long side down, albumentations half to even.
+        to_integer = math.floor if resize == "bicubic" else round
+        width, height = (max(size, to_integer(side * scale)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
-    if max(width, height) > ELONGATED * size:  # as a whole, a line of pixels would take gigabytes
+    elongated = max(width, height) > ELONGATED * size  # as a whole, a line would take gigabytes
+    if resize == "linear":
+        if elongated:
+            columns = [x * image.width / width for x in (left, left + size)]
+            rows = [y * image.height / height for y in (top, top + size)]
+            return _linear(np.asarray(image), size, columns, rows)
+        whole = opencv().resize(np.asarray(image), (width, height))
+        return whole[top : top + size, left : left + size]
+    if elongated:
         return _part_of_resize(np.asarray(image), (width, height), left, top, size)
     image = image.resize((width, height), BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))

@@ -69,6 +69,10 @@ class DataConfig:
     # of up to twice the crop's size show harsher detail.
     resize: crops.Resize = "bicubic"
 
+    # How images for evaluation are resized, before the center crop: see `crops.center_crop`. It is
+    # part of a protocol: published numbers of a tokenizer hold for the resizing of its authors.
+    eval_resize: crops.CenterResize = "adm"
+
     # A run fails if a larger share of its images cannot be read.
     max_bad_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.05
 
@@ -95,7 +99,10 @@ class DataConfig:
 
     def content(self) -> dict[str, Any]:
         """The fields that determine the examples, without those of how to read them."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
+        if self.eval_resize == "adm":  # older records do not have the field
+            del fields["eval_resize"]
+        return fields
 
     def described(self, *, train: bool = False) -> str:
         """The name of one of the two sets of images, wherever its files lie."""

@@ -328,7 +328,7 @@ def evaluate_loss(
         means = held_out_means(measure, progress, batches.examples)
     bad = distributed.sums({"bad": batches.bad_count})["bad"]
     images = batches.examples - int(bad)
-    how = {"images": images, "crop": protocol.CENTER_CROP}
+    how = {"images": images, "crop": data.eval_resize}
     return {
         "images": images,
         **means,

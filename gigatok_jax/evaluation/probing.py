@@ -332,7 +332,7 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
         return {}
     size = probe.tokenizer.config.image_size
     source = open_source(probe.config.data, train=False, image_size=size)
-    images, label = [], None
+    images, label, resize = [], None, probe.config.data.eval_resize
     for index in range(len(source)):
         try:
             example = source[index]
@@ -340,7 +340,7 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
             continue
         label = example["label"] if label is None else label
         if example["label"] == label:
-            images.append(center_crop(example["image"], size))
+            images.append(center_crop(example["image"], size, resize))
         if len(images) == MAPPED:
             break
     picture = feature_maps(probe.tokenizer, np.stack(images))

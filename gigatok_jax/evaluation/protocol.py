@@ -5,14 +5,12 @@ in all but `INCIDENTAL` fields.
 """
 
 from collections.abc import Mapping
-import hashlib
 import importlib.metadata
 import platform
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 import jax
-import numpy as np
 
 from gigatok_jax.evaluation.features import Extractor
 
@@ -20,9 +18,6 @@ LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
 # They identify what was measured, or should not change a number.
 INCIDENTAL = ("versions", "device", "seed", "sampling.guidance")
-
-# How the images of a data set become squares, see `crops.center_crop`.
-CENTER_CROP = "center, as in ADM: halved by boxes, then bicubic"
 
 
 def stamp(measure: str, **how: Any) -> dict[str, Any]:
@@ -65,26 +60,3 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
         for name in names
         if found.get(name, missing) != expected.get(name, missing)
     ]
-
-
-class PixelDigest:
-    """A digest of a set of images, in any order, split over any number of processes.
-
-    Attributes:
-      total: sum of the images' own digests, which wraps around; sums of several sets add up.
-    """
-
-    def __init__(self):
-        self.total = np.uint64(0)
-
-    def add(self, images: np.ndarray) -> None:
-        """Adds uint8 images `[n, H, W, 3]`."""
-        for image in images:
-            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
-            with np.errstate(over="ignore"):
-                self.total += np.frombuffer(digest, np.uint64)[0]
-
-
-def hexadecimal(total: np.uint64) -> str:
-    """Sixteen hex digits of a `PixelDigest`'s total."""
-    return f"{int(total):016x}"

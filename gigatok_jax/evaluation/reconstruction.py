@@ -89,9 +89,7 @@ def evaluate(
     fake.gather()
     origin = data.path or data.source
     distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
-    how = {"features": protocol.features(extractor), "crop": protocol.CENTER_CROP} | result.pop(
-        "how"
-    )
+    how = {"features": protocol.features(extractor), "crop": data.eval_resize} | result.pop("how")
     return result | {
         f"r{extractor.distance}": distance,
         "protocol": protocol.stamp("reconstruction", data=data.described(), **how),
@@ -140,7 +138,7 @@ def reconstruct(
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
         write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
     skipped = len(paths) - means.pop("images")
-    how = {"crop": protocol.CENTER_CROP} | means.pop("how")
+    how = {"crop": "adm"} | means.pop("how")
     stamp = protocol.stamp("reconstruction", data=source.name, **how)
     result = {"images": len(rows), "skipped": skipped, **means, "protocol": stamp, "each": rows}
     write_json(out / "metrics.json", result)
@@ -219,7 +217,7 @@ def _reconstruct(
     own = index[index % batch_size < batch_size // distributed.place()[1]]
     wanted = own[np.linspace(0, len(own) - 1, min(SHOWN, len(own))).astype(int)]
     code_counts = np.zeros(tokenizer.config.codebook_size, np.int64)
-    images, sums, shown, digest = 0, {}, [], protocol.PixelDigest()
+    images, sums, shown, digest = 0, {}, [], pictures.PixelDigest()
     for batch in tqdm(batches, total=math.ceil(examples / batch_size), unit="batch", disable=None):
         valid = batch["valid"]
         codes = tokenizer.encode(batch["image"])
@@ -244,7 +242,7 @@ def _reconstruct(
     how = {
         "images": int(images),
         "image_size": tokenizer.config.image_size,
-        "pixels": protocol.hexadecimal(pixels),
+        "pixels": pictures.PixelDigest(pixels).text(),
         "ssim_range": ssim_range,
         "lpips": lpips,
     }
