@@ -110,7 +110,7 @@ class DataConfig:
             case "tfds":
                 return f"{self.name} {self.split if train else self.eval_split}"
             case "embedded":
-                name = f"drawings {VERSION}"
+                name = f"drawings (version {VERSION})"
             case _:
                 name = as_path(self.path).name
         return f"{name} {'training' if train else 'evaluation'}"

@@ -91,6 +91,7 @@ class ProbeConfig:
             name.removeprefix("config."): value
             for name, value in self.identity().items()
             if name.startswith(("config.generator.", "config.linear_probe.", "config.crop_factors"))
+            and not name.startswith(("config.generator.sampling.", "config.generator.tokenizer"))
             and name not in dependent
         }
 

@@ -186,7 +186,7 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
             tokenizer |= {name: model[name] for name in ("image_size", "codebook_size")}
         results |= _sizes(tokenizer, results["loss"])
     results["comparable"] = protocol.comparable(results.get("protocol", {}))
-    settings["Protocol"] = results.pop("protocol", {})
+    settings["Protocol"] = results.setdefault("protocol", {})
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
