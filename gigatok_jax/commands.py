@@ -345,12 +345,27 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
 
 
 @verb(
-    "sample images by class from a generator",
+    "sample images by class from a generator, or complete images",
     required("generator", MODEL),
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the images"),
     flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,otter, or all"),
-    flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
+    flag(
+        "integer",
+        "count",
+        0,
+        "number of images; 0: 8 per class; with --from, completions per image; 0: 4",
+        lower_bound=0,
+    ),
+    flag("string", "from", "", "image file or folder of images to complete"),
+    flag(
+        "float",
+        "keep",
+        0.5,
+        "with --from: fraction of an image's codes to keep",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    ),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
     flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
@@ -366,6 +381,7 @@ def sample(
     random_classes: bool,
     seed: int,
     batch_size: int,
+    keep: float,
     **sampling: Any,
 ) -> None:
     """gigatok sample --generator=NAME [--tokenizer=NAME] --classes=0,1,207 --out=DIR
@@ -374,15 +390,45 @@ def sample(
     and guidance. Writes grid.png (one class per row), images/ (one PNG per image) and
     samples.npz in the layout of ADM's evaluator: `arr_0`, uint8 [n, H, W, 3], and `arr_1`, the
     classes. After a kill, the same command resumes. Image n does not depend on the others.
+
+    With --from=IMAGES, completes images instead: keeps the first of their codes (--keep=0.5) and
+    draws the others, four times. The first codes of a 2D tokenizer are the top of the image; those
+    of a 1D tokenizer belong to all of it. --classes names the images' class; without it, the
+    generator is not told a class, and there is no guidance.
     """
     import numpy as np
 
-    from gigatok_jax import api, distributed
-    from gigatok_jax.evaluation import generation
+    from gigatok_jax import api, distributed, locks
+    from gigatok_jax.evaluation import completion, generation
 
+    source = sampling.pop("from")
     settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator, where="--generator")
+    if source:
+        _check_apart("out", as_path(out), source, ("images", "grid.png"))
+        label = loaded.config.null_class
+        if classes != ["all"]:
+            settings = _as_published(settings, guided, loaded)
+            label, *more = _class_numbers(classes, loaded.trained, loaded.class_names)
+            if more:
+                raise UserError(f"--classes: expected one class with --from, got {classes}")
+        elif settings.guidance > 1:
+            raise UserError("--guidance: expected 1 with --from and without --classes")
+        matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
+        options = {"label": label, "share": keep, "count": count or 4}
+        with locks.hold(folder):
+            completion.complete(
+                loaded,
+                matching,
+                as_path(source),
+                settings,
+                folder,
+                seed=seed,
+                batch_size=batch_size,
+                **options,
+            )
+        return
     settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)

@@ -124,8 +124,8 @@ def reconstruct(
     """
     paths, rows = image_paths(source), []
     root = source if source.is_dir() else source.parent
-    names = _output_names([str(path.relative_to(root)) for path in paths])
-    with replacing(out / "images", _check_replaceable) as aside:
+    names = output_names([str(path.relative_to(root)) for path in paths])
+    with replacing(out / "images", check_replaceable) as aside:
 
         def visit(keys, inputs, outputs, values):
             for i, key in enumerate(keys.tolist()):
@@ -133,7 +133,7 @@ def reconstruct(
                 described = {"image": printable(key), "output": printable(names[key])}
                 rows.append(described | {name: float(x[i]) for name, x in values.items()})
 
-        batches = _read(source, paths, tokenizer.config.image_size, batch_size)
+        batches = read_crops(source, paths, tokenizer.config.image_size, batch_size)
         means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
         write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
@@ -147,7 +147,7 @@ def reconstruct(
     return result
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises UserError if a folder has pictures that are not an earlier call's."""
     own = []
     with contextlib.suppress(OSError, UserError, KeyError, TypeError):
@@ -155,7 +155,7 @@ def _check_replaceable(folder: Path) -> None:
     refuse_foreign(folder, own, "the pictures of an earlier call of reconstruct")
 
 
-def _output_names(keys: Sequence[str]) -> dict[str, str]:
+def output_names(keys: Sequence[str]) -> dict[str, str]:
     """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
     names = {key: key for key in keys if key.endswith(".png")}
     # A folder may have the name that a picture beside it would get: a.jpg.png/ beside a.jpg.
@@ -174,7 +174,7 @@ def _output_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
+def read_crops(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
     """Yields image files as batches like those of `pipeline.eval_images`."""
     root, found, turned = source if source.is_dir() else source.parent, False, False
     for start in range(0, len(paths), batch_size):
