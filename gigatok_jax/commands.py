@@ -662,16 +662,14 @@ def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Model
 
 
 def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]:
-    import jax
-
-    from gigatok_jax.evaluation import cost
+    from gigatok_jax.evaluation import cost, protocol
 
     size = {"batch_size": args.batch_size, "guidance": args.sampling.guidance}
     table = cost.shares(args.decoders, args.generators, **size)
     print("decoder / generator" + "".join(f"{name:>10}" for name in args.generators))
     for decoder, row in table.items():
         print(f"{decoder:<19}" + "".join(f"{share:>10.1%}" for share in row.values()))
-    return {**size, "device": jax.devices()[0].device_kind, "shares": table}, {}
+    return {"shares": table, "protocol": protocol.stamp("cost", **size)}, {}
 
 
 @verb(
@@ -680,7 +678,7 @@ def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     flag("string", "reference", "", ".npz or folder of real images, or .npz of their statistics"),
     flag("string", "features", "inception", "network whose features are compared"),
-    flag("string", "out", "", "folder that keeps the results; default: none is kept"),
+    flag("string", "out", "", "folder for the results; default: runs/verify/NAME"),
     batch_size(32),
     *PROCESSES,
     configs={"config": "probe"},
@@ -693,29 +691,30 @@ def verify(names: list[str], config, out: str, expected: str, features: str, **o
     found, and exits with 1 if a number is outside of its tolerance. The numbers are those of a
     metrics.json that `gigatok evaluate` wrote: --expected, or the file of this name beside the
     model. For published weights they are the authors' rFID or gFID, on ImageNet's 50,000 validation
-    images or of 50,000 samples; these take hours, and with --out the same command resumes.
+    images or of 50,000 samples, which takes hours. Writes metrics.json and pictures to --out. After
+    a kill, the same command resumes.
     """
-
-    from gigatok_jax import distributed
+    from gigatok_jax import distributed, files
     from gigatok_jax.evaluation import features as extractors
     from gigatok_jax.evaluation import verification
 
     if len(names) != 1:
         raise UserError(f"expected the NAME of one model, got {names or 'none'}")
-    known = verification.expectations(names[0], expected)
-    folder = as_path(out) if out else None
-    if folder:
-        _check_data("out", folder, _data(config))
-    with distributed.locked(folder) if folder else contextlib.nullcontext():
+    name, data = names[0], _data(config)
+    wanted = verification.expectations(name, expected)
+    folder = as_path(out or f"runs/verify/{name.rstrip('/').rpartition('/')[2]}")
+    _check_data("out", folder, data)
+    with distributed.locked(folder):
+        distributed.claim(folder / MEASURED, {"measure": "verification", "name": name}, "results")
         extractor = extractors.load(features)
-        options["out"] = folder
-        rows, differences = verification.verify(
-            names[0], known, _data(config), extractor, **options
-        )
+        found, rows = verification.verify(name, wanted, data, extractor, out=folder, **options)
+        if distributed.is_main():
+            files.write_json(folder / "metrics.json", found)
     print(f"{'metric':<18}{'expected':>12}{'found':>12}{'tolerance':>12}")
     for row in rows:
         print(f"{row.name:<18}" + "".join(f"{value:>12.4f}" for value in row[1:]))
-    verification.check(rows, differences)
+    verification.check(wanted, found, rows)
+    print(folder)
 
 
 @verb(

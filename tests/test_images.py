@@ -212,7 +212,7 @@ def test_a_linear_resize_shows_the_same_crop(size):
 def test_linear_resize_without_opencv_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     opencv.cache_clear()
-    with pytest.raises(UserError, match=r"data\.resize=linear needs OpenCV: pip install"):
+    with pytest.raises(UserError, match=r"eval_resize=linear need OpenCV: pip install"):
         random_crop(_photo(64, 64), 64, np.random.default_rng(0), "linear")
 
 
@@ -223,15 +223,18 @@ def test_random_crop_depends_on_the_generator_alone():
     assert not np.array_equal(first, other)
 
 
-@pytest.mark.parametrize("resize", ["bicubic", "linear"])
-def test_evaluation_crops_of_other_programs(resize):
-    image = np.random.default_rng(0).integers(0, 256, (67, 101, 3), np.uint8)
-    if resize == "bicubic":  # as TorchVision: the long side is rounded down
-        whole = np.asarray(Image.fromarray(image).resize((48, 32), Image.Resampling.BICUBIC))
-    else:
-        cv2 = pytest.importorskip("cv2")
-        whole = cv2.resize(image, (48, 32), interpolation=cv2.INTER_LINEAR)
-    np.testing.assert_array_equal(center_crop(image, 32, resize), whole[:, 8:40])
+def test_bicubic_crops_equal_torchvision():
+    image = np.random.default_rng(0).integers(0, 256, (334, 500, 3), np.uint8)
+    # Resize rounds the long side down, CenterCrop its half-way margin of 63.5 to an even number.
+    whole = np.asarray(Image.fromarray(image).resize((383, 256), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(center_crop(image, 256, "bicubic"), whole[:, 64:320])
+
+
+def test_linear_crops_equal_albumentations():
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).integers(0, 256, (334, 500, 3), np.uint8)
+    whole = cv2.resize(image, (383, 256), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(center_crop(image, 256, "linear"), whole[:, 63:319])
 
 
 def test_thin_images_are_cropped_without_resizing_them_whole():

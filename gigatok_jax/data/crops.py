@@ -176,11 +176,13 @@ def center_crop(
     if resize == "adm":
         image, (width, height) = _halve(image, size)
     else:
-        scale = size / min(image.size)
+        short = min(image.size)
         # TorchVision rounds the long side down, albumentations half to even.
-        to_integer = math.floor if resize == "bicubic" else round
-        width, height = (max(size, to_integer(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
+        long = size * max(image.size) // short
+        long = long if resize == "bicubic" else round(max(image.size) * (size / short))
+        width, height = (size if side == short else long for side in image.size)
+    middle = round if resize == "bicubic" else math.floor  # TorchVision's, and that of the others
+    left, top = middle((width - size) / 2), middle((height - size) / 2)
     elongated = max(width, height) > ELONGATED * size  # as a whole, a line would take gigabytes
     if resize == "linear":
         if elongated:
@@ -220,7 +222,10 @@ def opencv():
     try:
         import cv2
     except ImportError as error:
-        raise UserError("data.resize=linear needs OpenCV: pip install -e '.[opencv]'") from error
+        raise UserError(
+            "config.data: resize=linear and eval_resize=linear need OpenCV: "
+            "pip install -e '.[opencv]'"
+        ) from error
     cv2.setNumThreads(1)  # many readers run in parallel already
     return cv2
 

@@ -127,6 +127,8 @@ def eval_batches(
     if shuffled:
         source = Shuffled(source)
     positions = grain.MapDataset.range(math.ceil(len(source) / batch_size) * batch_size)
+    if config.eval_resize == "linear" and not source.codes:
+        opencv()  # if it is not installed, fail now rather than in a worker
     read = functools.partial(
         _read_for_evaluation, source, image_size, crop_factors, config.eval_resize
     )

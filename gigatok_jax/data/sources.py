@@ -23,7 +23,7 @@ from gigatok_jax.data.folders import open_folder
 from gigatok_jax.data.records import RecordsSource
 from gigatok_jax.data.tars import open_tars
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import as_path, scan, stamp
+from gigatok_jax.files import as_path, real_path, scan, stamp
 
 MOST_LABELS = 100_000  # examples to look at for `missing_classes`
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
@@ -104,16 +104,12 @@ class DataConfig:
             del fields["eval_resize"]
         return fields
 
-    def described(self, *, train: bool = False) -> str:
-        """The name of one of the two sets of images, wherever its files lie."""
-        match self.source:
-            case "tfds":
-                return f"{self.name} {self.split if train else self.eval_split}"
-            case "embedded":
-                name = f"drawings (version {VERSION})"
-            case _:
-                name = as_path(self.path).name
-        return f"{name} {'training' if train else 'evaluation'}"
+    @property
+    def described(self) -> str:
+        """The name of the data set, for readers."""
+        if self.source == "embedded":
+            return f"drawings, version {VERSION}"
+        return self.name if self.source == "tfds" else real_path(as_path(self.path)).name
 
 
 class Source(Protocol):

@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 NEIGHBORS = 3  # k of precision and recall
 ROWS = 1_000  # rows of a distance matrix in memory at once
 MEMBERS = 10_000  # real images that precision and recall use, as in ADM
-CACHE_VERSION = 2  # bump to invalidate cached references
+CACHE_VERSION = 1  # bump to invalidate cached references
 SUFFIXES = {"pool": "", "spatial": "_s"}  # of mu and sigma in ADM's files
 ROUNDING = 1e-4  # error of float32 statistics, relative to the largest entry of the covariance
 
@@ -232,13 +232,14 @@ class Reference:
     gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial"
     members: np.ndarray | None  # pool features [n, D]; None if only statistics are known
     name: str  # identifies the content
-    data: Mapping[str, str] | None = None  # if it is a data set: its name, crop and pixels
+    data: Mapping[str, str] | None = None  # if it is a data set: name, split, crop and pixels
 
     @property
     def described(self) -> dict[str, Any]:
-        """For `protocol.stamp`; the same wherever the files lie."""
+        """For `protocol.stamp`; the same wherever the files lie, but for the name."""
         images = None if self.members is None else len(self.members)
-        return {"members": images} | dict(self.data or {"name": self.name})
+        name, _, digest = self.name.rpartition(" ")
+        return {"members": images} | dict(self.data or {"name": name, "digest": digest})
 
 
 def load_reference(*what: Any, **options: Any) -> Reference | None:
@@ -342,16 +343,23 @@ def _data_reference(
     batches = pipeline.eval_images(data, image_size, batch_size, train=train)
     check_count(batches.examples, "length" if train else "eval_length")
     identity = [CACHE_VERSION, batches.version(), image_size, extractor.fingerprint]
-    identity.append(data.eval_resize)
+    if data.eval_resize != "adm":  # caches older than this field have none
+        identity.append(data.eval_resize)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
-    described = {"name": data.described(train=train), "crop": data.eval_resize}
+    described = {
+        "name": data.described,
+        "split": "training" if train else "evaluation",
+        "crop": data.eval_resize,
+    }
     if path.exists():
         path = local_copy(path)
         with _readable(path), np.load(path) as file:
-            members, described["pixels"] = file["members"], str(file["pixels"])
-        return Reference(_read_statistics(path), members, name, described)
+            members, pixels = file["members"], file.get("pixels")
+        if pixels is not None:  # caches of older programs have none
+            described["pixels"] = str(pixels)
+            return Reference(_read_statistics(path), members, name, described)
     # Chosen at random, because data sets are often sorted by class.
     chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
     found, members = FeatureSet(extractor, predictions=False), []

@@ -75,7 +75,8 @@ class ProbeConfig:
 
     def identity(self) -> dict[str, Any]:
         """Fields that affect results, by dotted name; the others may change on a restart."""
-        fields = dataclasses.asdict(self) | {"data": self.data.content()}
+        data = self.data.content() | {"eval_resize": self.data.eval_resize}
+        fields = dataclasses.asdict(self) | {"data": data}
         if self.reference:  # its content, wherever it lies
             fields["reference"] = fid.describe(as_path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
@@ -84,14 +85,19 @@ class ProbeConfig:
                 run.pop(name, None)
         return flatten_dict({"config": fields}, sep=".")
 
-    def protocol(self) -> dict[str, Any]:
-        """How the networks are trained, without what the tokenizer or the machine decides."""
+    def protocol(self, images: int) -> dict[str, Any]:
+        """How the networks are trained, without what the tokenizer or the machine decides.
+
+        Args:
+          images: number of training images.
+        """
         dependent = {f"config.generator.model.{name}" for name in OF_TOKENIZER}
-        return {
+        return {"training_images": images} | {
             name.removeprefix("config."): value
             for name, value in self.identity().items()
             if name.startswith(("config.generator.", "config.linear_probe.", "config.crop_factors"))
-            and not name.startswith(("config.generator.sampling.", "config.generator.tokenizer"))
+            and not name.startswith("config.generator.sampling.")  # of pictures
+            and not name.endswith((".tokenizer", ".evaluation_images", ".dtype"))
             and name not in dependent
         }
 
@@ -189,7 +195,10 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         tokenizer=tokenizer,
         extractor=extractor,
         reference=reference,
-        results={"parameters": tokenizer.parameters, "protocol": {"probe": config.protocol()}},
+        results={
+            "parameters": tokenizer.parameters,
+            "protocol": {"probe": config.protocol(len(sources["training"]))},
+        },
     )
     for name, step in STEPS.items():
         finished = workdir / "steps" / f"{name}.json"

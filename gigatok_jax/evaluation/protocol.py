@@ -16,8 +16,8 @@ from gigatok_jax.evaluation.features import Extractor
 
 LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
-# They identify what was measured, or should not change a number.
-INCIDENTAL = ("versions", "device", "seed", "sampling.guidance")
+# They do not change a number, or belong to the model. Where images lie is one: a digest says more.
+INCIDENTAL = ("versions", "device", "seed", "sampling.guidance", "data", "reference.name", "lpips")
 
 
 def stamp(measure: str, **how: Any) -> dict[str, Any]:
@@ -47,7 +47,7 @@ def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat.items()
-        if not any(f".{name}.".find(f".{field}.") >= 0 for field in INCIDENTAL)
+        if not any(f".{field}." in f".{name}." for field in INCIDENTAL)
     }
 
 

@@ -79,7 +79,7 @@ def evaluate(
         fake.add(extractor(outputs)["pool"])
 
     with batches:
-        result, code_counts = _reconstruct(
+        result, measured, code_counts = _reconstruct(
             tokenizer, batches, batches.examples, batch_size, ssim_range, visit, out
         )
     if distributed.is_main():
@@ -89,11 +89,14 @@ def evaluate(
     fake.gather()
     origin = data.path or data.source
     distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
-    how = {"features": protocol.features(extractor), "crop": data.eval_resize} | result.pop("how")
-    return result | {
-        f"r{extractor.distance}": distance,
-        "protocol": protocol.stamp("reconstruction", data=data.described(), **how),
-    }
+    stamp = protocol.stamp(
+        "reconstruction",
+        data=data.described,
+        crop=data.eval_resize,
+        features=protocol.features(extractor),
+        **measured,
+    )
+    return result | {f"r{extractor.distance}": distance, "protocol": stamp}
 
 
 def reconstruct(
@@ -134,12 +137,13 @@ def reconstruct(
                 rows.append(described | {name: float(x[i]) for name, x in values.items()})
 
         batches = read_crops(source, paths, tokenizer.config.image_size, batch_size)
-        means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        means, measured, _ = _reconstruct(
+            tokenizer, batches, len(paths), batch_size, ssim_range, visit, out
+        )
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
         write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
     skipped = len(paths) - means.pop("images")
-    how = {"crop": "adm"} | means.pop("how")
-    stamp = protocol.stamp("reconstruction", data=source.name, **how)
+    stamp = protocol.stamp("reconstruction of files", data=source.name, crop="adm", **measured)
     result = {"images": len(rows), "skipped": skipped, **means, "protocol": stamp, "each": rows}
     write_json(out / "metrics.json", result)
     print(f"{len(rows)} images ({skipped} skipped)")
@@ -204,12 +208,12 @@ def _reconstruct(
     ssim_range: int,
     visit: Callable[..., None],
     out: Path,
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[dict[str, float], dict[str, Any], np.ndarray]:
     """Passes this process's part of `batches` through a tokenizer, and writes `grid.png`.
 
     `visit` receives the keys, inputs, outputs and metrics of each batch's readable images. Returns
-    the means of the metrics, "how" they were measured, and the count of each code, over all
-    processes.
+    the means of the metrics, what `protocol.stamp` says of these, and the count of each code, over
+    all processes.
     """
     compare, lpips = _comparison(ssim_range)
     # Process 0 saves the grid, so only images that it reads are shown: the first of each batch.
@@ -239,7 +243,7 @@ def _reconstruct(
     counts = {"images": images, "code_counts": code_counts, "digest": digest.total}
     sums = distributed.sums(counts | sums)
     images, code_counts, pixels = (sums.pop(name) for name in counts)
-    how = {
+    measured = {
         "images": int(images),
         "image_size": tokenizer.config.image_size,
         "pixels": pictures.PixelDigest(pixels).text(),
@@ -248,7 +252,7 @@ def _reconstruct(
     }
     means = {name: float(total / images) for name, total in sums.items()}
     usage = float(np.mean(code_counts > 0))
-    return {"images": int(images), **means, "codebook_usage": usage, "how": how}, code_counts
+    return {"images": int(images), **means, "codebook_usage": usage}, measured, code_counts
 
 
 def _comparison(

@@ -23,7 +23,10 @@ from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import Path, cache_dir, local_cache_dir
 from gigatok_jax.weights import hub
 
-RESIZED = "resized from 384 to 256 pixels"
+# Why a figure cannot be verified.
+RESIZED = "it is of images that were resized from 384 to 256 pixels"
+UNKNOWN = "its authors do not say how they resized images"
+
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 60  # seconds without a byte
 PAUSES = (1, 4, 15)  # seconds before each new attempt; progress resets them
@@ -55,7 +58,7 @@ class Published:
     files: tuple[File, ...]  # together they hold the tensors
     figure: str = ""  # the authors' rFID or gFID
     crop: str = "adm"  # how the images of an rFID were resized, see `crops.center_crop`
-    judged: str = ""  # set if the figure is of images that were changed, as this program does not
+    not_verifiable: str = ""  # why the figure cannot be measured with this program
     searched: bool = False  # of a generator: the figure is the lowest of a search for guidance
     tokenizer: str = ""  # of a generator: the name of the tokenizer whose codes it models
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a generator
@@ -73,8 +76,8 @@ def _tokenizer(model: str, file: str, rfid: str) -> Published:
 def _vqgan(model: str, repo: str, file: str, rfid: str) -> Published:
     url = f"https://huggingface.co/{repo}/resolve/main/{file}"
     crop = "linear" if repo.startswith(TENCENT) else "adm"
-    judged = RESIZED if model.endswith("_384") else ""
-    return Published("vqgan", model, (File(url),), f"rFID {rfid}", crop=crop, judged=judged)
+    why = RESIZED if model.endswith("_384") else UNKNOWN if model == "maskgit_vqgan" else ""
+    return Published("vqgan", model, (File(url),), f"rFID {rfid}", crop=crop, not_verifiable=why)
 
 
 def _titok(model: str, rfid: str) -> Published:
@@ -95,7 +98,7 @@ def _generator(
         tokenizer=tokenizer,
         sampling=sampling,
         class_names=tuple(imagenet.classes()),
-        judged=RESIZED if model.endswith(",384") else "",
+        not_verifiable=RESIZED if model.endswith(",384") else "",
         searched=url.startswith(GIGATOK),
     )
 
