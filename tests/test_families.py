@@ -78,7 +78,7 @@ def test_probes_of_another_protocol_stand_apart(probes, tmp_path):
     (other / "results.json").write_text(json.dumps(results))
     report.write([probes["llamagen"], probes["own"], other], tmp_path / "report.html")
     table, _, rest = (tmp_path / "report.html").read_text().partition("</table>")
-    above, _, below = table.partition("Not comparable with the rows above.")
+    above, _, below = table.partition("Not comparable with the first rows.")
     assert "(llamagen)" in above and above.count("(own)") == 1 and below.count("(own)") == 1
     assert "The protocol differs: generation.images 400, not 16</td>" in below
     assert "16 samples\nof seed 0" in rest and "400 samples\nof seed 1" in rest
