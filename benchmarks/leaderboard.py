@@ -15,16 +15,16 @@ from gigatok_jax.evaluation import report
 
 QUANTIZERS = {
     "vq": (),
-    # It has no codes to keep in use, so no loss of entropy.
     "fsq": (
         "--config.model.fsq_levels=(8,8,16)",
         "--config.model.code_dim=3",
         "--config.objective.entropy=0.0",
     ),
     "lfq": ("--config.model.code_dim=10",),
+    "ibq": (),
 }
-TRAINING = ("--config.steps=1000", "--config.objective.disc_start=1000")
-PROBE = ("--config.generator.steps=600", "--config.linear_probe.steps=300")
+TRAINING = ("--config.steps=800", "--config.objective.disc_start=800")
+PROBE = ("--config.generator.steps=600", "--config.linear_probe.steps=200")
 
 
 def measure(

@@ -18,8 +18,9 @@ from gigatok_jax.evaluation.features import Extractor
 
 LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
-# They identify what was measured, or should not change a number.
-INCIDENTAL = ("versions", "device", "seed", "sampling.guidance")
+# They identify what was measured, or should not change a number. Times depend on the machine, which
+# a report names beside them.
+INCIDENTAL = ("versions", "device", "seed", "sampling.guidance", "time")
 
 # How the images of a data set become squares, see `crops.center_crop`.
 CENTER_CROP = "center, as in ADM: halved by boxes, then bicubic"

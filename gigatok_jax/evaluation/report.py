@@ -186,6 +186,8 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
             tokenizer |= {name: model[name] for name in ("image_size", "codebook_size")}
         results |= _sizes(tokenizer, results["loss"])
     results["comparable"] = protocol.comparable(results.get("protocol", {}))
+    if time := results.get("protocol", {}).get("time"):
+        results["timed_on"] = f"{time['hardware']}, batch {time['batch_size']}"
     settings["Protocol"] = results.pop("protocol", {})
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
