@@ -23,7 +23,7 @@ QUANTIZERS = {
     "lfq": ("--config.model.code_dim=10",),
     "ibq": (),
 }
-TRAINING = ("--config.steps=800", "--config.objective.disc_start=800")
+TRAINING = ("--config.steps=800", "--config.objective.adversarial=0.0")
 PROBE = ("--config.generator.steps=600", "--config.linear_probe.steps=200")
 
 
