@@ -314,13 +314,20 @@ class PretrainedGenerator(Pretrained):
         self._check_layer(layer, self.config.depth)
         return self._run(Generator.features, *self._inputs(codes, classes), layer=layer)
 
-    def sample(self, classes, key: jax.Array, **settings) -> jax.Array:
-        """Samples the codes of images of the given classes.
+    def sample(
+        self, classes, key: jax.Array, *, prefix=None, keep: int = 0, **settings
+    ) -> jax.Array:
+        """Samples the codes of images of the given classes, or completes given codes.
 
         Args:
           classes: `[B]` integers.
           key: one random key, which is split over the images; or `[B]` keys, one per image, which
             make an image's codes independent of its batch.
+          prefix: `codes` to complete; see `keep`. Default: all codes are sampled.
+          keep: how many codes of each row of `prefix` to keep, 0 to N. The others follow from
+            these, in the tokenizer's order: those of a 2D tokenizer are rows of the image, from the
+            top. N gives `prefix` back, and 0 what is sampled without it. Another `keep` does not
+            compile again.
           settings: fields of `sampling.SamplingConfig`, all optional:
             guidance: scale of classifier-free guidance, at least 1; default 1, no guidance.
             schedule: how guidance varies over an image's codes: "constant" (default), "step",
@@ -336,8 +343,8 @@ class PretrainedGenerator(Pretrained):
           int32 `[B, N]`.
 
         Raises:
-          ValueError: a setting is unknown or outside its range, or `classes` or `key` are not as
-            above.
+          ValueError: a setting is unknown or outside its range, or `classes`, `key`, `prefix` or
+            `keep` are not as above.
         """
         settings = SamplingConfig(**settings)
         if not self._warned:  # once, not in each batch
@@ -349,7 +356,17 @@ class PretrainedGenerator(Pretrained):
             raise ValueError(f"key: expected 1 or {len(classes)} keys, got {list(keys.shape)}")
         params, dtype = self.variables["params"], self.module.dtype
         batch = (self._place(classes), self._place(keys))
-        return sampling.sample(self.config, params, *batch, settings, dtype)
+        if not isinstance(keep, int | np.integer) or not 0 <= keep <= self.config.codes:
+            raise ValueError(f"keep: expected 0..{self.config.codes}, got {keep}")
+        if prefix is None:
+            if keep:
+                raise ValueError(f"prefix: expected codes, because keep={keep}, got None")
+            return sampling.sample(self.config, params, *batch, settings, dtype)
+        prefix = _codes(prefix, self.config.codes, self.config.codebook_size)
+        if len(prefix) != len(classes):
+            raise ValueError(f"prefix: expected {len(classes)} rows of codes, got {len(prefix)}")
+        given = self._place(prefix), keep
+        return sampling.sample(self.config, params, *batch, settings, dtype, *given)
 
     def _inputs(self, codes, classes) -> tuple[jax.Array, np.ndarray]:
         """The codes that the generator reads: the last one predicts nothing. And the classes."""

@@ -345,12 +345,27 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
 
 
 @verb(
-    "sample images by class from a generator",
+    "sample images by class from a generator, or complete images",
     required("generator", MODEL),
     flag("string", "tokenizer", "", ITS_TOKENIZER),
     required("out", "folder for the images"),
     flag("list", "classes", ["all"], "numbers, ranges and names, such as 0,10-19,otter, or all"),
-    flag("integer", "count", 0, "number of images; 0: 8 per class", lower_bound=0),
+    flag(
+        "integer",
+        "count",
+        0,
+        "number of images; 0: 8 per class; with --from, completions per image; 0: 4",
+        lower_bound=0,
+    ),
+    flag("string", "from", "", "image file or folder of images to complete"),
+    flag(
+        "float",
+        "keep",
+        0.5,
+        "with --from: fraction of an image's codes to keep",
+        lower_bound=0.0,
+        upper_bound=1.0,
+    ),
     flag("boolean", "random_classes", False, "choose classes at random, not in turn"),
     batch_size(32),
     flag("integer", "seed", 0, "random seed of codes and classes", **SEED),
@@ -366,6 +381,7 @@ def sample(
     random_classes: bool,
     seed: int,
     batch_size: int,
+    keep: float,
     **sampling: Any,
 ) -> None:
     """gigatok sample --generator=NAME [--tokenizer=NAME] --classes=0,1,207 --out=DIR
@@ -374,15 +390,45 @@ def sample(
     and guidance. Writes grid.png (one class per row), images/ (one PNG per image) and
     samples.npz in the layout of ADM's evaluator: `arr_0`, uint8 [n, H, W, 3], and `arr_1`, the
     classes. After a kill, the same command resumes. Image n does not depend on the others.
+
+    With --from=IMAGES, completes images instead: keeps the first of their codes (--keep=0.5) and
+    draws the others, four times. The first codes of a 2D tokenizer are the top of the image; those
+    of a 1D tokenizer belong to all of it. --classes names the images' class; without it, the
+    generator is not told a class, and there is no guidance.
     """
     import numpy as np
 
-    from gigatok_jax import api, distributed
-    from gigatok_jax.evaluation import generation
+    from gigatok_jax import api, distributed, locks
+    from gigatok_jax.evaluation import completion, generation
 
+    source = sampling.pop("from")
     settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator, where="--generator")
+    if source:
+        _check_apart("out", as_path(out), source, ("images", "grid.png"))
+        label = loaded.config.null_class
+        if classes != ["all"]:
+            settings = _as_published(settings, guided, loaded)
+            label, *more = _class_numbers(classes, loaded.trained, loaded.class_names)
+            if more:
+                raise UserError(f"--classes: expected one class with --from, got {classes}")
+        elif settings.guidance > 1:
+            raise UserError("--guidance: expected 1 with --from and without --classes")
+        matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
+        options = {"label": label, "share": keep, "count": count or 4}
+        with locks.hold(folder):
+            completion.complete(
+                loaded,
+                matching,
+                as_path(source),
+                settings,
+                folder,
+                seed=seed,
+                batch_size=batch_size,
+                **options,
+            )
+        return
     settings = _as_published(settings, guided, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
@@ -616,16 +662,59 @@ def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Model
 
 
 def _evaluate_cost(args: types.SimpleNamespace) -> tuple[dict[str, Any], Models]:
-    import jax
-
-    from gigatok_jax.evaluation import cost
+    from gigatok_jax.evaluation import cost, protocol
 
     size = {"batch_size": args.batch_size, "guidance": args.sampling.guidance}
     table = cost.shares(args.decoders, args.generators, **size)
     print("decoder / generator" + "".join(f"{name:>10}" for name in args.generators))
     for decoder, row in table.items():
         print(f"{decoder:<19}" + "".join(f"{share:>10.1%}" for share in row.values()))
-    return {**size, "device": jax.devices()[0].device_kind, "shares": table}, {}
+    return {"shares": table, "protocol": protocol.stamp("cost", **size)}, {}
+
+
+@verb(
+    "measure a model again, and compare with the numbers published of it",
+    flag("string", "expected", "", "metrics.json of `evaluate`; default: see below"),
+    flag("string", "tokenizer", "", ITS_TOKENIZER),
+    flag("string", "reference", "", ".npz or folder of real images, or .npz of their statistics"),
+    flag("string", "features", "inception", "network whose features are compared"),
+    flag("string", "out", "", "folder for the results; default: runs/verify/NAME"),
+    batch_size(32),
+    *PROCESSES,
+    configs={"config": "probe"},
+    positional="names",
+)
+def verify(names: list[str], config, out: str, expected: str, features: str, **options) -> None:
+    """gigatok verify NAME --config.data.path=PATH [--reference=FILE.npz]
+
+    Measures a tokenizer or a generator by the protocol of its numbers, prints what was expected and
+    found, and exits with 1 if a number is outside of its tolerance. The numbers are those of a
+    metrics.json that `gigatok evaluate` wrote: --expected, or the file of this name beside the
+    model. For published weights they are the authors' rFID or gFID, on ImageNet's 50,000 validation
+    images or of 50,000 samples, which takes hours. Writes metrics.json and pictures to --out. After
+    a kill, the same command resumes.
+    """
+    from gigatok_jax import distributed, files
+    from gigatok_jax.evaluation import features as extractors
+    from gigatok_jax.evaluation import verification
+
+    if len(names) != 1:
+        raise UserError(f"expected the NAME of one model, got {names or 'none'}")
+    name, data = names[0], _data(config)
+    wanted = verification.expectations(name, expected)
+    folder = as_path(out or f"runs/verify/{name.rstrip('/').rpartition('/')[2]}")
+    _check_data("out", folder, data)
+    with distributed.locked(folder):
+        distributed.claim(folder / MEASURED, {"measure": "verification", "name": name}, "results")
+        extractor = extractors.load(features)
+        found, rows = verification.verify(name, wanted, data, extractor, out=folder, **options)
+        if distributed.is_main():
+            files.write_json(folder / "metrics.json", found)
+    print(f"{'metric':<18}{'expected':>12}{'found':>12}{'tolerance':>12}")
+    for row in rows:
+        print(f"{row.name:<18}" + "".join(f"{value:>12.4f}" for value in row[1:]))
+    verification.check(wanted, found, rows)
+    print(folder)
 
 
 @verb(

@@ -1,6 +1,7 @@
 """Conversion of images between float and uint8, grids of images, and PNG files."""
 
 from collections.abc import Sequence
+import hashlib
 
 from einops import rearrange, repeat
 import jax
@@ -64,3 +65,26 @@ def grid(rows: Sequence[np.ndarray], *, gap: int = 4) -> np.ndarray:
     images = np.pad(images, ((0, 0), (0, 0), (0, gap), (0, gap), (0, 0)), constant_values=255)
     picture = rearrange(images, "r n h w c -> (r h) (n w) c")
     return np.pad(picture, ((gap, 0), (gap, 0), (0, 0)), constant_values=255)
+
+
+class PixelDigest:
+    """A digest of a set of images, in any order, split over any number of processes.
+
+    Attributes:
+      total: sum of the images' own digests, which wraps around. The digest of several sets
+        together is the sum of their totals.
+    """
+
+    def __init__(self, total: int | np.uint64 = 0):
+        self.total = np.uint64(total)
+
+    def add(self, images: np.ndarray) -> None:
+        """Adds uint8 images `[n, H, W, 3]`."""
+        for image in images:
+            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
+            with np.errstate(over="ignore"):
+                self.total += np.frombuffer(digest, np.uint64)[0]
+
+    def text(self) -> str:
+        """Sixteen hex digits."""
+        return f"{int(self.total):016x}"

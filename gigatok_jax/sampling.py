@@ -137,10 +137,12 @@ def sample(
     keys: jax.Array,
     settings: SamplingConfig,
     dtype: layers.Dtype = jnp.float32,
+    prefix: jax.Array | None = None,
+    keep: int | jax.Array = 0,
 ) -> jax.Array:
-    """Samples the codes of images.
+    """Samples the codes of images, or completes them.
 
-    Changing the guidance scale or schedule does not recompile.
+    Changing the guidance scale, the schedule or `keep` does not recompile.
 
     Args:
       config: the generator's architecture.
@@ -149,24 +151,29 @@ def sample(
       keys: `[B]` random keys; an image depends only on its own.
       settings: how to sample.
       dtype: type of the computation; logits are float32.
+      prefix: int32 `[B, N]`, whose first `keep` codes are taken; the others are sampled as if the
+        generator had drawn the first ones too. None: all codes are sampled.
+      keep: 0 to N.
 
     Returns:
       int32 `[B, N]`.
     """
+    given = None if prefix is None else (prefix, jnp.asarray(keep, jnp.int32))
     scales = settings.scales(config.codes)
     # Guidance enters the compiled program only as the array `scales`.
     unguided = SamplingConfig(
         temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p
     )
     mesh = sharding.mesh_in_use()
-    return _sample(config, params, classes, keys, unguided, scales, dtype, mesh)
+    return _sample(config, params, classes, keys, unguided, scales, given, dtype, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "settings", "dtype", "mesh"))
-def _sample(config, params, classes, keys, settings, scales, dtype, mesh):
-    """The decode loop as one program; `scales` is an array `[N]`, or None without guidance.
+def _sample(config, params, classes, keys, settings, scales, given, dtype, mesh):
+    """The decode loop as one program.
 
-    The program depends on the mesh that it is traced for.
+    `scales` is an array `[N]`, or None without guidance; `given` the codes to complete and how many
+    of them to keep, or None. The program depends on the mesh that it is traced for.
     """
     del mesh
     rows = classes
@@ -184,6 +191,9 @@ def _sample(config, params, classes, keys, settings, scales, dtype, mesh):
             logits = uncond + scales[position] * (cond - uncond)
         position_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
         code = draw(logits, position_keys, settings)
+        if given is not None:
+            prefix, keep = given
+            code = jnp.where(position < keep, prefix[:, position], code)
         return codes.at[:, position].set(code), cache
 
     # Attention reads the whole cache at every step, so a cache that grows saves time.

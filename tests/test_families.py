@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -81,6 +82,20 @@ def test_report_compares_families_by_bits(probes, tmp_path):
         bits = 16 * loss / np.log(2)  # of 16 codes
         assert f"<td>{bits:,.0f}</td>" in html and f"<td>{bits / 256:.4f}</td>" in html
     assert "<td>96</td>" in html  # 16 codes of 6 bits
+
+
+def test_probes_of_another_protocol_stand_apart(probes, tmp_path):
+    other = shutil.copytree(probes["own"], tmp_path / "other")
+    results = json.loads((other / "results.json").read_text())
+    results["protocol"]["generation"]["images"] = 400
+    results["protocol"]["generation"]["seed"] = 1  # keeps no numbers apart
+    (other / "results.json").write_text(json.dumps(results))
+    report.write([probes["llamagen"], probes["own"], other], tmp_path / "report.html")
+    table, _, rest = (tmp_path / "report.html").read_text().partition("</table>")
+    above, _, below = table.partition("Not comparable with the first rows.")
+    assert "(llamagen)" in above and above.count("(own)") == 1 and below.count("(own)") == 1
+    assert "The protocol differs: generation.images 400, not 16</td>" in below
+    assert "16 samples\nof seed 0" in rest and "400 samples\nof seed 1" in rest
 
 
 @pytest.mark.parametrize("family", ["llamagen", "own"])

@@ -212,7 +212,7 @@ def test_a_linear_resize_shows_the_same_crop(size):
 def test_linear_resize_without_opencv_is_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     opencv.cache_clear()
-    with pytest.raises(UserError, match=r"data\.resize=linear needs OpenCV: pip install"):
+    with pytest.raises(UserError, match=r"eval_resize=linear need OpenCV: pip install"):
         random_crop(_photo(64, 64), 64, np.random.default_rng(0), "linear")
 
 
@@ -221,3 +221,24 @@ def test_random_crop_depends_on_the_generator_alone():
     first, again, other = (random_crop(photo, 64, np.random.default_rng(s)) for s in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
+
+
+def test_bicubic_crops_equal_torchvision():
+    image = np.random.default_rng(0).integers(0, 256, (334, 500, 3), np.uint8)
+    # Resize rounds the long side down, CenterCrop its half-way margin of 63.5 to an even number.
+    whole = np.asarray(Image.fromarray(image).resize((383, 256), Image.Resampling.BICUBIC))
+    np.testing.assert_array_equal(center_crop(image, 256, "bicubic"), whole[:, 64:320])
+
+
+def test_linear_crops_equal_albumentations():
+    cv2 = pytest.importorskip("cv2")
+    image = np.random.default_rng(0).integers(0, 256, (334, 500, 3), np.uint8)
+    whole = cv2.resize(image, (383, 256), interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_array_equal(center_crop(image, 256, "linear"), whole[:, 63:319])
+
+
+def test_thin_images_are_cropped_without_resizing_them_whole():
+    image = np.broadcast_to(np.arange(40_000, dtype=np.uint8)[None, :, None], (2, 40_000, 3))
+    pytest.importorskip("cv2")
+    for resize in ("adm", "bicubic", "linear"):
+        assert center_crop(image, 32, resize).shape == (32, 32, 3)

@@ -44,7 +44,7 @@ def test_every_image_counts_once_whatever_the_batch_size(tokenizer, tmp_path):
         assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name
     how = found[0]["protocol"]
     assert how == found[1]["protocol"] and how["images"] == 50
-    assert how["data"] == "drawings 1 evaluation" and how["lpips"] is None
+    assert how["data"] == "drawings, version 1" and how["lpips"] is None
     counts = np.load(tmp_path / "code_counts.npy")
     assert counts.sum() == 50 * TOKENIZER.latents
     assert np.mean(counts > 0) == found[0]["codebook_usage"]

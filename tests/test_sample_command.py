@@ -396,3 +396,53 @@ def test_damaged_record_of_settings_is_named(copy, draw):
     with pytest.raises(UserError) as caught:
         draw(copy)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for name in ("a.png", "b.jpg"):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(folder / name)
+    return folder
+
+
+def completed(out: Path, *names: str) -> list[np.ndarray]:
+    assert sorted(path.name for path in (out / "images").glob("*.png")) == sorted(names)
+    return [np.asarray(Image.open(out / "images" / name)) for name in names]
+
+
+def test_images_are_completed(gigatok, saved, photos, tokenizer, generator, tmp_path):
+    names = [f"--generator={saved['generator']}", f"--tokenizer={saved['tokenizer']}"]
+    flags = [*names, f"--from={photos}", "--count=2", "--classes=1", "--top_k=3"]
+    assert gigatok("sample", *flags, "--keep=1", f"--out={tmp_path / 'all'}")[0] == 0
+    shown = pictures.to_uint8(
+        tokenizer.decode(
+            tokenizer.encode(
+                np.stack([np.asarray(Image.open(photos / name)) for name in ("a.png", "b.jpg")])
+            )
+        )
+    )
+    files = ("a_0.png", "a_1.png", "b.jpg_0.png", "b.jpg_1.png")
+    images = completed(tmp_path / "all", *files)
+    for i, image in enumerate(images):
+        assert np.abs(image.astype(int) - np.asarray(shown[i // 2])).max() <= 1
+    assert gigatok("sample", *flags, "--keep=0.5", f"--out={tmp_path / 'half'}")[0] == 0
+    first, second, *_ = completed(tmp_path / "half", *files)
+    assert np.any(first != second)
+    grid = np.asarray(Image.open(tmp_path / "half" / "grid.png"))
+    assert grid.shape == (204, 404, 3)  # two rows of four images, enlarged
+
+
+def test_completions_without_a_class_have_no_guidance(gigatok, saved, photos, tmp_path):
+    names = [f"--generator={saved['generator']}", f"--tokenizer={saved['tokenizer']}"]
+    flags = [*names, f"--from={photos}", f"--out={tmp_path / 'out'}"]
+    assert gigatok("sample", *flags)[0] == 0
+    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 8
+    found = refused(gigatok("sample", *flags, "--guidance=2"))
+    assert found == "--guidance: expected 1 with --from and without --classes"
+    found = refused(gigatok("sample", *flags, "--classes=0,1"))
+    assert found == "--classes: expected one class with --from, got ['0', '1']"
+    found = refused(gigatok("sample", *names, f"--from={photos}", f"--out={photos}"))
+    assert found.startswith("--out: expected a folder outside of the images'")

@@ -64,7 +64,8 @@ def test_files_and_folders_give_the_numbers_of_the_reference(tmp_path):
         assert found.pop("remark") == "500 images: published numbers have 50,000"
         how = found.pop("protocol")
         assert (how["images"], how["image_size"], how["crop"]) == (500, 4, "none")
-        assert how["reference"] == {"name": describe(reference), "members": len(real)}
+        name, digest = describe(reference).split()
+        assert how["reference"] == {"name": name, "digest": digest, "members": len(real)}
         assert how["features"] == {"distance": "fid", "weights": "table"}
         assert found == pytest.approx(
             {

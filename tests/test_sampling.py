@@ -397,3 +397,50 @@ def test_raw_keys_are_accepted(generator):
 def test_number_of_keys_must_match_the_images(generator):
     with pytest.raises(ValueError, match=r"key: expected 1 or 2 keys, got \[3\]"):
         generator.sample([0, 1], jax.random.split(jax.random.key(0), 3))
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_own_codes_are_completed_to_the_same_sample(generator, guidance):
+    classes, key = np.arange(5), jax.random.key(7)
+    codes = np.asarray(generator.sample(classes, key, guidance=guidance))
+    for keep in (0, 4, 9):
+        completed = generator.sample(classes, key, guidance=guidance, prefix=codes, keep=keep)
+        np.testing.assert_array_equal(completed, codes)
+
+
+def test_completions_follow_from_the_codes_that_are_kept(generator):
+    classes, key = np.arange(5), jax.random.key(0)
+    prefix = np.random.default_rng(0).integers(0, 24, (5, 9))
+    settings = {"temperature": 0.0, "prefix": prefix}
+    plain = np.asarray(generator.sample(classes, key, temperature=0.0))
+    for keep in (0, 1, 5, 9):
+        codes = np.asarray(generator.sample(classes, key, **settings, keep=keep))
+        np.testing.assert_array_equal(codes[:, :keep], prefix[:, :keep])
+        likeliest = np.asarray(generator.logits(codes, classes)).argmax(-1)
+        np.testing.assert_array_equal(codes[:, keep:], likeliest[:, keep:])
+    np.testing.assert_array_equal(generator.sample(classes, key, **settings), plain)
+
+
+def test_any_number_of_codes_is_kept_by_one_program(generator):
+    classes, key = np.arange(3), jax.random.key(0)
+    prefix = np.zeros((3, 9), int)
+    generator.sample(classes, key, prefix=prefix, keep=1)
+    before = sampling._sample._cache_size()
+    for keep in (0, 2, 9):
+        generator.sample(classes, key, prefix=prefix, keep=keep)
+    assert sampling._sample._cache_size() == before
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        ({"keep": 1}, r"^prefix: expected codes, because keep=1, got None$"),
+        ({"prefix": np.zeros((2, 9), int), "keep": 10}, r"^keep: expected 0\.\.9, got 10$"),
+        ({"prefix": np.zeros((2, 9), int), "keep": 0.5}, r"^keep: expected 0\.\.9, got 0\.5$"),
+        ({"prefix": np.zeros((3, 9), int)}, r"^prefix: expected 2 rows of codes, got 3$"),
+        ({"prefix": np.full((2, 9), 24)}, r"codes: expected 0\.\.23"),
+    ],
+)
+def test_prefixes_that_do_not_fit_are_rejected(generator, given, message):
+    with pytest.raises(ValueError, match=message):
+        generator.sample([0, 1], jax.random.key(0), **given)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import math
 import os
 from typing import Literal
 import warnings
@@ -13,6 +14,7 @@ from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path
 
 Resize = Literal["bicubic", "linear"]
+CenterResize = Literal["adm", "bicubic", "linear"]
 BOX, BICUBIC = Image.Resampling.BOX, Image.Resampling.BICUBIC
 
 
@@ -155,19 +157,41 @@ def _part_of_resize(
     return image
 
 
-def center_crop(image: Image.Image | np.ndarray, size: int) -> np.ndarray:
+def center_crop(
+    image: Image.Image | np.ndarray, size: int, resize: CenterResize = "adm"
+) -> np.ndarray:
     """The evaluation crop: resizes the short side to `size` and takes the center.
 
     Args:
       image: RGB, or uint8 [H, W, 3].
       size: side S in pixels.
+      resize: "adm", as in ADM, GigaTok and LlamaGen: halved by boxes, then bicubic; "bicubic", as
+        in TiTok: at once, with antialiasing; "linear", as in Open-MAGVIT2 and IBQ: OpenCV, without
+        antialiasing.
 
     Returns:
       uint8 [S, S, 3].
     """
-    image, (width, height) = _halve(_pillow(image), size)
-    left, top = (width - size) // 2, (height - size) // 2
-    if max(width, height) > ELONGATED * size:  # as a whole, a line of pixels would take gigabytes
+    image = _pillow(image)
+    if resize == "adm":
+        image, (width, height) = _halve(image, size)
+    else:
+        short = min(image.size)
+        # TorchVision rounds the long side down, albumentations half to even.
+        long = size * max(image.size) // short
+        long = long if resize == "bicubic" else round(max(image.size) * (size / short))
+        width, height = (size if side == short else long for side in image.size)
+    middle = round if resize == "bicubic" else math.floor  # TorchVision's, and that of the others
+    left, top = middle((width - size) / 2), middle((height - size) / 2)
+    elongated = max(width, height) > ELONGATED * size  # as a whole, a line would take gigabytes
+    if resize == "linear":
+        if elongated:
+            columns = [x * image.width / width for x in (left, left + size)]
+            rows = [y * image.height / height for y in (top, top + size)]
+            return _linear(np.asarray(image), size, columns, rows)
+        whole = opencv().resize(np.asarray(image), (width, height))
+        return whole[top : top + size, left : left + size]
+    if elongated:
         return _part_of_resize(np.asarray(image), (width, height), left, top, size)
     image = image.resize((width, height), BICUBIC)
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -198,7 +222,10 @@ def opencv():
     try:
         import cv2
     except ImportError as error:
-        raise UserError("data.resize=linear needs OpenCV: pip install -e '.[opencv]'") from error
+        raise UserError(
+            "config.data: resize=linear and eval_resize=linear need OpenCV: "
+            "pip install -e '.[opencv]'"
+        ) from error
     cv2.setNumThreads(1)  # many readers run in parallel already
     return cv2
 

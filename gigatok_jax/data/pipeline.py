@@ -25,6 +25,7 @@ import numpy as np
 
 from gigatok_jax.data.crops import (
     BadImage,
+    CenterResize,
     center_crop,
     is_turned,
     opencv,
@@ -126,7 +127,11 @@ def eval_batches(
     if shuffled:
         source = Shuffled(source)
     positions = grain.MapDataset.range(math.ceil(len(source) / batch_size) * batch_size)
-    read = functools.partial(_read_for_evaluation, source, image_size, crop_factors)
+    if config.eval_resize == "linear" and not source.codes:
+        opencv()  # if it is not installed, fail now rather than in a worker
+    read = functools.partial(
+        _read_for_evaluation, source, image_size, crop_factors, config.eval_resize
+    )
     return Batches(source, positions, read, config, batch_size, process_index, process_count)
 
 
@@ -162,7 +167,11 @@ def _read_for_training(
 
 
 def _read_for_evaluation(
-    source: Source, image_size: int, crop_factors: tuple[float, ...], position: int
+    source: Source,
+    image_size: int,
+    crop_factors: tuple[float, ...],
+    resize: CenterResize,
+    position: int,
 ) -> tuple[Batch, list[str]]:
     """The example at a position, or zeros and why it could not be read."""
     inside, bad, example = position < len(source), [], None
@@ -179,7 +188,7 @@ def _read_for_evaluation(
             crops = [ten_crops(image, image_size, factor) for factor in crop_factors]
             seen = {"image": np.concatenate(crops)}
         else:
-            seen = {"image": center_crop(image, image_size)}
+            seen = {"image": center_crop(image, image_size, resize)}
         seen["turned"] = is_turned(image)
     return seen | {
         "label": np.int32(example["label"] if example else 0),

@@ -23,7 +23,7 @@ from gigatok_jax.data.folders import open_folder
 from gigatok_jax.data.records import RecordsSource
 from gigatok_jax.data.tars import open_tars
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import as_path, scan, stamp
+from gigatok_jax.files import as_path, real_path, scan, stamp
 
 MOST_LABELS = 100_000  # examples to look at for `missing_classes`
 FILE_NAME_FEATURES = ("file_name", "filename", "image/filename")
@@ -69,6 +69,10 @@ class DataConfig:
     # of up to twice the crop's size show harsher detail.
     resize: crops.Resize = "bicubic"
 
+    # How images for evaluation are resized, before the center crop: see `crops.center_crop`. It is
+    # part of a protocol: published numbers of a tokenizer hold for the resizing of its authors.
+    eval_resize: crops.CenterResize = "adm"
+
     # A run fails if a larger share of its images cannot be read.
     max_bad_share: Annotated[float, pydantic.Field(ge=0, le=1)] = 0.05
 
@@ -95,18 +99,17 @@ class DataConfig:
 
     def content(self) -> dict[str, Any]:
         """The fields that determine the examples, without those of how to read them."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
+        fields = {k: v for k, v in dataclasses.asdict(self).items() if k not in NOT_CONTENT}
+        if self.eval_resize == "adm":  # older records do not have the field
+            del fields["eval_resize"]
+        return fields
 
-    def described(self, *, train: bool = False) -> str:
-        """The name of one of the two sets of images, wherever its files lie."""
-        match self.source:
-            case "tfds":
-                return f"{self.name} {self.split if train else self.eval_split}"
-            case "embedded":
-                name = f"drawings {VERSION}"
-            case _:
-                name = as_path(self.path).name
-        return f"{name} {'training' if train else 'evaluation'}"
+    @property
+    def described(self) -> str:
+        """The name of the data set, for readers."""
+        if self.source == "embedded":
+            return f"drawings, version {VERSION}"
+        return self.name if self.source == "tfds" else real_path(as_path(self.path)).name
 
 
 class Source(Protocol):

@@ -16,7 +16,7 @@ Sums are accumulated on the host in float64 and need the memory of one covarianc
 do not depend on batch size or order, up to rounding.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -32,7 +32,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from gigatok_jax import distributed
+from gigatok_jax import distributed, pictures
 from gigatok_jax.data import crops, pipeline
 from gigatok_jax.data.folders import image_paths
 from gigatok_jax.data.sources import DataConfig
@@ -232,12 +232,14 @@ class Reference:
     gaussians: dict[str, Gaussian]  # of "pool" and perhaps "spatial"
     members: np.ndarray | None  # pool features [n, D]; None if only statistics are known
     name: str  # identifies the content
+    data: Mapping[str, str] | None = None  # if it is a data set: name, split, crop and pixels
 
     @property
     def described(self) -> dict[str, Any]:
-        """For `protocol.stamp`."""
+        """For `protocol.stamp`; the same wherever the files lie, but for the name."""
         images = None if self.members is None else len(self.members)
-        return {"name": self.name, "members": images}
+        name, _, digest = self.name.rpartition(" ")
+        return {"members": images} | dict(self.data or {"name": name, "digest": digest})
 
 
 def load_reference(*what: Any, **options: Any) -> Reference | None:
@@ -341,28 +343,40 @@ def _data_reference(
     batches = pipeline.eval_images(data, image_size, batch_size, train=train)
     check_count(batches.examples, "length" if train else "eval_length")
     identity = [CACHE_VERSION, batches.version(), image_size, extractor.fingerprint]
+    if data.eval_resize != "adm":  # caches older than this field have none
+        identity.append(data.eval_resize)
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     name = f"{data.source}_{'train' if train else 'eval'}_{digest}"
     path = cache_dir() / "references" / f"{name}.npz"
+    described = {
+        "name": data.described,
+        "split": "training" if train else "evaluation",
+        "crop": data.eval_resize,
+    }
     if path.exists():
         path = local_copy(path)
         with _readable(path), np.load(path) as file:
-            members = file["members"]
-        return Reference(_read_statistics(path), members, name)
+            members, pixels = file["members"], file.get("pixels")
+        if pixels is not None:  # caches of older programs have none
+            described["pixels"] = str(pixels)
+            return Reference(_read_statistics(path), members, name, described)
     # Chosen at random, because data sets are often sorted by class.
     chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
     found, members = FeatureSet(extractor, predictions=False), []
+    digest = pictures.PixelDigest()
     steps = math.ceil(batches.examples / batch_size)
     with batches:
         for batch in tqdm(batches, total=steps, desc=name, unit="batch", disable=None):
             valid = batch["valid"]
             if valid.any():
                 features = extractor(batch["image"][valid])
+                digest.add(batch["image"][valid])
                 found.add_features(features)
                 members.append(features["pool"][np.isin(batch["index"][valid], chosen)])
     gaussians = found.gaussians(data.path or data.source)
     members = np.concatenate(members)
-    arrays = {"members": members}
+    described["pixels"] = digest.text()
+    arrays = {"members": members, "pixels": np.array(described["pixels"])}
     for feature, gaussian in gaussians.items():
         arrays[f"mu{SUFFIXES[feature]}"] = gaussian.mean
         arrays[f"sigma{SUFFIXES[feature]}"] = gaussian.covariance
@@ -370,7 +384,7 @@ def _data_reference(
         write_npz(path, arrays)
     except OSError as error:
         logger.warning("%s: the reference is not kept for the next time (%s)", path, error)
-    return Reference(gaussians, members, name)
+    return Reference(gaussians, members, name, described)
 
 
 def check_count(examples: int, field: str) -> None:

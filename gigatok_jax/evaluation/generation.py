@@ -328,12 +328,9 @@ def evaluate_loss(
         means = held_out_means(measure, progress, batches.examples)
     bad = distributed.sums({"bad": batches.bad_count})["bad"]
     images = batches.examples - int(bad)
-    how = {"images": images, "crop": protocol.CENTER_CROP}
-    return {
-        "images": images,
-        **means,
-        "protocol": protocol.stamp("loss", data=data.described(), **how),
-    }
+    crop = {"crop": data.eval_resize} if tokenizer else {}  # codes have been cropped before
+    stamp = protocol.stamp("loss", data=data.described, images=images, **crop)
+    return {"images": images, **means, "protocol": stamp}
 
 
 def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:

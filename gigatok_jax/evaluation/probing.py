@@ -76,7 +76,8 @@ class ProbeConfig:
 
     def identity(self) -> dict[str, Any]:
         """Fields that affect results, by dotted name; the others may change on a restart."""
-        fields = dataclasses.asdict(self) | {"data": self.data.content()}
+        data = self.data.content() | {"eval_resize": self.data.eval_resize}
+        fields = dataclasses.asdict(self) | {"data": data}
         if self.reference:  # its content, wherever it lies
             fields["reference"] = fid.describe(as_path(self.reference))
         del fields["batch_size"], fields["sample_batch_size"]
@@ -85,13 +86,19 @@ class ProbeConfig:
                 run.pop(name, None)
         return flatten_dict({"config": fields}, sep=".")
 
-    def protocol(self) -> dict[str, Any]:
-        """How the networks are trained, without what the tokenizer or the machine decides."""
+    def protocol(self, images: int) -> dict[str, Any]:
+        """How the networks are trained, without what the tokenizer or the machine decides.
+
+        Args:
+          images: number of training images.
+        """
         dependent = {f"config.generator.model.{name}" for name in OF_TOKENIZER}
-        return {
+        return {"training_images": images} | {
             name.removeprefix("config."): value
             for name, value in self.identity().items()
             if name.startswith(("config.generator.", "config.linear_probe.", "config.crop_factors"))
+            and not name.startswith("config.generator.sampling.")  # of pictures
+            and not name.endswith((".tokenizer", ".evaluation_images", ".dtype"))
             and name not in dependent
         }
 
@@ -189,7 +196,10 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         tokenizer=tokenizer,
         extractor=extractor,
         reference=reference,
-        results={"parameters": tokenizer.parameters, "protocol": {"probe": config.protocol()}},
+        results={
+            "parameters": tokenizer.parameters,
+            "protocol": {"probe": config.protocol(len(sources["training"]))},
+        },
     )
     for name, step in STEPS.items():
         finished = workdir / "steps" / f"{name}.json"
@@ -338,7 +348,7 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
         return {}
     size = probe.tokenizer.config.image_size
     source = open_source(probe.config.data, train=False, image_size=size)
-    images, label = [], None
+    images, label, resize = [], None, probe.config.data.eval_resize
     for index in range(len(source)):
         try:
             example = source[index]
@@ -346,7 +356,7 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
             continue
         label = example["label"] if label is None else label
         if example["label"] == label:
-            images.append(center_crop(example["image"], size))
+            images.append(center_crop(example["image"], size, resize))
         if len(images) == MAPPED:
             break
     picture = feature_maps(probe.tokenizer, np.stack(images))

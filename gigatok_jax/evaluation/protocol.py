@@ -5,25 +5,29 @@ in all but `INCIDENTAL` fields.
 """
 
 from collections.abc import Mapping
-import hashlib
 import importlib.metadata
 import platform
 from typing import Any
 
 from flax.traverse_util import flatten_dict
 import jax
-import numpy as np
 
 from gigatok_jax.evaluation.features import Extractor
 
 LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
-# They identify what was measured, or should not change a number. Times depend on the machine, which
-# a report names beside them.
-INCIDENTAL = ("versions", "device", "seed", "sampling.guidance", "time")
-
-# How the images of a data set become squares, see `crops.center_crop`.
-CENTER_CROP = "center, as in ADM: halved by boxes, then bicubic"
+# They do not change a number, or belong to the model. Where images lie is one: a digest says more.
+# Times depend on the machine, which a report names beside them.
+INCIDENTAL = (
+    "versions",
+    "device",
+    "seed",
+    "sampling.guidance",
+    "data",
+    "reference.name",
+    "lpips",
+    "time",
+)
 
 
 def stamp(measure: str, **how: Any) -> dict[str, Any]:
@@ -53,7 +57,7 @@ def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         for name, value in flat.items()
-        if not any(f".{name}.".find(f".{field}.") >= 0 for field in INCIDENTAL)
+        if not any(f".{field}." in f".{name}." for field in INCIDENTAL)
     }
 
 
@@ -61,31 +65,13 @@ def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[s
     """What keeps two results of `comparable` apart, one text per field; empty if nothing does."""
     names = dict.fromkeys([*expected, *found])
     missing = "not recorded"
-    return [
-        f"{name} {found.get(name, missing)}, not {expected.get(name, missing)}"
+    differing = {
+        name: f"{name} {found.get(name, missing)}, not {expected.get(name, missing)}"
         for name in names
         if found.get(name, missing) != expected.get(name, missing)
-    ]
-
-
-class PixelDigest:
-    """A digest of a set of images, in any order, split over any number of processes.
-
-    Attributes:
-      total: sum of the images' own digests, which wraps around; sums of several sets add up.
-    """
-
-    def __init__(self):
-        self.total = np.uint64(0)
-
-    def add(self, images: np.ndarray) -> None:
-        """Adds uint8 images `[n, H, W, 3]`."""
-        for image in images:
-            digest = hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
-            with np.errstate(over="ignore"):
-                self.total += np.frombuffer(digest, np.uint64)[0]
-
-
-def hexadecimal(total: np.uint64) -> str:
-    """Sixteen hex digits of a `PixelDigest`'s total."""
-    return f"{int(total):016x}"
+    }
+    for name in list(differing):  # other images have other pixels, which need not be said
+        prefix, dot, last = name.rpartition(".")
+        if last in ("images", "members"):
+            differing.pop(f"{prefix}{dot}pixels", None)
+    return list(differing.values())

@@ -79,7 +79,7 @@ def evaluate(
         fake.add(extractor(outputs)["pool"])
 
     with batches:
-        result, code_counts = _reconstruct(
+        result, measured, code_counts = _reconstruct(
             tokenizer, batches, batches.examples, batch_size, ssim_range, visit, out
         )
     if distributed.is_main():
@@ -89,13 +89,14 @@ def evaluate(
     fake.gather()
     origin = data.path or data.source
     distance = frechet_distance(real.gaussian(origin), fake.gaussian(origin))
-    how = {"features": protocol.features(extractor), "crop": protocol.CENTER_CROP} | result.pop(
-        "how"
+    stamp = protocol.stamp(
+        "reconstruction",
+        data=data.described,
+        crop=data.eval_resize,
+        features=protocol.features(extractor),
+        **measured,
     )
-    return result | {
-        f"r{extractor.distance}": distance,
-        "protocol": protocol.stamp("reconstruction", data=data.described(), **how),
-    }
+    return result | {f"r{extractor.distance}": distance, "protocol": stamp}
 
 
 def reconstruct(
@@ -126,8 +127,8 @@ def reconstruct(
     """
     paths, rows = image_paths(source), []
     root = source if source.is_dir() else source.parent
-    names = _output_names([str(path.relative_to(root)) for path in paths])
-    with replacing(out / "images", _check_replaceable) as aside:
+    names = output_names([str(path.relative_to(root)) for path in paths])
+    with replacing(out / "images", check_replaceable) as aside:
 
         def visit(keys, inputs, outputs, values):
             for i, key in enumerate(keys.tolist()):
@@ -135,13 +136,14 @@ def reconstruct(
                 described = {"image": printable(key), "output": printable(names[key])}
                 rows.append(described | {name: float(x[i]) for name, x in values.items()})
 
-        batches = _read(source, paths, tokenizer.config.image_size, batch_size)
-        means, _ = _reconstruct(tokenizer, batches, len(paths), batch_size, ssim_range, visit, out)
+        batches = read_crops(source, paths, tokenizer.config.image_size, batch_size)
+        means, measured, _ = _reconstruct(
+            tokenizer, batches, len(paths), batch_size, ssim_range, visit, out
+        )
         described = {"images": printable(str(source)), "tokenizer": tokenizer.fingerprint}
         write_json(aside / RECORD, described | {"outputs": [row["output"] for row in rows]})
     skipped = len(paths) - means.pop("images")
-    how = {"crop": protocol.CENTER_CROP} | means.pop("how")
-    stamp = protocol.stamp("reconstruction", data=source.name, **how)
+    stamp = protocol.stamp("reconstruction of files", data=source.name, crop="adm", **measured)
     result = {"images": len(rows), "skipped": skipped, **means, "protocol": stamp, "each": rows}
     write_json(out / "metrics.json", result)
     print(f"{len(rows)} images ({skipped} skipped)")
@@ -149,7 +151,7 @@ def reconstruct(
     return result
 
 
-def _check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path) -> None:
     """Raises UserError if a folder has pictures that are not an earlier call's."""
     own = []
     with contextlib.suppress(OSError, UserError, KeyError, TypeError):
@@ -157,7 +159,7 @@ def _check_replaceable(folder: Path) -> None:
     refuse_foreign(folder, own, "the pictures of an earlier call of reconstruct")
 
 
-def _output_names(keys: Sequence[str]) -> dict[str, str]:
+def output_names(keys: Sequence[str]) -> dict[str, str]:
     """A PNG's name for each image: a.png stays, a.jpg becomes a.jpg.png, and none comes twice."""
     names = {key: key for key in keys if key.endswith(".png")}
     # A folder may have the name that a picture beside it would get: a.jpg.png/ beside a.jpg.
@@ -176,7 +178,7 @@ def _output_names(keys: Sequence[str]) -> dict[str, str]:
     return names
 
 
-def _read(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
+def read_crops(source: Path, paths: Sequence[Path], size: int, batch_size: int) -> Iterator[Batch]:
     """Yields image files as batches like those of `pipeline.eval_images`."""
     root, found, turned = source if source.is_dir() else source.parent, False, False
     for start in range(0, len(paths), batch_size):
@@ -206,12 +208,12 @@ def _reconstruct(
     ssim_range: int,
     visit: Callable[..., None],
     out: Path,
-) -> tuple[dict[str, float], np.ndarray]:
+) -> tuple[dict[str, float], dict[str, Any], np.ndarray]:
     """Passes this process's part of `batches` through a tokenizer, and writes `grid.png`.
 
     `visit` receives the keys, inputs, outputs and metrics of each batch's readable images. Returns
-    the means of the metrics, "how" they were measured, and the count of each code, over all
-    processes.
+    the means of the metrics, what `protocol.stamp` says of these, and the count of each code, over
+    all processes.
     """
     compare, lpips = _comparison(ssim_range)
     # Process 0 saves the grid, so only images that it reads are shown: the first of each batch.
@@ -219,7 +221,7 @@ def _reconstruct(
     own = index[index % batch_size < batch_size // distributed.place()[1]]
     wanted = own[np.linspace(0, len(own) - 1, min(SHOWN, len(own))).astype(int)]
     code_counts = np.zeros(tokenizer.config.codebook_size, np.int64)
-    images, sums, shown, digest = 0, {}, [], protocol.PixelDigest()
+    images, sums, shown, digest = 0, {}, [], pictures.PixelDigest()
     for batch in tqdm(batches, total=math.ceil(examples / batch_size), unit="batch", disable=None):
         valid = batch["valid"]
         codes = tokenizer.encode(batch["image"])
@@ -241,16 +243,16 @@ def _reconstruct(
     counts = {"images": images, "code_counts": code_counts, "digest": digest.total}
     sums = distributed.sums(counts | sums)
     images, code_counts, pixels = (sums.pop(name) for name in counts)
-    how = {
+    measured = {
         "images": int(images),
         "image_size": tokenizer.config.image_size,
-        "pixels": protocol.hexadecimal(pixels),
+        "pixels": pictures.PixelDigest(pixels).text(),
         "ssim_range": ssim_range,
         "lpips": lpips,
     }
     means = {name: float(total / images) for name, total in sums.items()}
     usage = float(np.mean(code_counts > 0))
-    return {"images": int(images), **means, "codebook_usage": usage, "how": how}, code_counts
+    return {"images": int(images), **means, "codebook_usage": usage}, measured, code_counts
 
 
 def _comparison(

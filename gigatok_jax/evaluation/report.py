@@ -186,9 +186,9 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
             tokenizer |= {name: model[name] for name in ("image_size", "codebook_size")}
         results |= _sizes(tokenizer, results["loss"])
     results["comparable"] = protocol.comparable(results.get("protocol", {}))
-    if time := results.get("protocol", {}).get("time"):
+    settings["Protocol"] = results.setdefault("protocol", {})
+    if time := settings["Protocol"].get("time"):
         results["timed_on"] = f"{time['hardware']}, batch {time['batch_size']}"
-    settings["Protocol"] = results.pop("protocol", {})
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
@@ -259,7 +259,7 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Charts show only the probes of the first one's protocol.
     """
     groups = _by_protocol(probes)
-    everything, probes = probes, next(iter(groups.values()))
+    everything, (_, probes) = probes, groups[0]
 
     def shared(names: Sequence[str]) -> str | None:
         return next((name for name in names if all(name in probe for probe in probes)), None)
@@ -283,18 +283,22 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _by_protocol(probes: Sequence[Mapping[str, Any]]) -> dict[str, list[Mapping[str, Any]]]:
-    """Probes by what sets their protocol apart from that of the first one, which has ""."""
+def _by_protocol(
+    probes: Sequence[Mapping[str, Any]],
+) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """Probes of each protocol, and what sets it apart from the first one, which has ""."""
     groups, first = {}, probes[0]["comparable"]
     for probe in probes:
-        found = probe["comparable"]
+        groups.setdefault(json.dumps(probe["comparable"], sort_keys=True), []).append(probe)
+
+    def reason(found: Mapping[str, Any]) -> str:
         reasons = protocol.differences(first, found)
         if reasons and not (first and found):
-            reasons = ["an older program has not recorded one of the protocols"]
+            return "an older program has not recorded one of the protocols"
         more = reasons[MAX_REASONS:]
-        reason = "; ".join(reasons[:MAX_REASONS]) + (f"; and {len(more)} more" if more else "")
-        groups.setdefault(reason, []).append(probe)
-    return groups
+        return "; ".join(reasons[:MAX_REASONS]) + (f"; and {len(more)} more" if more else "")
+
+    return [(reason(group[0]["comparable"]), group) for group in groups.values()]
 
 
 def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:

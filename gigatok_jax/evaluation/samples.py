@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from gigatok_jax import files
+from gigatok_jax import files, pictures
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import fid, protocol
 from gigatok_jax.evaluation.features import Extractor, load
@@ -70,7 +70,7 @@ def _compare(
     if not real.exists():  # before all samples pass the network
         raise UserError(f"{real}: no such file or folder, expected real images")
     found, count, size = fid.FeatureSet(extractor, members=True), 0, 0
-    digest = protocol.PixelDigest()
+    digest = pictures.PixelDigest()
     for images in batches:
         found.add(images)
         digest.add(images)
@@ -97,7 +97,7 @@ def _compare(
         reference=real.described,
         images=count,
         image_size=size,
-        pixels=protocol.hexadecimal(digest.total),
+        pixels=digest.text(),
         crop="none",
         features=protocol.features(extractor),
     )

@@ -23,6 +23,10 @@ from gigatok_jax.errors import UserError, first_line, lookup
 from gigatok_jax.files import Path, cache_dir, local_cache_dir
 from gigatok_jax.weights import hub
 
+# Why a figure cannot be verified.
+RESIZED = "it is of images that were resized from 384 to 256 pixels"
+UNKNOWN = "its authors do not say how they resized images"
+
 CHUNK = 2**20  # bytes read at a time
 TIMEOUT = 60  # seconds without a byte
 PAUSES = (1, 4, 15)  # seconds before each new attempt; progress resets them
@@ -53,6 +57,9 @@ class Published:
     model: str  # name of the architecture; "" if the kind has only one
     files: tuple[File, ...]  # together they hold the tensors
     figure: str = ""  # the authors' rFID or gFID
+    crop: str = "adm"  # how the images of an rFID were resized, see `crops.center_crop`
+    not_verifiable: str = ""  # why the figure cannot be measured with this program
+    searched: bool = False  # of a generator: the figure is the lowest of a search for guidance
     tokenizer: str = ""  # of a generator: the name of the tokenizer whose codes it models
     sampling: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of a generator
     class_names: tuple[str, ...] = ()  # of a generator
@@ -68,13 +75,16 @@ def _tokenizer(model: str, file: str, rfid: str) -> Published:
 
 def _vqgan(model: str, repo: str, file: str, rfid: str) -> Published:
     url = f"https://huggingface.co/{repo}/resolve/main/{file}"
-    return Published("vqgan", model, (File(url),), f"rFID {rfid}")
+    crop = "linear" if repo.startswith(TENCENT) else "adm"
+    why = RESIZED if model.endswith("_384") else UNKNOWN if model == "maskgit_vqgan" else ""
+    return Published("vqgan", model, (File(url),), f"rFID {rfid}", crop=crop, not_verifiable=why)
 
 
 def _titok(model: str, rfid: str) -> Published:
     repo = f"tokenizer_{model}_imagenet"
     url = f"https://huggingface.co/yucornetto/{repo}/resolve/main/model.safetensors"
-    return Published("titok", model, (File(url, saved_as=f"{repo}.safetensors"),), f"rFID {rfid}")
+    files = (File(url, saved_as=f"{repo}.safetensors"),)
+    return Published("titok", model, files, f"rFID {rfid}", crop="bicubic")
 
 
 def _generator(
@@ -88,6 +98,8 @@ def _generator(
         tokenizer=tokenizer,
         sampling=sampling,
         class_names=tuple(imagenet.classes()),
+        not_verifiable=RESIZED if model.endswith(",384") else "",
+        searched=url.startswith(GIGATOK),
     )
 
 
@@ -116,7 +128,7 @@ HUB_URL = re.compile(
 )
 
 # By model, from their authors: repository on the Hub, file, and rFID at 256 pixels, or at 128 for
-# open_magvit2_128. That of llamagen_vq16_384 is of its images, resized from 384 pixels.
+# open_magvit2_128.
 LLAMAGEN, TENCENT = "FoundationVision/LlamaGen", "TencentARC"
 VQGANS = {
     "llamagen_vq16": (LLAMAGEN, "vq_ds16_c2i.pt", "2.19"),
