@@ -7,8 +7,8 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import cases, compare, host, run
-from gigatok_jax import recipes
+from benchmarks import cases, compare, host, leaderboard, probes, run
+from gigatok_jax import cli, recipes
 from gigatok_jax.models.generator import GeneratorConfig
 
 import tiny
@@ -107,3 +107,28 @@ def test_a_report_of_another_machine_is_not_mixed_in(monkeypatch, capsys, tmp_pa
     with pytest.raises(SystemExit):
         main(monkeypatch, "encode", f"--out={out}")
     assert "is of abacus" in capsys.readouterr().err
+
+
+def test_finished_probes_are_skipped_and_failed_ones_named(tmp_path, capsys):
+    (tmp_path / "done").mkdir()
+    (tmp_path / "done" / "results.json").touch()
+    assert probes.measure(tmp_path, [("done", (), ())]) == [tmp_path / "done"]
+    with pytest.raises(RuntimeError, match=r"^broken: train ended with status 2, see .*broken.log"):
+        probes.measure(tmp_path, [("done", (), ()), ("broken", ["--config.no=1"], ())])
+    assert "config.no" in (tmp_path / "broken.log").read_text()
+    assert not capsys.readouterr().out
+
+
+def test_leaderboard_trains_and_probes_each_quantizer(tmp_path, monkeypatch):
+    def measure(workdir, runs):
+        for name, train, probe in runs:
+            assert cli.main(["config", "show", "demo:tokenizer", *train]) == 0
+            assert cli.main(["config", "show", "demo:probe", *probe]) == 0
+            assert f"--config.model.quantizer={name}" in train
+        return [workdir / name for name, _, _ in runs]
+
+    monkeypatch.setattr(probes, "measure", measure)
+    monkeypatch.setattr(leaderboard.report, "write", lambda folders, path: found.extend(folders))
+    found = []
+    leaderboard.main([f"--workdir={tmp_path}"])
+    assert found == [tmp_path / name for name in leaderboard.QUANTIZERS]

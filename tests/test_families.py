@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import shutil
 
 import numpy as np
@@ -26,16 +27,25 @@ PROBE = pathlib.Path(__file__).parent / "probe_config.py"
 CNN = {"base_channels": 4, "residual_blocks": 1, "channel_multipliers": (1, 1, 2)}
 SIZES = CNN | {"image_size": 16, "codebook_size": 64}
 LLAMAGEN = VqganConfig("llamagen", code_dim=8, z_channels=8, normalize_codes=True, **SIZES)
+NARROW = TransformerSize(1, 2, 16)
+TITOK = TitokConfig(NARROW, NARROW, latents=8, codebook_size=64, code_dim=4)
+GIGATOK = tiny.config(image_size=16, latents=4, channel_multipliers=(1, 1))
+# A drawing of 256 pixels takes a fifth of a second.
+FEW = {"data.length": 8, "data.eval_length": 4, "samples": 4}
+FEW |= {f"{run}.evaluation_images": 4 for run in ("generator", "linear_probe")}
+CODES = {"gigatok": 4, "llamagen": 16, "titok": 8, "own": 16}
 OWN = "python:own_tokenizer:Mean"
 
 
 @pytest.fixture(scope="module")
 def names(tmp_path_factory):
     """Names of tokenizers, by family."""
-    folder = tmp_path_factory.mktemp("llamagen")
-    weights = {"params": tiny.fill(families.param_shapes(LLAMAGEN))}
-    bundles.save(folder / "tokenizer", "vqgan", LLAMAGEN, weights, {})
-    return {"llamagen": str(folder / "tokenizer"), "own": OWN}
+    folder = tmp_path_factory.mktemp("names")
+    for name, kind, config in (("llamagen", "vqgan", LLAMAGEN), ("titok", "titok", TITOK)):
+        weights = {"params": tiny.fill(families.param_shapes(config))}
+        bundles.save(folder / name, kind, config, weights, {})
+    bundles.save(folder / "gigatok", "tokenizer", GIGATOK, tiny.weights(GIGATOK), {})
+    return {name: str(folder / name) for name in CODES} | {"own": OWN}
 
 
 @pytest.fixture(scope="module")
@@ -44,26 +54,30 @@ def probes(names, tmp_path_factory):
     folder = tmp_path_factory.mktemp("probes")
     for family, name in names.items():
         flags = [f"--tokenizer={name}", f"--workdir={folder / family}", f"--config={PROBE}"]
-        assert cli.main(["probe", *flags]) == 0
+        few = [f"--config.{field}={count}" for field, count in FEW.items()]
+        assert cli.main(["probe", *flags, *few * (family == "titok")]) == 0
     return {family: folder / family for family in names}
 
 
-@pytest.mark.parametrize("family", ["llamagen", "own"])
+@pytest.mark.parametrize("family", CODES)
 def test_probe_measures_any_tokenizer(names, probes, family):
     results = json.loads((probes[family] / "results.json").read_text())
     assert results.keys() >= {"psnr", "rfd_teacher", "loss", "gfd_teacher", "linear_accuracy"}
+    assert results["encode_ms"] > 0 and results["decode_ms"] > 0
     generator = gt.load_generator(probes[family] / "generator")
     tokenizer = gt.load_tokenizer(names[family])
     assert generator.made_by["tokenizer"] == tokenizer.fingerprint
-    assert generator.config.codes == tokenizer.config.latents == 16
+    assert generator.config.codes == tokenizer.config.latents == CODES[family]
 
 
 def test_report_compares_families_by_bits(probes, tmp_path):
-    report.write([probes["llamagen"], probes["own"]], tmp_path / "report.html")
+    report.write(list(probes.values()), tmp_path / "report.html")
     html = (tmp_path / "report.html").read_text()
-    assert "<span>(llamagen)</span>" in html and "<span>(own)</span>" in html
+    rows = dict(re.findall(r"<span>\((\w+)\)</span></td>\s*<td>(.*?)</td>", html))
+    assert rows.keys() == CODES.keys()
+    assert rows["own"] == "-" and all(rows[name].endswith(" M") for name in CODES if name != "own")
     assert "Reconstruction against generation" in html
-    for workdir in probes.values():
+    for workdir in (probes["llamagen"], probes["own"]):
         loss = json.loads((workdir / "results.json").read_text())["loss"]
         bits = 16 * loss / np.log(2)  # of 16 codes
         assert f"<td>{bits:,.0f}</td>" in html and f"<td>{bits / 256:.4f}</td>" in html
@@ -201,12 +215,8 @@ def test_published_generator_of_llamagen_brings_its_tokenizer(tmp_path, monkeypa
         assert record["sampling"]["schedule"] == "constant"
 
 
-def test_titok_is_a_tokenizer(tmp_path):
-    size = TransformerSize(1, 2, 16)
-    config = TitokConfig(size, size, latents=8, codebook_size=64, code_dim=4)
-    weights = {"params": tiny.fill(families.param_shapes(config))}
-    bundles.save(tmp_path / "titok", "titok", config, weights, {})
-    tokenizer = gt.load_tokenizer(tmp_path / "titok")
+def test_titok_is_a_tokenizer(names):
+    tokenizer = gt.load_tokenizer(names["titok"])
     codes = tokenizer.encode(np.zeros((1, 256, 256, 3), np.uint8))
     assert codes.shape == (1, 8) and tokenizer.family == "titok"
     assert tokenizer.decode(codes).shape == (1, 256, 256, 3)

@@ -24,10 +24,23 @@ def code_cells(notebook) -> list:
 def test_notebook_runs(name, tmp_path, monkeypatch):
     for kind, directory in tiny.save_networks(tmp_path, TOKENIZER, GENERATOR).items():
         monkeypatch.setenv(f"GIGATOK_{kind.upper()}", directory)
+    assert pictures(name) > 0
+
+
+def test_tokenizer_of_the_users_is_inspected(monkeypatch):
+    tests = pathlib.Path(__file__).parent
+    monkeypatch.setenv("PYTHONPATH", f"{tests}:{tests.parent}")
+    monkeypatch.setenv("GIGATOK_TOKENIZER", "python:own_tokenizer:Mean")
+    assert pictures("inspect_tokenizer") == 3  # no feature maps
+
+
+def pictures(name: str) -> int:
+    """Runs a notebook, and counts the pictures that it shows."""
     notebook = nbformat.read(NOTEBOOKS / f"{name}.ipynb", 4)
     resources = {"metadata": {"path": str(NOTEBOOKS)}}
     nbclient.NotebookClient(notebook, timeout=300, resources=resources).execute()
-    assert any("image/png" in o.get("data", {}) for c in code_cells(notebook) for o in c.outputs)
+    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 @pytest.mark.parametrize("name", NAMES)

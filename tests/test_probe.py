@@ -53,8 +53,14 @@ def results(workdir: pathlib.Path) -> dict:
     return json.loads((workdir / "results.json").read_text())
 
 
+def lasting(workdir: pathlib.Path) -> dict:
+    """All results but times."""
+    return {name: value for name, value in results(workdir).items() if not name.endswith("_ms")}
+
+
 def test_probe_measures_all(whole):
     found = results(whole)
+    assert found["encode_ms"] > 0 and found["decode_ms"] > 0
     expected = {"psnr", "ssim", "codebook_usage", "rfd_teacher", "loss", "guidance", "gfd_teacher"}
     assert expected | {"precision", "recall", "linear_accuracy", "parameters"} <= found.keys()
     assert found["gfd_teacher"] == min(row["gfd_teacher"] for row in found["search"])
@@ -103,7 +109,7 @@ def test_probe_killed_in_every_step_resumes_to_the_same_results(
             with pytest.raises(Killed):
                 probing.probe(tokenizer, CONFIG, tmp_path)
     probing.probe(tokenizer, CONFIG, tmp_path)
-    assert results(tmp_path) == results(whole)
+    assert lasting(tmp_path) == lasting(whole)
 
 
 def test_finished_probe_accepts_other_batches_and_workers(tokenizer, whole, tmp_path):
@@ -222,6 +228,26 @@ def test_ssim_of_each_range_has_its_own_column(whole, tmp_path):
     assert [rows[f"{whole.name} (gigatok)"][name] for name in names] == [ssim, "-"]
     assert [rows["probe (gigatok)"][name] for name in names] == ["-", ssim]
     assert [rows["B-L (Tables 3, 10)"][name] for name in names] == ["-", "0.685"]
+
+
+def text(workdir: pathlib.Path) -> str:
+    """The report that `table` has written."""
+    return re.sub(r"\s+", " ", (workdir / "table.html").read_text())
+
+
+def test_times_name_the_hardware_and_do_not_set_probes_apart(whole, tmp_path):
+    other = shutil.copytree(whole, tmp_path / "probe")
+    found = results(other)
+    found["protocol"]["time"] |= {"hardware": "4 x TPU v4", "batch_size": 32}
+    found["decode_ms"] = 1_234.567
+    (other / "results.json").write_text(json.dumps(found))
+    assert table(other)["probe (gigatok)"]["decode, ms"] == "1,234.57"
+    note = "milliseconds per image, measured on"
+    assert f"{note} 4 x TPU v4, batch 32. </p>" in text(other)
+    table(whole, other)
+    both = rf"{note} \d+ CPU cores?, batch 8: {whole.name}; 4 x TPU v4, batch 32: probe\. Only"
+    assert re.search(both, text(whole))
+    assert "Not comparable" not in text(whole)
 
 
 def test_probe_measures_ssim_of_the_range_asked_for(tokenizer, tmp_path, monkeypatch):

@@ -309,7 +309,7 @@ class Batches(Iterator[Batch]):
             return iter(stream.mp_prefetch(options, _start_worker))
         # Threads share a batch, so that the first one is ready soon and few examples are in memory.
         # Two batches are read at once, so that no thread idles at the end of one.
-        self._threads = ThreadPoolExecutor(_cores(), thread_name_prefix="images")
+        self._threads = ThreadPoolExecutor(cores(), thread_name_prefix="images")
         batches = positions.map(functools.partial(_read_batch, self._read, self._threads.map))
         return iter(batches.to_iter_dataset(grain.ReadOptions(2, ahead)))
 
@@ -369,7 +369,8 @@ def _start_worker(index: int, count: int):
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 

@@ -1,4 +1,4 @@
-"""Cost of decoding codes relative to sampling them (paper, Table 4)."""
+"""Cost of encoding and decoding, also relative to sampling (paper, Table 4)."""
 
 from collections.abc import Callable, Sequence
 import logging
@@ -9,7 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from gigatok_jax import api, recipes
+from gigatok_jax import api, distributed, recipes
+from gigatok_jax.data import pipeline
+from gigatok_jax.evaluation import protocol
 from gigatok_jax.models import generator, quantizer, tokenizer
 from gigatok_jax.sampling import SamplingConfig
 
@@ -60,6 +62,42 @@ def shares(
         decoder: {name: own / (own + seconds) for name, seconds in sampling.items()}
         for decoder, own in decoding.items()
     }
+
+
+def codec(tokenizer: api.AnyTokenizer, batch_size: int) -> dict[str, Any]:
+    """Measures how long encoding and decoding take on this machine.
+
+    Each is the median of `REPEATS` calls after one that compiles, with the transfer of the input.
+    Images are noise, which does not affect the time.
+
+    Args:
+      tokenizer: of any family.
+      batch_size: images per batch, over all processes; each process times its own part.
+
+    Returns:
+      "encode_ms" and "decode_ms", milliseconds per image; and "protocol", see `protocol.stamp`,
+      with the size of the batch and the hardware.
+    """
+    batch_size //= distributed.place()[1]
+    shape = (batch_size, *[tokenizer.config.image_size] * 2, 3)
+    images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    codes = np.asarray(tokenizer.encode(images))
+    per_image = 1_000 / batch_size
+    return {
+        "encode_ms": per_image * _seconds(tokenizer.encode, images),
+        "decode_ms": per_image * _seconds(tokenizer.decode, codes),
+        "protocol": protocol.stamp("time", batch_size=batch_size, hardware=_hardware()),
+    }
+
+
+def _hardware() -> str:
+    """What this process computes on, such as "4 x TPU v4" or "1 CPU core"."""
+    devices = jax.local_devices()
+    if devices[0].platform == "cpu":
+        cores = pipeline.cores()
+        return f"{cores} CPU core{'s' * (cores > 1)}"
+    kind = devices[0].device_kind
+    return kind if len(devices) == 1 else f"{len(devices)} x {kind}"
 
 
 def _random(shapes: Any) -> Any:

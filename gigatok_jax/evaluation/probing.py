@@ -16,6 +16,7 @@ from gigatok_jax.data.crops import BadImage, center_crop
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.evaluation import (
+    cost,
     features,
     fid,
     generation,
@@ -248,6 +249,11 @@ def _reconstruct(probe: _Probe, out: Path) -> dict[str, Any]:
     )
 
 
+def _time(probe: _Probe, out: Path) -> dict[str, Any]:
+    del out
+    return cost.codec(probe.tokenizer, probe.config.batch_size)
+
+
 def _encode(probe: _Probe, out: Path) -> dict[str, Any]:
     config = probe.config
     encoding.encode(
@@ -362,6 +368,7 @@ def _map_features(probe: _Probe, out: Path) -> dict[str, Any]:
 # metrics.
 STEPS = {
     "reconstruction": _reconstruct,
+    "time": _time,
     "codes": _encode,
     "generator": _train_generator,
     "loss": _evaluate_loss,

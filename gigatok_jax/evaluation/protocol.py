@@ -17,7 +17,17 @@ from gigatok_jax.evaluation.features import Extractor
 LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
 # They do not change a number, or belong to the model. Where images lie is one: a digest says more.
-INCIDENTAL = ("versions", "device", "seed", "sampling.guidance", "data", "reference.name", "lpips")
+# Times depend on the machine, which a report names beside them.
+INCIDENTAL = (
+    "versions",
+    "device",
+    "seed",
+    "sampling.guidance",
+    "data",
+    "reference.name",
+    "lpips",
+    "time",
+)
 
 
 def stamp(measure: str, **how: Any) -> dict[str, Any]:

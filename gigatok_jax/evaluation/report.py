@@ -187,6 +187,8 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
         results |= _sizes(tokenizer, results["loss"])
     results["comparable"] = protocol.comparable(results.get("protocol", {}))
     settings["Protocol"] = results.setdefault("protocol", {})
+    if time := settings["Protocol"].get("time"):
+        results["timed_on"] = f"{time['hardware']}, batch {time['batch_size']}"
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",

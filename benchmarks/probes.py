@@ -1,0 +1,64 @@
+"""Trains and probes tokenizers of the embedded drawings, one on each free core."""
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+import functools
+import os
+import pathlib
+import queue
+import subprocess
+import sys
+
+DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
+
+Run = tuple[str, Sequence[str], Sequence[str]]  # name, flags of its training, flags of its probe
+
+
+def measure(workdir: pathlib.Path, runs: Sequence[Run]) -> list[pathlib.Path]:
+    """Trains the demo's tokenizer and probes it, once for each run.
+
+    Call it again after a kill: finished runs are skipped, others resume.
+
+    Args:
+      workdir: gets a folder NAME for each run, with the tokenizer's training in `tokenizer/` and
+        the probe around it, and the output of both in NAME.log.
+      runs: name, and flags that change `demo:tokenizer` and `demo:probe`.
+
+    Returns:
+      The folders of the probes, in the order of `runs`.
+
+    Raises:
+      RuntimeError: a run failed; the other runs have ended too.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    available = sorted(os.sched_getaffinity(0))
+    cores = queue.SimpleQueue()
+    for core in available:
+        cores.put(core)
+    with ThreadPoolExecutor(len(available)) as pool:
+        return list(pool.map(functools.partial(_measure, workdir, cores), runs))
+
+
+def _measure(workdir: pathlib.Path, cores: queue.SimpleQueue, run: Run) -> pathlib.Path:
+    name, train_flags, probe_flags = run
+    folder, tokenizer, log = workdir / name, workdir / name / "tokenizer", workdir / f"{name}.log"
+    if (folder / "results.json").exists():
+        return folder
+    train = ["train", f"--config={DEMO}:tokenizer", f"--workdir={tokenizer}"]
+    probe = ["probe", f"--config={DEMO}:probe", f"--workdir={folder}", f"--tokenizer={tokenizer}"]
+    core = cores.get()
+    try:
+        for arguments in ([*train, *train_flags], [*probe, *probe_flags]):
+            with log.open("a") as output:
+                status = subprocess.run(
+                    [sys.executable, "-m", "gigatok_jax", *arguments],
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}),
+                ).returncode
+            if status:
+                raise RuntimeError(f"{name}: {arguments[0]} ended with status {status}, see {log}")
+    finally:
+        cores.put(core)
+    print(name, flush=True)
+    return folder
