@@ -13,6 +13,8 @@ import pathlib
 from benchmarks import probes
 from gigatok_jax.evaluation import report
 
+DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
+
 QUANTIZERS = {
     "vq": (),
     "fsq": (
@@ -38,7 +40,11 @@ def measure(
       probe: flags of every probe.
     """
     runs = [
-        (name, [f"--config.model.quantizer={name}", *flags, *training], probe)
+        (
+            name,
+            [f"--config={DEMO}:tokenizer", f"--config.model.quantizer={name}", *flags, *training],
+            [f"--config={DEMO}:probe", *probe],
+        )
         for name, flags in QUANTIZERS.items()
     ]
     path = workdir / "report.html"

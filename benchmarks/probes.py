@@ -9,20 +9,18 @@ import queue
 import subprocess
 import sys
 
-DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
-
 Run = tuple[str, Sequence[str], Sequence[str]]  # name, flags of its training, flags of its probe
 
 
 def measure(workdir: pathlib.Path, runs: Sequence[Run]) -> list[pathlib.Path]:
-    """Trains the demo's tokenizer and probes it, once for each run.
+    """Trains a tokenizer and probes it, for each run.
 
     Call it again after a kill: finished runs are skipped, others resume.
 
     Args:
       workdir: gets a folder NAME for each run, with the tokenizer's training in `tokenizer/` and
         the probe around it, and the output of both in NAME.log.
-      runs: name, and flags that change `demo:tokenizer` and `demo:probe`.
+      runs: name, and the flags of `gigatok train` and `gigatok probe`, without those of folders.
 
     Returns:
       The folders of the probes, in the order of `runs`.
@@ -44,8 +42,10 @@ def _measure(workdir: pathlib.Path, cores: queue.SimpleQueue, run: Run) -> pathl
     folder, tokenizer, log = workdir / name, workdir / name / "tokenizer", workdir / f"{name}.log"
     if (folder / "results.json").exists():
         return folder
-    train = ["train", f"--config={DEMO}:tokenizer", f"--workdir={tokenizer}"]
-    probe = ["probe", f"--config={DEMO}:probe", f"--workdir={folder}", f"--tokenizer={tokenizer}"]
+    train = ["train", f"--workdir={tokenizer}"]
+    probe = ["probe", f"--workdir={folder}", f"--tokenizer={tokenizer}"]
+    # Runs that differ in their seed alone compile once.
+    cache = {"JAX_COMPILATION_CACHE_DIR": str(workdir.resolve() / "compilations")}
     core = cores.get()
     try:
         for arguments in ([*train, *train_flags], [*probe, *probe_flags]):
@@ -54,6 +54,7 @@ def _measure(workdir: pathlib.Path, cores: queue.SimpleQueue, run: Run) -> pathl
                     [sys.executable, "-m", "gigatok_jax", *arguments],
                     stdout=output,
                     stderr=subprocess.STDOUT,
+                    env=cache | os.environ,
                     preexec_fn=functools.partial(os.sched_setaffinity, 0, {core}),
                 ).returncode
             if status:

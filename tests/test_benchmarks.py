@@ -1,5 +1,6 @@
 """Benchmarks: their cases run and are counted, their files compare, and PyTorch agrees."""
 
+import dataclasses
 import importlib.util
 import json
 import sys
@@ -7,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import cases, compare, host, leaderboard, probes, run
+from benchmarks import cases, compare, dilemma, host, leaderboard, probes, run
 from gigatok_jax import cli, recipes
 from gigatok_jax.models.generator import GeneratorConfig
 
@@ -132,3 +133,27 @@ def test_leaderboard_trains_and_probes_each_quantizer(tmp_path, monkeypatch):
     found = []
     leaderboard.main([f"--workdir={tmp_path}"])
     assert found == [tmp_path / name for name in leaderboard.QUANTIZERS]
+
+
+def test_dilemma_scales_only_the_transformers():
+    small, large = (dilemma.get_config(f"tokenizer,{size},semantic,1") for size in ("S", "L"))
+    assert small.model.decoder.width < large.model.decoder.width
+    same = {"encoder": large.model.encoder, "decoder": large.model.decoder}
+    assert dataclasses.replace(small.model, **same) == large.model
+    assert dilemma.get_config("tokenizer,S,vanilla,2").objective.semantic == 0
+    assert dilemma.get_config("probe,2").generator.seed == 2
+
+
+def test_dilemma_shows_means_and_seeds(tmp_path):
+    results = {
+        f"{size} {arm}": [
+            {"parameters": 1e5 * (1 + i)} | {name: seed + i for name in dilemma.METRICS}
+            for seed in dilemma.SEEDS
+        ]
+        for i, size in enumerate(dilemma.SIZES)
+        for arm in dilemma.ARMS
+    }
+    lines = dilemma.table(results)
+    assert lines[2].startswith("| S vanilla | 0.10 | 1.000 (0.000, 1.000, 2.000) |")
+    dilemma.plot(results, tmp_path / "dilemma.png")
+    assert (tmp_path / "dilemma.png").stat().st_size > 10_000
