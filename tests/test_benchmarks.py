@@ -115,8 +115,8 @@ def test_finished_probes_are_skipped_and_failed_ones_named(tmp_path, capsys):
     (tmp_path / "done" / "results.json").touch()
     assert probes.measure(tmp_path, [("done", (), ())]) == [tmp_path / "done"]
     with pytest.raises(RuntimeError, match=r"^broken: train ended with status 2, see .*broken.log"):
-        probes.measure(tmp_path, [("done", (), ()), ("broken", ["--config.no=1"], ())])
-    assert "config.no" in (tmp_path / "broken.log").read_text()
+        probes.measure(tmp_path, [("done", (), ()), ("broken", (), ())])
+    assert "--config: missing" in (tmp_path / "broken.log").read_text()
     assert not capsys.readouterr().out
 
 
