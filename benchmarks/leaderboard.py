@@ -18,8 +18,8 @@ DEMO = pathlib.Path(__file__).parents[1] / "configs" / "demo.py"
 QUANTIZERS = {
     "vq": (),
     "fsq": (
-        "--config.model.fsq_levels=(8,8,16)",
-        "--config.model.code_dim=3",
+        "--config.model.fsq_levels=(4,4,4,4,4)",
+        "--config.model.code_dim=5",
         "--config.objective.entropy=0.0",
     ),
     "lfq": ("--config.model.code_dim=10",),
