@@ -9,6 +9,9 @@ import queue
 import subprocess
 import sys
 
+from gigatok_jax import files
+from gigatok_jax.files import as_path
+
 Run = tuple[str, Sequence[str], Sequence[str]]  # name, flags of its training, flags of its probe
 
 
@@ -26,7 +29,8 @@ def measure(workdir: pathlib.Path, runs: Sequence[Run]) -> list[pathlib.Path]:
       The folders of the probes, in the order of `runs`.
 
     Raises:
-      RuntimeError: a run failed; the other runs have ended too.
+      RuntimeError: a run failed; those that had begun have ended.
+      UserError: a folder holds the results of other flags.
     """
     workdir.mkdir(parents=True, exist_ok=True)
     available = sorted(os.sched_getaffinity(0))
@@ -40,6 +44,10 @@ def measure(workdir: pathlib.Path, runs: Sequence[Run]) -> list[pathlib.Path]:
 def _measure(workdir: pathlib.Path, cores: queue.SimpleQueue, run: Run) -> pathlib.Path:
     name, train_flags, probe_flags = run
     folder, tokenizer, log = workdir / name, workdir / name / "tokenizer", workdir / f"{name}.log"
+    made_with = as_path(folder / "flags.json")
+    if (folder / "results.json").exists() and not made_with.exists():
+        raise RuntimeError(f"{folder}: expected results of this program, found others")
+    files.claim(made_with, {"train": train_flags, "probe": probe_flags}, "results")
     if (folder / "results.json").exists():
         return folder
     train = ["train", f"--workdir={tokenizer}"]

@@ -315,7 +315,7 @@ class PretrainedGenerator(Pretrained):
         return self._run(Generator.features, *self._inputs(codes, classes), layer=layer)
 
     def sample(
-        self, classes, key: jax.Array, *, prefix=None, keep: int = 0, **settings
+        self, classes, key: jax.Array, *, prefix=None, keep: int | None = None, **settings
     ) -> jax.Array:
         """Samples the codes of images of the given classes, or completes given codes.
 
@@ -323,7 +323,7 @@ class PretrainedGenerator(Pretrained):
           classes: `[B]` integers.
           key: one random key, which is split over the images; or `[B]` keys, one per image, which
             make an image's codes independent of its batch.
-          prefix: `codes` to complete; see `keep`. Default: all codes are sampled.
+          prefix: `codes` to complete; needs `keep`. Default: all codes are sampled.
           keep: how many codes of each row of `prefix` to keep, 0 to N. The others follow from
             these, in the tokenizer's order: those of a 2D tokenizer are rows of the image, from the
             top. N gives `prefix` back, and 0 what is sampled without it. Another `keep` does not
@@ -356,12 +356,12 @@ class PretrainedGenerator(Pretrained):
             raise ValueError(f"key: expected 1 or {len(classes)} keys, got {list(keys.shape)}")
         params, dtype = self.variables["params"], self.module.dtype
         batch = (self._place(classes), self._place(keys))
-        if not isinstance(keep, int | np.integer) or not 0 <= keep <= self.config.codes:
-            raise ValueError(f"keep: expected 0..{self.config.codes}, got {keep}")
         if prefix is None:
-            if keep:
+            if keep is not None:
                 raise ValueError(f"prefix: expected codes, because keep={keep}, got None")
             return sampling.sample(self.config, params, *batch, settings, dtype)
+        if not isinstance(keep, int | np.integer) or not 0 <= keep <= self.config.codes:
+            raise ValueError(f"keep: expected 0..{self.config.codes}, got {keep}")
         prefix = _codes(prefix, self.config.codes, self.config.codebook_size)
         if len(prefix) != len(classes):
             raise ValueError(f"prefix: expected {len(classes)} rows of codes, got {len(prefix)}")

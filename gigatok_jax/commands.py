@@ -11,6 +11,7 @@ import dataclasses
 import fnmatch
 import itertools
 import logging
+import re
 import types
 from typing import Any
 
@@ -361,8 +362,8 @@ def encode(tokenizer: str, config, out: str, crop_factors: list[str], **options:
     flag(
         "float",
         "keep",
-        0.5,
-        "with --from: fraction of an image's codes to keep",
+        None,
+        "with --from: fraction of an image's codes to keep; default: 0.5",
         lower_bound=0.0,
         upper_bound=1.0,
     ),
@@ -381,7 +382,7 @@ def sample(
     random_classes: bool,
     seed: int,
     batch_size: int,
-    keep: float,
+    keep: float | None,
     **sampling: Any,
 ) -> None:
     """gigatok sample --generator=NAME [--tokenizer=NAME] --classes=0,1,207 --out=DIR
@@ -402,6 +403,11 @@ def sample(
     from gigatok_jax.evaluation import completion, generation
 
     source = sampling.pop("from")
+    if source and (random_classes or distributed.started()):
+        what = "no --random_classes" if random_classes else "a single process"
+        raise UserError(f"--from: expected {what} when images are completed")
+    if keep is not None and not source:
+        raise UserError("--keep: expected --from, the images to complete")
     settings, guided = _sampling(sampling)
     _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator, where="--generator")
@@ -416,7 +422,8 @@ def sample(
         elif settings.guidance > 1:
             raise UserError("--guidance: expected 1 with --from and without --classes")
         matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
-        options = {"label": label, "share": keep, "count": count or 4}
+        share = 0.5 if keep is None else keep
+        options = {"label": label, "share": share, "count": count or 4}
         with locks.hold(folder):
             completion.complete(
                 loaded,
@@ -688,11 +695,12 @@ def verify(names: list[str], config, out: str, expected: str, features: str, **o
     """gigatok verify NAME --config.data.path=PATH [--reference=FILE.npz]
 
     Measures a tokenizer or a generator by the protocol of its numbers, prints what was expected and
-    found, and exits with 1 if a number is outside of its tolerance. The numbers are those of a
-    metrics.json that `gigatok evaluate` wrote: --expected, or the file of this name beside the
-    model. For published weights they are the authors' rFID or gFID, on ImageNet's 50,000 validation
-    images or of 50,000 samples, which takes hours. Writes metrics.json and pictures to --out. After
-    a kill, the same command resumes.
+    found, and exits with 1 if a number is outside of its tolerance, or the protocol is another one,
+    so that numbers cannot be compared. The numbers are those of a metrics.json that `gigatok
+    evaluate` wrote: --expected, or the file of this name beside the model. For published weights
+    they are the authors' rFID or gFID, on ImageNet's 50,000 validation images or of 50,000 samples,
+    which takes hours. Writes metrics.json and pictures to --out. After a kill, the same command
+    resumes sampling.
     """
     from gigatok_jax import distributed, files
     from gigatok_jax.evaluation import features as extractors
@@ -702,13 +710,15 @@ def verify(names: list[str], config, out: str, expected: str, features: str, **o
         raise UserError(f"expected the NAME of one model, got {names or 'none'}")
     name, data = names[0], _data(config)
     wanted = verification.expectations(name, expected)
-    folder = as_path(out or f"runs/verify/{name.rstrip('/').rpartition('/')[2]}")
-    _check_data("out", folder, data)
+    folder = as_path(out or f"runs/verify/{re.sub('[^0-9A-Za-z_.-]+', '_', name.strip('/'))}")
+    _check_data("out", folder, data, "guidance_*")
     with distributed.locked(folder):
-        distributed.claim(folder / MEASURED, {"measure": "verification", "name": name}, "results")
+        mark, record = folder / MEASURED, {"measure": "verification", "name": name}
+        distributed.in_main(lambda: files.claim(mark, record, "results", write=False))
         extractor = extractors.load(features)
         found, rows = verification.verify(name, wanted, data, extractor, out=folder, **options)
         if distributed.is_main():
+            files.write_json(mark, record)
             files.write_json(folder / "metrics.json", found)
     print(f"{'metric':<18}{'expected':>12}{'found':>12}{'tolerance':>12}")
     for row in rows:
@@ -736,6 +746,7 @@ def probe(tokenizer: str, workdir: str, config) -> None:
       generation/      metrics of its samples at the best guidance
       linear_probe/    training run of a linear probe of its features
       samples/         samples by class
+      steps/time.json  times of encoding and decoding
       maps.png         principal components of the decoder's features (Fig. 8)
     tokenizer.json describes the tokenizer, results.json has all metrics, and report.html shows
     everything in one file.

@@ -5,11 +5,15 @@ import importlib.util
 import json
 import sys
 
+import matplotlib
 import numpy as np
+from PIL import Image
 import pytest
 
 from benchmarks import cases, compare, dilemma, host, leaderboard, probes, run
 from gigatok_jax import cli, recipes
+from gigatok_jax.errors import UserError
+from gigatok_jax.evaluation import report
 from gigatok_jax.models.generator import GeneratorConfig
 
 import tiny
@@ -113,6 +117,12 @@ def test_a_report_of_another_machine_is_not_mixed_in(monkeypatch, capsys, tmp_pa
 def test_finished_probes_are_skipped_and_failed_ones_named(tmp_path, capsys):
     (tmp_path / "done").mkdir()
     (tmp_path / "done" / "results.json").touch()
+    with pytest.raises(RuntimeError, match=r"done: expected results of this program, found others"):
+        probes.measure(tmp_path, [("done", (), ())])
+    (tmp_path / "done" / "flags.json").write_text('{"train": ["--a"], "probe": []}')
+    with pytest.raises(UserError, match=r"another train: \['--a'\], not \[\]"):
+        probes.measure(tmp_path, [("done", (), ())])
+    (tmp_path / "done" / "flags.json").write_text('{"train": [], "probe": []}')
     assert probes.measure(tmp_path, [("done", (), ())]) == [tmp_path / "done"]
     with pytest.raises(RuntimeError, match=r"^broken: train ended with status 2, see .*broken.log"):
         probes.measure(tmp_path, [("done", (), ()), ("broken", (), ())])
@@ -156,4 +166,7 @@ def test_dilemma_shows_means_and_seeds(tmp_path):
     lines = dilemma.table(results)
     assert lines[2].startswith("| S vanilla | 0.10 | 1.000 (0.000, 1.000, 2.000) |")
     dilemma.plot(results, tmp_path / "dilemma.png")
-    assert (tmp_path / "dilemma.png").stat().st_size > 10_000
+    pixels = np.asarray(Image.open(tmp_path / "dilemma.png").convert("RGB"))
+    lines = (matplotlib.colors.to_rgb(color) for color in report.colors(2))
+    for color in lines:  # of both arms
+        assert (np.abs(pixels / 255 - color).max(-1) < 0.02).sum() > 100

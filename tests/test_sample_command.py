@@ -408,41 +408,69 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def completed(out: Path, *names: str) -> list[np.ndarray]:
-    assert sorted(path.name for path in (out / "images").glob("*.png")) == sorted(names)
-    return [np.asarray(Image.open(out / "images" / name)) for name in names]
+def completions(out: Path) -> dict[str, np.ndarray]:
+    images = out / "images"
+    return {
+        str(path.relative_to(images)): np.asarray(Image.open(path))
+        for path in sorted(images.rglob("*.png"))
+    }
+
+
+def names_of(saved) -> list[str]:
+    return [f"--{kind}={saved[kind]}" for kind in ("generator", "tokenizer")]
 
 
 def test_images_are_completed(gigatok, saved, photos, tokenizer, generator, tmp_path):
-    names = [f"--generator={saved['generator']}", f"--tokenizer={saved['tokenizer']}"]
-    flags = [*names, f"--from={photos}", "--count=2", "--classes=1", "--top_k=3"]
+    (photos / "broken.png").write_bytes(b"no image")
+    flags = [*names_of(saved), f"--from={photos}", "--count=2", "--classes=1", "--batch_size=2"]
     assert gigatok("sample", *flags, "--keep=1", f"--out={tmp_path / 'all'}")[0] == 0
-    shown = pictures.to_uint8(
-        tokenizer.decode(
-            tokenizer.encode(
-                np.stack([np.asarray(Image.open(photos / name)) for name in ("a.png", "b.jpg")])
-            )
-        )
-    )
-    files = ("a_0.png", "a_1.png", "b.jpg_0.png", "b.jpg_1.png")
-    images = completed(tmp_path / "all", *files)
-    for i, image in enumerate(images):
-        assert np.abs(image.astype(int) - np.asarray(shown[i // 2])).max() <= 1
-    assert gigatok("sample", *flags, "--keep=0.5", f"--out={tmp_path / 'half'}")[0] == 0
-    first, second, *_ = completed(tmp_path / "half", *files)
-    assert np.any(first != second)
-    grid = np.asarray(Image.open(tmp_path / "half" / "grid.png"))
-    assert grid.shape == (204, 404, 3)  # two rows of four images, enlarged
+    found = completions(tmp_path / "all")
+    assert [*found] == [f"{name}/{i}.png" for name in ("a.png", "b.jpg.png") for i in range(2)]
+    for name in ("a.png", "b.jpg"):
+        pixels = np.asarray(Image.open(photos / name))
+        shown = pictures.to_uint8(tokenizer.decode(tokenizer.encode(pixels[None])))[0]
+        image = found[f"{name if name == 'a.png' else name + '.png'}/1.png"]
+        assert np.abs(image.astype(int) - np.asarray(shown)).max() <= 1
+
+    out = tmp_path / "half"
+    assert gigatok("sample", *flags, "--keep=0.5", "--seed=3", f"--out={out}")[0] == 0
+    codes = np.asarray(tokenizer.encode(np.asarray(Image.open(photos / "a.png"))[None]))
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(3), 0), 1)
+    expected = generator.sample([1], key[None], prefix=codes, keep=2)
+    shown = np.asarray(pictures.to_uint8(tokenizer.decode(expected))[0])
+    assert np.abs(completions(out)["a.png/1.png"].astype(int) - shown).max() <= 1
+    assert np.asarray(Image.open(out / "grid.png")).shape == (204, 404, 3)  # 2 rows of 4, enlarged
+    # A second call replaces what the first one wrote, and nothing else.
+    assert gigatok("sample", *flags[:-3], "--count=1", f"--out={out}")[0] == 0
+    assert [*completions(out)] == ["a.png/0.png", "b.jpg.png/0.png"]
+    (out / "images" / "mine.png").write_bytes(b"")
+    found = refused(gigatok("sample", *flags, f"--out={out}"))
+    assert "expected the pictures of an earlier call of sample --from" in found
 
 
-def test_completions_without_a_class_have_no_guidance(gigatok, saved, photos, tmp_path):
-    names = [f"--generator={saved['generator']}", f"--tokenizer={saved['tokenizer']}"]
-    flags = [*names, f"--from={photos}", f"--out={tmp_path / 'out'}"]
-    assert gigatok("sample", *flags)[0] == 0
-    assert len(list((tmp_path / "out" / "images").glob("*.png"))) == 8
-    found = refused(gigatok("sample", *flags, "--guidance=2"))
-    assert found == "--guidance: expected 1 with --from and without --classes"
-    found = refused(gigatok("sample", *flags, "--classes=0,1"))
-    assert found == "--classes: expected one class with --from, got ['0', '1']"
-    found = refused(gigatok("sample", *names, f"--from={photos}", f"--out={photos}"))
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--guidance=2"], "--guidance: expected 1 with --from and without --classes"),
+        (["--classes=0,1"], "--classes: expected one class with --from, got ['0', '1']"),
+        (["--random_classes"], "--from: expected no --random_classes when images are completed"),
+        (["--from="], "--keep: expected --from, the images to complete"),
+    ],
+)
+def test_completions_that_make_no_sense_are_rejected(
+    gigatok, saved, photos, tmp_path, flags, message
+):
+    given = [
+        *names_of(saved),
+        f"--from={photos}",
+        "--keep=0.5",
+        f"--out={tmp_path / 'out'}",
+        *flags,
+    ]
+    assert refused(gigatok("sample", *given)) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_completions_are_not_written_among_the_images(gigatok, saved, photos):
+    found = refused(gigatok("sample", *names_of(saved), f"--from={photos}", f"--out={photos}"))
     assert found.startswith("--out: expected a folder outside of the images'")

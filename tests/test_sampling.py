@@ -418,7 +418,7 @@ def test_completions_follow_from_the_codes_that_are_kept(generator):
         np.testing.assert_array_equal(codes[:, :keep], prefix[:, :keep])
         likeliest = np.asarray(generator.logits(codes, classes)).argmax(-1)
         np.testing.assert_array_equal(codes[:, keep:], likeliest[:, keep:])
-    np.testing.assert_array_equal(generator.sample(classes, key, **settings), plain)
+    np.testing.assert_array_equal(generator.sample(classes, key, **settings, keep=0), plain)
 
 
 def test_any_number_of_codes_is_kept_by_one_program(generator):
@@ -437,8 +437,12 @@ def test_any_number_of_codes_is_kept_by_one_program(generator):
         ({"keep": 1}, r"^prefix: expected codes, because keep=1, got None$"),
         ({"prefix": np.zeros((2, 9), int), "keep": 10}, r"^keep: expected 0\.\.9, got 10$"),
         ({"prefix": np.zeros((2, 9), int), "keep": 0.5}, r"^keep: expected 0\.\.9, got 0\.5$"),
-        ({"prefix": np.zeros((3, 9), int)}, r"^prefix: expected 2 rows of codes, got 3$"),
-        ({"prefix": np.full((2, 9), 24)}, r"codes: expected 0\.\.23"),
+        ({"prefix": np.zeros((2, 9), int)}, r"^keep: expected 0\.\.9, got None$"),
+        (
+            {"prefix": np.zeros((3, 9), int), "keep": 0},
+            r"^prefix: expected 2 rows of codes, got 3$",
+        ),
+        ({"prefix": np.full((2, 9), 24), "keep": 0}, r"codes: expected 0\.\.23"),
     ],
 )
 def test_prefixes_that_do_not_fit_are_rejected(generator, given, message):

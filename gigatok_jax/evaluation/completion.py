@@ -12,7 +12,8 @@ from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.files import Path, printable, replacing, write_json
 from gigatok_jax.sampling import SamplingConfig
 
-SHOWN = 12  # images in the grid
+SHOWN, ACROSS = 12, 6  # images in the grid, and completions of each
+RECORD = "completion.json"  # in a folder of pictures: that, and how, this program made them
 
 
 def complete(
@@ -35,9 +36,9 @@ def complete(
       source: an image file, or a folder that is searched recursively. Unreadable images are
         skipped.
       settings: how codes are sampled.
-      out: gets `images/`, with the completions of a.png as a_0.png, a_1.png, ... (instead of those
-        of an earlier call), and `grid.png`, with a row per image: the image, its reconstruction,
-        and its completions.
+      out: gets `images/`, with the completions of a.png as a.png/0.png, a.png/1.png, ... (instead
+        of those of an earlier call), and `grid.png`, with a row for each of the first images: the
+        image, its reconstruction, and completions.
       label: the class of the images, or `generator.config.null_class`.
       share: of the codes to keep, in [0, 1]; the number of codes is rounded.
       count: completions per image.
@@ -51,12 +52,16 @@ def complete(
     root = source if source.is_dir() else source.parent
     names = reconstruction.output_names([str(path.relative_to(root)) for path in paths])
     keep = round(share * tokenizer.config.latents)
-    key, rows, outputs = jax.random.key(seed), [], []
-    with replacing(out / "images", reconstruction.check_replaceable) as aside:
+    batch_size = min(batch_size, len(paths))  # batches are filled up
+    key, rows, outputs = jax.random.key(seed), {}, []
+    with replacing(out / "images", check_replaceable) as aside:
         size = tokenizer.config.image_size
         for batch in reconstruction.read_crops(source, paths, size, batch_size):
             codes = np.asarray(tokenizer.encode(batch["image"]))
-            drawn = [_decode(tokenizer, codes)]
+            shown = _decode(tokenizer, codes)
+            chosen = np.flatnonzero(batch["valid"]).tolist()
+            for i in chosen[: SHOWN - len(rows)]:
+                rows[batch["index"][i]] = [batch["image"][i], shown[i]]
             for number in range(count):
                 keys = [
                     jax.random.fold_in(jax.random.fold_in(key, index), number)
@@ -69,19 +74,22 @@ def complete(
                     keep=keep,
                     **dataclasses.asdict(settings),
                 )
-                drawn.append(_decode(tokenizer, completed))
-            for i in np.flatnonzero(batch["valid"]):
-                name = names[str(batch["key"][i])].removesuffix(".png")
-                for number, images in enumerate(drawn[1:]):
-                    outputs.append(f"{name}_{number}.png")
+                images = _decode(tokenizer, completed)
+                for i in chosen:
+                    outputs.append(f"{names[str(batch['key'][i])]}/{number}.png")
                     pictures.save_png(aside / outputs[-1], images[i])
-                if len(rows) < SHOWN:
-                    rows.append([batch["image"][i], *(images[i] for images in drawn)])
+                    if number < ACROSS and batch["index"][i] in rows:
+                        rows[batch["index"][i]].append(images[i])
         described = {"images": printable(str(source)), "outputs": list(map(printable, outputs))}
-        write_json(aside / reconstruction.RECORD, described)
-    pictures.save_png(out / "grid.png", pictures.grid(np.array(rows)))
+        write_json(aside / RECORD, described)
+    pictures.save_png(out / "grid.png", pictures.grid(np.array(list(rows.values()))))
     print(f"{len(outputs)} completions; {keep} of {tokenizer.config.latents} codes kept")
     print(out)
+
+
+def check_replaceable(folder: Path) -> None:
+    """Raises UserError if a folder has pictures that are not an earlier call's."""
+    reconstruction.check_replaceable(folder, RECORD, "sample --from")
 
 
 def _decode(tokenizer: AnyTokenizer, codes: np.ndarray) -> np.ndarray:

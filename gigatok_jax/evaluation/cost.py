@@ -78,7 +78,7 @@ def codec(tokenizer: api.AnyTokenizer, batch_size: int) -> dict[str, Any]:
       "encode_ms" and "decode_ms", milliseconds per image; and "protocol", see `protocol.stamp`,
       with the size of the batch and the hardware.
     """
-    batch_size //= distributed.place()[1]
+    batch_size = max(batch_size // distributed.place()[1], 1)
     shape = (batch_size, *[tokenizer.config.image_size] * 2, 3)
     images = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
     codes = np.asarray(tokenizer.encode(images))

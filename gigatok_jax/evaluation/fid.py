@@ -354,12 +354,12 @@ def _data_reference(
         "crop": data.eval_resize,
     }
     if path.exists():
-        path = local_copy(path)
-        with _readable(path), np.load(path) as file:
+        cached = local_copy(path)
+        with _readable(path), np.load(cached) as file:
             members, pixels = file["members"], file.get("pixels")
         if pixels is not None:  # caches of older programs have none
             described["pixels"] = str(pixels)
-            return Reference(_read_statistics(path), members, name, described)
+            return Reference(_read_statistics(cached), members, name, described)
     # Chosen at random, because data sets are often sorted by class.
     chosen = np.random.default_rng(0).permutation(batches.examples)[:MEMBERS]
     found, members = FeatureSet(extractor, predictions=False), []

@@ -1,5 +1,6 @@
 """AR probing: evaluates a tokenizer by a small generator trained on its codes (paper, 3.1)."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 from typing import Annotated, Any, Literal
@@ -86,16 +87,18 @@ class ProbeConfig:
                 run.pop(name, None)
         return flatten_dict({"config": fields}, sep=".")
 
-    def protocol(self, images: int) -> dict[str, Any]:
+    @staticmethod
+    def protocol(identity: Mapping[str, Any], images: int) -> dict[str, Any]:
         """How the networks are trained, without what the tokenizer or the machine decides.
 
         Args:
+          identity: see `identity`.
           images: number of training images.
         """
         dependent = {f"config.generator.model.{name}" for name in OF_TOKENIZER}
         return {"training_images": images} | {
             name.removeprefix("config."): value
-            for name, value in self.identity().items()
+            for name, value in identity.items()
             if name.startswith(("config.generator.", "config.linear_probe.", "config.crop_factors"))
             and not name.startswith("config.generator.sampling.")  # of pictures
             and not name.endswith((".tokenizer", ".evaluation_images", ".dtype"))
@@ -198,7 +201,7 @@ def probe(name: str, config: ProbeConfig, workdir: Path) -> dict[str, Any]:
         reference=reference,
         results={
             "parameters": tokenizer.parameters,
-            "protocol": {"probe": config.protocol(len(sources["training"]))},
+            "protocol": {"probe": config.protocol(identity, len(sources["training"]))},
         },
     )
     for name, step in STEPS.items():

@@ -16,8 +16,9 @@ from gigatok_jax.evaluation.features import Extractor
 
 LIBRARIES = ("gigatok_jax", "jax", "flax", "numpy", "pillow")
 
-# They do not change a number, or belong to the model. Where images lie is one: a digest says more.
-# Times depend on the machine, which a report names beside them.
+# Fields that may differ between numbers that can be compared. A name may differ where a digest of
+# the pixels does not. Guidance is the model's own; times depend on the machine, which a report
+# names beside them.
 INCIDENTAL = (
     "versions",
     "device",
@@ -25,7 +26,6 @@ INCIDENTAL = (
     "sampling.guidance",
     "data",
     "reference.name",
-    "lpips",
     "time",
 )
 
@@ -63,13 +63,16 @@ def comparable(protocol: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(expected: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     """What keeps two results of `comparable` apart, one text per field; empty if nothing does."""
-    names = dict.fromkeys([*expected, *found])
-    missing = "not recorded"
-    differing = {
-        name: f"{name} {found.get(name, missing)}, not {expected.get(name, missing)}"
-        for name in names
-        if found.get(name, missing) != expected.get(name, missing)
-    }
+    differing = {}
+    for name in dict.fromkeys([*expected, *found]):
+        if name not in expected:
+            differing[name] = f"{name} {found[name]}, where the other has none"
+        elif name not in found:
+            differing[name] = f"no {name}, where the other has {expected[name]}"
+        elif name.endswith("lpips") and None in (expected[name], found[name]):
+            continue  # without its weights, LPIPS is not measured
+        elif found[name] != expected[name]:
+            differing[name] = f"{name} {found[name]}, not {expected[name]}"
     for name in list(differing):  # other images have other pixels, which need not be said
         prefix, dot, last = name.rpartition(".")
         if last in ("images", "members"):

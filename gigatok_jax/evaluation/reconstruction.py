@@ -151,12 +151,12 @@ def reconstruct(
     return result
 
 
-def check_replaceable(folder: Path) -> None:
+def check_replaceable(folder: Path, record: str = RECORD, verb: str = "reconstruct") -> None:
     """Raises UserError if a folder has pictures that are not an earlier call's."""
     own = []
     with contextlib.suppress(OSError, UserError, KeyError, TypeError):
-        own = [RECORD, *map(str, read_json(folder / RECORD, "pictures")["outputs"])]
-    refuse_foreign(folder, own, "the pictures of an earlier call of reconstruct")
+        own = [record, *map(str, read_json(folder / record, "pictures")["outputs"])]
+    refuse_foreign(folder, own, f"the pictures of an earlier call of {verb}")
 
 
 def output_names(keys: Sequence[str]) -> dict[str, str]:

@@ -287,9 +287,14 @@ def _by_protocol(
     probes: Sequence[Mapping[str, Any]],
 ) -> list[tuple[str, list[Mapping[str, Any]]]]:
     """Probes of each protocol, and what sets it apart from the first one, which has ""."""
-    groups, first = {}, probes[0]["comparable"]
+    first, groups = probes[0]["comparable"], []
     for probe in probes:
-        groups.setdefault(json.dumps(probe["comparable"], sort_keys=True), []).append(probe)
+        for group in groups:
+            if not protocol.differences(group[0]["comparable"], probe["comparable"]):
+                group.append(probe)
+                break
+        else:
+            groups.append([probe])
 
     def reason(found: Mapping[str, Any]) -> str:
         reasons = protocol.differences(first, found)
@@ -298,7 +303,7 @@ def _by_protocol(
         more = reasons[MAX_REASONS:]
         return "; ".join(reasons[:MAX_REASONS]) + (f"; and {len(more)} more" if more else "")
 
-    return [(reason(group[0]["comparable"]), group) for group in groups.values()]
+    return [(reason(group[0]["comparable"]), group) for group in groups]
 
 
 def _draw_scaling(axes, probes: Sequence[Mapping[str, Any]], name: str) -> None:

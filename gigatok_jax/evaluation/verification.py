@@ -84,8 +84,10 @@ def expectations(name: str, file: str = "") -> dict[str, Any]:
             f"--expected: expected a metrics.json of `gigatok evaluate`, found none at {own}"
         )
     found = read_json(own, "expected metrics")
-    measure = found.get("protocol", {}).get("measure")
-    if measure not in ("reconstruction", "generation"):
+    stamp = found.get("protocol") or {}
+    needed = {"reconstruction": {"crop", "image_size"}, "generation": {"sampling", "image_size"}}
+    measure = stamp.get("measure")
+    if measure not in needed or not {"images", "features", *needed[measure]} <= stamp.keys():
         raise UserError(
             f"{own}: expected the protocol of `evaluate reconstruction` or `evaluate generation`, "
             f"got that of {measure or 'nothing'}"
@@ -183,8 +185,11 @@ def check(expected: Mapping[str, Any], found: Mapping[str, Any], rows: list[Row]
     Pixels that differ are only logged: versions of Pillow decode JPEG files differently.
     """
     theirs, ours = (protocol.comparable(each["protocol"]) for each in (expected, found))
-    common = theirs.keys() & ours.keys()
-    differences = protocol.differences(*({n: each[n] for n in common} for each in (theirs, ours)))
+    if "versions" not in expected["protocol"]:  # published: only what the authors say
+        theirs = {name: value for name, value in theirs.items() if name in ours}
+    # Fields that a newer program has added are no difference.
+    ours = {name: value for name, value in ours.items() if name in theirs}
+    differences = protocol.differences(theirs, ours)
     pixels = [each for each in differences if each.split()[0].endswith("pixels")]
     if pixels:
         logger.warning(
@@ -212,6 +217,7 @@ def _reconstruct(
     batch_size: int,
 ) -> dict[str, Any]:
     model = api.load_tokenizer(name)
+    _compare(wanted, {"image_size": model.config.image_size}, name)
     data = dataclasses.replace(data, eval_resize=wanted["crop"])
     images = len(open_source(data, train=False, image_size=model.config.image_size))
     if images < wanted["images"]:  # some of more may be damaged
@@ -233,6 +239,7 @@ def _generate(
     out: Path,
     batch_size: int,
 ) -> dict[str, Any]:
+    _compare(wanted, {"image_size": tokenizer.config.image_size}, "--tokenizer")
     real = wanted.get("reference", {})
     if not reference and "crop" not in real:
         what = real.get("name", "ADM's VIRTUAL_imagenet256_labeled.npz")
