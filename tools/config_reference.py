@@ -67,7 +67,7 @@ AR probing contains two runs, whose fields are set as `--config.generator.FIELD`
 `--config.linear_probe.FIELD`.
 
 Defaults are those of the classes. The configs that come with the program set some fields to other
-values: `gigatok config tokenizer:b_l` prints all values of one.
+values: `gigatok config show tokenizer:b_l` prints all values of one.
 """
 
 BASES = {int: "integer", float: "number", str: "text", bool: "`True` or `False`"}
