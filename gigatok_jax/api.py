@@ -113,7 +113,10 @@ class PretrainedTokenizer(Pretrained):
 
     @property
     def codes_of(self) -> str:
-        """See `bundles.Bundle.codes_of`."""
+        """Fingerprint of the tokenizer that makes the same codes: this one, or the one before.
+
+        Codes stay the same if only the decoder is fine-tuned.
+        """
         return self.made_by.get("codes_of", self.fingerprint)
 
     def encode(self, images) -> jax.Array:
@@ -465,7 +468,7 @@ def load_tokenizer(name: Path, dtype: str = "auto", *, where: str = "") -> AnyTo
     Args:
       name: a folder, which is a bundle or the workdir of a training run; the name of published
         weights, such as "gigatok_b_l"; or a bundle on the Hugging Face Hub,
-        "hf://OWNER/REPO[/FOLDER][@REVISION]". What is not on this machine is downloaded. Or a
+        `hf://OWNER/REPO[/FOLDER][@REVISION]`. What is not on this machine is downloaded. Or a
         tokenizer of your own, "python:MODULE:FUNCTION", see `OwnTokenizer`.
       dtype: type of the computation: "float32", "bfloat16", or "auto", which is float32 on CPUs
         and bfloat16 elsewhere.

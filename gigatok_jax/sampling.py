@@ -44,9 +44,9 @@ class SamplingConfig:
     """
 
     guidance: Annotated[float, Field(ge=1, le=1_000)] = 1.0  # the scale s; 1: no guidance
-    schedule: Schedule = "constant"
-    schedule_start: Share = 0.18
-    schedule_end: Share = 1.0
+    schedule: Schedule = "constant"  # how guidance varies over the codes of an image, see above
+    schedule_start: Share = 0.18  # r where the guidance of "step" and "rectangular" begins
+    schedule_end: Share = 1.0  # r where the guidance of "rectangular" ends
     temperature: NonNegativeFloat = 1.0  # divides the logits; 0: arg-max
     top_k: NonNegativeInt = 0  # sample from the k most likely codes only; 0: from all
     # Sample only from the fewest codes whose probabilities sum to more than p.

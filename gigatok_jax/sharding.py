@@ -68,9 +68,10 @@ DeviceCount = Annotated[int, Field(ge=-1)]
 class MeshConfig:
     """How a run's arrays are sharded over its devices."""
 
-    data: DeviceCount = -1  # devices along each axis; -1, for one of the three, means the rest
-    fsdp: DeviceCount = 1
-    tensor: DeviceCount = 1
+    # Parts of each batch, one per device; -1, for one of the three axes, means the rest.
+    data: DeviceCount = -1
+    fsdp: DeviceCount = 1  # likewise, but these devices also divide parameters and optimizer
+    tensor: DeviceCount = 1  # devices that divide each layer, and compute the same images
     shard_frozen: bool = False  # shard the frozen networks along `fsdp` too
 
     @model_validator(mode="after")

@@ -57,7 +57,7 @@ class DataConfig:
     # Use only n examples, chosen at random, always the same; 0 means all. Embedded: the number of
     # drawings, at least 1.
     length: NonNegativeInt = 0
-    eval_length: NonNegativeInt = 0
+    eval_length: NonNegativeInt = 0  # likewise, for evaluation
 
     # Worker processes that read and crop; each keeps about one core busy. 0 uses threads of this
     # process, one per core, which is best up to about eight cores.
@@ -69,8 +69,9 @@ class DataConfig:
     # of up to twice the crop's size show harsher detail.
     resize: crops.Resize = "bicubic"
 
-    # How images for evaluation are resized, before the center crop: see `crops.center_crop`. It is
-    # part of a protocol: published numbers of a tokenizer hold for the resizing of its authors.
+    # How images for evaluation are resized, before the center crop: as by ADM (GigaTok, LlamaGen),
+    # "bicubic" (TiTok) or "linear" (Open-MAGVIT2, IBQ). It is part of a protocol: published numbers
+    # of a tokenizer hold for the resizing of its authors.
     eval_resize: crops.CenterResize = "adm"
 
     # A run fails if a larger share of its images cannot be read.

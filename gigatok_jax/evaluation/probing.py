@@ -51,8 +51,11 @@ class ProbeConfig:
     generator: GeneratorRun  # run of the small generator
     linear_probe: LinearProbeRun  # run of the linear probe
     data: DataConfig = DataConfig()  # training images to encode, evaluation images to compare
-    crop_factors: tuple[float, ...] = (1.1,)  # see `encoding.encode`
-    features: str = "inception"  # network whose features are compared, see `features.load`
+    # Ten crops of each training image are encoded per factor, from a center crop so much larger; ()
+    # for the center crop alone.
+    crop_factors: tuple[float, ...] = (1.1,)
+    # Network whose features are compared: "inception" for FID, or the name of a teacher.
+    features: str = "inception"
     # Folder or .npz of real images, or .npz of their statistics; "": the evaluation images.
     reference: str = ""
     ssim_range: Literal[1, 2] = 1  # data_range of SSIM; the reference program passes 2

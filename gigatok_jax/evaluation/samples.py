@@ -47,7 +47,14 @@ def compare(
       features: "inception", FID's network, or the name of a teacher.
       batch_size: images per batch; does not affect the metrics.
 
-    Returns, raises: see `evaluate`.
+    Returns:
+      The metrics by name, "images" (their number), "protocol" (how they were measured), and
+      "remark" if there are fewer images than a metric needs. The features of a teacher give its
+      distance ("fd_dinov2" or "fd_teacher") in place of "fid".
+
+    Raises:
+      UserError: images are missing, cannot be read or differ in size, the reference has the
+        features of another network, or the network's weights cannot be had.
     """
     extractor = load(features)
     if isinstance(images, str | os.PathLike):

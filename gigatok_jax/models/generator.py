@@ -38,11 +38,11 @@ QKV = ("query", "key", "value")
 class GeneratorConfig:
     """A generator's architecture: all that determines its parameters and outputs."""
 
-    depth: PositiveInt
-    heads: PositiveInt
-    width: PositiveInt
+    depth: PositiveInt  # layers
+    heads: PositiveInt  # of attention
+    width: PositiveInt  # features of a token, a multiple of `heads`
     codes: PositiveInt = 256  # per image, N
-    codebook_size: Annotated[int, Field(ge=2)] = 16_384  # K
+    codebook_size: Annotated[int, Field(ge=2)] = 16_384  # number of different codes, K
     # Without the null class, which is one more. 0, in a training run: the number in the data.
     classes: NonNegativeInt = 1_000
     positions: Positions = "learned"  # 2d tokenizers need "rotary_2d", that of LlamaGen

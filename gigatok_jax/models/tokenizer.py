@@ -36,9 +36,9 @@ from gigatok_jax.models import cnn, layers, lookup_free, quantizer
 class TransformerSize:
     """Depth, heads and width of one transformer."""
 
-    depth: PositiveInt
-    heads: PositiveInt
-    width: PositiveInt
+    depth: PositiveInt  # layers
+    heads: PositiveInt  # of attention
+    width: PositiveInt  # features of a token, a multiple of `heads`
 
     @model_validator(mode="after")
     def _check(self):
@@ -51,24 +51,25 @@ class TransformerSize:
 class TokenizerConfig(cnn.Levels):
     """A tokenizer's architecture: all that determines its parameters and outputs."""
 
-    encoder: TransformerSize
-    decoder: TransformerSize
+    encoder: TransformerSize  # the transformer between CNN encoder and quantizer
+    decoder: TransformerSize  # the transformer between quantizer and CNN decoder
     layout: Literal["1d", "2d"] = "1d"  # "1d": Q-Former over latent queries; "2d": ViT on the grid
-    image_size: PositiveInt = 256
+    image_size: PositiveInt = 256  # side in pixels
     latents: PositiveInt = 256  # codes per image, N
-    base_channels: PositiveInt = 128
-    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)  # one per level of the CNN
+    base_channels: PositiveInt = 128  # unit of `channel_multipliers`
+    # Width of each level of the CNN. From one level to the next, the side of the grid is halved.
+    channel_multipliers: tuple[PositiveInt, ...] = (1, 1, 2, 2, 4)
     residual_blocks: PositiveInt = 2  # per level of the CNN encoder; the CNN decoder has one more
-    z_channels: PositiveInt = 256
+    z_channels: PositiveInt = 256  # width of the grid between CNN and transformer
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0  # in the CNN's residual blocks
     # "vq": nearest code; "ibq": largest inner product; without a codebook: "fsq", "lfq", "bsq".
     quantizer: Literal["vq", "fsq", "lfq", "bsq", "ibq"] = "vq"
-    codebook_size: Annotated[int, Field(ge=2, le=2**30)] = 16_384
-    code_dim: PositiveInt = 8
+    codebook_size: Annotated[int, Field(ge=2, le=2**30)] = 16_384  # number of different codes, K
+    code_dim: PositiveInt = 8  # channels of a latent, D
     fsq_levels: tuple[Annotated[int, Field(ge=2)], ...] = ()  # of "fsq": values of each channel
-    # Only "vq" has a choice of these two. Without the first, it compares latents and codes as they
-    # are, not on the unit sphere.
+    # "vq" compares latents and codes on the unit sphere, or as they are.
     normalize_codes: bool = True
+    # How gradients pass "vq": to the latent as they are, or turned by the rotation trick.
     gradient: Literal["straight_through", "rotation"] = "straight_through"
     semantic_layer: int = 3  # decoder layer, counted from 1, that the semantic loss reads
     semantic_dim: NonNegativeInt = 768  # width of the teacher's features; 0: no projector

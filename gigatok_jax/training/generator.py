@@ -39,7 +39,7 @@ COLUMNS, ROWS = 8, 4  # of a picture of samples: classes, and samples per class
 class GeneratorRun(RunConfig):
     """A generator's training run."""
 
-    model: GeneratorConfig
+    model: GeneratorConfig  # architecture
     optimizer: OptimizerConfig = OptimizerConfig(
         schedule="warmup_stable_decay",
         warmup_epochs=1.0,
@@ -47,7 +47,7 @@ class GeneratorRun(RunConfig):
         decayed="matrices",
         clip=1.0,
     )
-    task: Literal["generator"] = "generator"
+    task: Literal["generator"] = "generator"  # kind of the run
     epochs: PositiveFloat = 300.0
     batch_size: PositiveInt = 256
     # Bundle or workdir of the tokenizer that made the codes. Training on stored codes does not need
@@ -55,10 +55,10 @@ class GeneratorRun(RunConfig):
     tokenizer: str = ""
     # Fraction of the images that train the null class, which guidance needs.
     class_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    # Workdir and step of another run, whose checkpoint this run starts from. The learning rate
-    # decays over the remaining steps, by default branch_step / 4 (a fifth of the whole).
+    # Workdir of another run, from whose checkpoint this run starts. The learning rate decays over
+    # the remaining steps, by default branch_step / 4 (a fifth of the whole).
     branch_from: str = ""
-    branch_step: NonNegativeInt = 0
+    branch_step: NonNegativeInt = 0  # step of that checkpoint
     sampling: SamplingConfig = SamplingConfig(guidance=2.0)  # of the pictures
 
     @model_validator(mode="after")

@@ -33,7 +33,7 @@ class LinearProbeRun(RunConfig):
     optimizer: OptimizerConfig = OptimizerConfig(
         algorithm="lars", rate=None, final_rate=0.0, warmup_epochs=10.0, weight_decay=0.0, clip=0.0
     )
-    task: Literal["linear_probe"] = "linear_probe"
+    task: Literal["linear_probe"] = "linear_probe"  # kind of the run
     epochs: PositiveFloat = 90.0
     batch_size: PositiveInt = 16_384
     evaluation_images: PositiveInt = 50_000
@@ -44,10 +44,11 @@ class LinearProbeRun(RunConfig):
     # output after its last LayerNorm, of width W (appendix F). "latents": before the quantizer, of
     # width D. "decoder": the output of a layer of the decoder transformer.
     features: Literal["generator", "encoder", "latents", "decoder"] = "generator"
-    # Counted from 1. 0: the generator's middle layer, or the decoder's layer of the semantic loss.
+    # Layer of the features, counted from 1. 0: the generator's middle layer, or the decoder's layer
+    # of the semantic loss.
     layer: NonNegativeInt = 0
     tokenizer: str = ""  # bundle or workdir; not needed for a generator's features of stored codes
-    generator: str = ""
+    generator: str = ""  # bundle or workdir, if its features are probed
 
     @model_validator(mode="after")
     def _check_probe(self):

@@ -31,7 +31,7 @@ class OptimizerConfig:
     warmup_epochs: NonNegativeFloat = 0.0  # used only if warmup_steps is None
     decay_share: Fraction = 0.2  # fraction of all steps over which "warmup_stable_decay" decays
     b1: Fraction = 0.9  # momentum, also in LARS
-    b2: Fraction = 0.95
+    b2: Fraction = 0.95  # decay of AdamW's mean of squared gradients
     weight_decay: NonNegativeFloat = 1e-4  # decoupled in AdamW, part of the gradient in LARS
     decayed: Literal["all", "matrices"] = "all"  # "matrices" excludes biases and norm gains
     clip: NonNegativeFloat = 10.0  # maximum global norm of the gradient; 0 turns clipping off

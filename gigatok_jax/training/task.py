@@ -39,7 +39,7 @@ class LoopConfig:
 
     log_every: PositiveInt = 50  # metrics, averaged since the previous log
     evaluate_every: NonNegativeInt = 5_000  # held-out metrics and pictures; 0: only at the end
-    checkpoint_every: NonNegativeInt = 5_000  # 0: only at the end
+    checkpoint_every: NonNegativeInt = 5_000  # what resuming starts from; 0: only at the end
     keep_last: PositiveInt = 2  # number of newest checkpoints to keep
     keep_every: NonNegativeInt = 0  # also keep checkpoints at multiples of this; 0: none
     # How a checkpoint becomes complete: "rename", or "file" on file systems where a folder cannot
@@ -61,28 +61,30 @@ class LoopConfig:
 class RunConfig:
     """Settings shared by all training runs."""
 
-    data: DataConfig = DataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig()
-    loop: LoopConfig = LoopConfig()
-    mesh: MeshConfig = MeshConfig()
-    # An epoch is `epoch_images` images, those of ImageNet, whatever the data.
-    epochs: PositiveFloat = 100.0
+    data: DataConfig = DataConfig()  # images to train on, and those to evaluate with
+    optimizer: OptimizerConfig = OptimizerConfig()  # algorithm, learning rate, weight decay
+    loop: LoopConfig = LoopConfig()  # how often to log, evaluate and save
+    mesh: MeshConfig = MeshConfig()  # how the devices share the work
+    epochs: PositiveFloat = 100.0  # length of the run, unless `steps` is set
+    # Images of an epoch: as many as ImageNet has, whatever the data.
     epoch_images: PositiveInt = 1_280_000
     steps: NonNegativeInt = 0  # length of the run; 0: from `epochs` and `batch_size`
     batch_size: PositiveInt = 128  # images per step, over all devices
     # Process each batch in this many parts, one after the other, to save memory. Batch statistics
     # (entropy loss, the discriminator's BatchNorm) are then those of each part.
     accumulate: PositiveInt = 1
-    seed: Seed = 0
+    seed: Seed = 0  # of initial weights, order, crops and all else that is random
     average_decay: Decay = 0.0  # moving average of weights; 0: none
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # "auto": bfloat16, float32 on CPU
+    dtype: Literal["auto", "float32", "bfloat16"] = (
+        "auto"  # of computation; "auto": bfloat16, on CPUs float32
+    )
     # Activations to recompute in the backward pass: "dots" keeps only products with weights, which
     # is mostly faster than storing everything; "full" recomputes everything inside a block.
     remat: Literal["none", "dots", "full"] = "dots"
     evaluation_images: PositiveInt = 512  # held-out images per evaluation
     # Bundle whose weights the run starts from, with a fresh optimizer; not read on resuming.
     init_from: str = ""
-    freeze: Names = ()  # parts of the model that are not trained, see `parts`
+    freeze: Names = ()  # parts of the model that are not trained, such as "encoder"
 
     @model_validator(mode="after")
     def _check_lengths(self):

@@ -58,17 +58,19 @@ class ObjectiveConfig:
     recipes give them are accepted, and others refused.
     """
 
-    l2: NonNegativeFloat = 1.0
-    perceptual: NonNegativeFloat = 1.0
-    adversarial: NonNegativeFloat = 0.5
-    codebook: NonNegativeFloat = 1.0
-    commitment: NonNegativeFloat = 1.0  # multiplies a loss that already has the factor 0.25
-    entropy: NonNegativeFloat = 0.0
-    semantic: NonNegativeFloat = 0.5
-    # "teacher" measures the distance between features of the semantic teacher.
+    l2: NonNegativeFloat = 1.0  # squared error of pixels
+    perceptual: NonNegativeFloat = 1.0  # distance of features, see `perceptual_distance`
+    adversarial: NonNegativeFloat = 0.5  # from the discriminator, once it trains
+    codebook: NonNegativeFloat = 1.0  # draws code vectors to the latents
+    # Draws latents to their code vectors; multiplies a loss that already has the factor 0.25.
+    commitment: NonNegativeFloat = 1.0
+    entropy: NonNegativeFloat = 0.0  # rewards clear choices, and even use of all codes
+    semantic: NonNegativeFloat = 0.5  # draws the decoder's features to the teacher's
+    # Features of VGG-16 with LPIPS's weights, or those of the semantic teacher.
     perceptual_distance: Literal["lpips", "teacher"] = "lpips"
-    teacher: str = "dinov2_vitb14"  # the semantic teacher, see `gigatok_jax.frozen_networks`
-    # "dino": trained heads on features that a frozen DINO computes from augmented images.
+    teacher: str = "dinov2_vitb14"  # the semantic teacher: a published name, or a bundle
+    # "patchgan": a CNN. "dino": trained heads on features that a frozen DINO computes from
+    # augmented images.
     discriminator: Literal["patchgan", "dino"] = "patchgan"
     disc_start: NonNegativeInt = 20_000  # first step of the discriminator
     discriminator_channels: tuple[int, ...] = (64, 128, 256, 512)  # widths of PatchGAN's layers
@@ -96,12 +98,12 @@ class ObjectiveConfig:
 class TokenizerRun(RunConfig):
     """A tokenizer's training run."""
 
-    model: TokenizerConfig
-    objective: ObjectiveConfig = ObjectiveConfig()
-    task: Literal["tokenizer"] = "tokenizer"
+    model: TokenizerConfig  # architecture
+    objective: ObjectiveConfig = ObjectiveConfig()  # losses and their weights
+    task: Literal["tokenizer"] = "tokenizer"  # kind of the run
     average_decay: Decay = 0.9999
-    usage_floor: NonNegativeFloat = 0.1  # warn when codebook usage is below this ...
-    usage_patience: PositiveInt = 1_000  # ... for this many steps
+    usage_floor: NonNegativeFloat = 0.1  # share of the codebook below which the run warns ...
+    usage_patience: PositiveInt = 1_000  # ... once usage has been so low for this many steps
 
     @model_validator(mode="after")
     def _check_objective(self):
