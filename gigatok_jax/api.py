@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import os
 import sys
+import traceback
 from types import MappingProxyType
 from typing import Any
 
@@ -196,11 +197,13 @@ class OwnTokenizer:
 
     history, has_decoder_features, made_by = None, False, MappingProxyType({})
     family = "own"
-    parameters = 0  # not known
+    parameters = None  # not known
 
     def __init__(self, name: str, where: str = ""):
         self.name = f"{where}: {name}" if where else name
         module, _, function = name.removeprefix(locate.OWN).partition(":")
+        if not module or not function:
+            raise UserError(f"{self.name}: expected {locate.OWN}MODULE:FUNCTION")
         if os.getcwd() not in sys.path:  # an installed command does not look there
             sys.path.append(os.getcwd())
         try:
@@ -208,7 +211,7 @@ class OwnTokenizer:
         except Exception as error:  # of any type: it is another program
             raise UserError(
                 f"{self.name}: expected {locate.OWN}MODULE:FUNCTION that returns a tokenizer, got "
-                f"{type(error).__name__}: {first_line(error)}"
+                f"{_fault(error)}"
             ) from error
         needed = ("image_size", "codes", "codebook_size", "encode", "decode", "fingerprint")
         if missing := [name for name in needed if not hasattr(self._own, name)]:
@@ -231,7 +234,7 @@ class OwnTokenizer:
         """See `PretrainedTokenizer.encode`."""
         images = np.asarray(_images(images, self.config.image_size))
         images = images / np.float32(127.5) - 1 if images.dtype == np.uint8 else images
-        codes = self._array(self._own.encode(np.array(images, np.float32)))
+        codes = self._call("encode", np.array(images, np.float32))
         count, highest = (len(images), self.config.latents), self.config.codebook_size - 1
         right = codes.shape == count and codes.dtype.kind in "iu"
         if not right or codes.min() < 0 or codes.max() > highest:
@@ -248,17 +251,23 @@ class OwnTokenizer:
         config = self.config
         # A copy, because PyTorch wants arrays that can be written to.
         codes = np.array(_codes(codes, config.latents, config.codebook_size))
-        images = self._array(self._own.decode(codes))
+        images = self._call("decode", codes)
         shape = (len(codes), config.image_size, config.image_size, 3)
         if images.shape != shape or not jnp.issubdtype(images.dtype, jnp.floating):
             raise UserError(
                 f"{self.name}: decode: expected floats {list(shape)}, got {images.dtype} "
                 f"{list(images.shape)}"
             )
+        if not np.isfinite(images.astype(np.float32)).all():
+            raise UserError(f"{self.name}: decode: expected finite values, got NaN or inf")
         return images.astype(np.float32)
 
-    def _array(self, values) -> np.ndarray:
-        """An array of another library, on any device."""
+    def _call(self, method: str, batch: np.ndarray) -> np.ndarray:
+        """The result of the user's method, which may be of another library and on any device."""
+        try:
+            values = getattr(self._own, method)(batch)
+        except Exception as error:  # of any type: it is another program
+            raise UserError(f"{self.name}: {method}: {_fault(error)}") from error
         try:
             if hasattr(values, "detach"):  # PyTorch
                 values = values.detach().cpu()
@@ -268,6 +277,19 @@ class OwnTokenizer:
             raise UserError(
                 f"{self.name}: expected arrays, got {type(values).__name__} ({first_line(error)})"
             ) from error
+
+
+def _fault(error: Exception) -> str:
+    """An exception of the user's program, and the line of code that raised it."""
+    text = f"{type(error).__name__}: {first_line(error)}"
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if frame.filename != __file__ and not frame.filename.startswith("<")  # Python's importer
+    ]
+    if not frames:
+        return text
+    return f"{text} ({os.path.basename(frames[-1].filename)}, line {frames[-1].lineno})"
 
 
 class PretrainedGenerator(Pretrained):

@@ -710,6 +710,11 @@ def verify(names: list[str], config, out: str, expected: str, features: str, **o
         raise UserError(f"expected the NAME of one model, got {names or 'none'}")
     name, data = names[0], _data(config)
     wanted = verification.expectations(name, expected)
+    distance = wanted["protocol"]["features"]["distance"]
+    if (distance == "fid") != (features == extractors.INCEPTION):  # before a download
+        raise UserError(
+            f"--features: expected the network of {distance}, as in the protocol, got {features}"
+        )
     folder = as_path(out or f"runs/verify/{re.sub('[^0-9A-Za-z_.-]+', '_', name.strip('/'))}")
     _check_data("out", folder, data, "guidance_*")
     with distributed.locked(folder):

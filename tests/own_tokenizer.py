@@ -23,6 +23,14 @@ class Wrong(Mean):
         return super().encode(images) + 1
 
 
+class Faulty(Mean):
+    def encode(self, images):
+        raise MemoryError("full")
+
+    def decode(self, codes):
+        return super().decode(codes) * np.nan
+
+
 class Without:
     image_size, codes, codebook_size = 16, 16, 64
 

@@ -123,9 +123,10 @@ def test_own_tokenizer_gives_what_its_functions_do():
 @pytest.mark.parametrize(
     "function, message",
     [
-        ("fails", r"returns a tokenizer, got RuntimeError: no weights$"),
+        ("fails", r"got RuntimeError: no weights \(own_tokenizer\.py, line \d+\)$"),
         ("nothing", r"got AttributeError: module 'own_tokenizer' has no attribute 'nothing'"),
         ("Without", r"fingerprint, found no encode$"),
+        ("", r"python:MODULE:FUNCTION$"),
     ],
 )
 def test_own_tokenizer_that_cannot_be_made_is_one_line(function, message):
@@ -133,6 +134,18 @@ def test_own_tokenizer_that_cannot_be_made_is_one_line(function, message):
         UserError, match=rf"^--tokenizer: python:own_tokenizer:{function}: expected.*{message}"
     ):
         api.load_tokenizer(f"python:own_tokenizer:{function}", where="--tokenizer")
+
+
+def test_faults_of_an_own_tokenizer_are_one_line():
+    tokenizer = gt.load_tokenizer("python:own_tokenizer:Faulty")
+    images, codes = np.zeros((1, 16, 16, 3), np.uint8), np.zeros((1, 16), int)
+    place = (
+        r"python:own_tokenizer:Faulty: encode: MemoryError: full \(own_tokenizer\.py, line \d+\)$"
+    )
+    with pytest.raises(UserError, match=place):
+        tokenizer.encode(images)
+    with pytest.raises(UserError, match=r"Faulty: decode: expected finite values, got NaN or inf$"):
+        tokenizer.decode(codes)
 
 
 def test_codes_out_of_range_are_one_line():

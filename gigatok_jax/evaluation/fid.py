@@ -287,7 +287,8 @@ def read_reference(
             )
     sizes, least = {"samples": count}, 2
     if reference.members is not None:
-        sizes[reference.name], least = len(reference.members), NEIGHBORS + 1
+        name = f"the reference {reference.name.split()[0]}"
+        sizes[name], least = len(reference.members), NEIGHBORS + 1
     for name, size in sizes.items():
         if size < least:
             raise UserError(f"{name}: expected at least {least} images, got {size}")

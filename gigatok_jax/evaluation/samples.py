@@ -56,6 +56,9 @@ def compare(
       UserError: images are missing, cannot be read or differ in size, the reference has the
         features of another network, or the network's weights cannot be had.
     """
+    if not isinstance(reference, str | os.PathLike):
+        found = type(reference).__name__
+        raise UserError(f"reference: expected the path of a folder or an .npz file, got {found}")
     extractor = load(features)
     if isinstance(images, str | os.PathLike):
         samples = files.as_path(images, "images")
