@@ -38,7 +38,7 @@ class Pretrained:
     """A network and its weights, replicated on all local devices.
 
     A batch is split over the devices if their number divides it; otherwise each device computes all
-    of it. Methods compile on their first call with a given batch size.
+    of it. Methods compile on their first call with a given architecture and batch size.
 
     Attributes:
       config: the architecture.
@@ -51,7 +51,7 @@ class Pretrained:
         self._replicated, self._split = sharding.replicated(mesh), sharding.batch_sharding(mesh)
         self.config, self.module = module.config, module
         self.variables = {"params": jax.device_put(params, self._replicated)}
-        self._compiled, self._fingerprint = {}, fingerprint
+        self._fingerprint = fingerprint
 
     @property
     def fingerprint(self) -> str:
@@ -65,15 +65,19 @@ class Pretrained:
         return jax.device_put(batch, self._split if divisible else self._replicated)
 
     def _run(self, method, *batches, **kwargs) -> jax.Array:
-        key = (method, *kwargs.items())
-        if key not in self._compiled:
-            apply = functools.partial(self.module.apply, method=method, **kwargs)
-            self._compiled[key] = jax.jit(apply)
-        return self._compiled[key](self.variables, *map(self._place, batches))
+        batches = map(self._place, batches)
+        options = (method, tuple(kwargs.items()), sharding.mesh_in_use())
+        return _apply(self.module, *options, self.variables, *batches)
 
     def _check_layer(self, layer: int, depth: int) -> None:
         if not isinstance(layer, int | np.integer) or not 1 <= layer <= depth:
             raise ValueError(f"layer: expected 1..{depth}, got {layer}")
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))  # one program for all of an architecture
+def _apply(module, method, options, mesh, variables, *batches):
+    del mesh  # the layers look it up
+    return module.apply(variables, *batches, method=method, **dict(options))
 
 
 class PretrainedTokenizer(Pretrained):

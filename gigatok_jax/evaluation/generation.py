@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
-from gigatok_jax import distributed, imagenet, pictures
+from gigatok_jax import distributed, imagenet, pictures, sharding
 from gigatok_jax.api import AnyTokenizer, PretrainedGenerator, load_tokenizer
 from gigatok_jax.data import codes, pipeline
 from gigatok_jax.data.sources import DataConfig
@@ -317,7 +317,7 @@ def evaluate_loss(
         info = codes.STORE.find_info(data.path)
         check_tokenizer(data.path, info, config, generator.made_by.get("tokenizer"))
     params, dtype = generator.variables["params"], generator.module.dtype
-    losses = jax.jit(functools.partial(validation_loss, config, dtype=dtype))
+    losses = functools.partial(_losses, config, dtype=dtype, mesh=sharding.mesh_in_use())
 
     def measure(batch):
         encoded = batch["codes"] if "codes" in batch else tokenizer.encode(batch["image"])
@@ -331,6 +331,12 @@ def evaluate_loss(
     crop = {"crop": data.eval_resize} if tokenizer else {}  # codes have been cropped before
     stamp = protocol.stamp("loss", data=data.described, images=images, **crop)
     return {"images": images, **means, "protocol": stamp}
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _losses(config, params, encoded, labels, dtype, mesh):
+    del mesh  # the layers look it up
+    return validation_loss(config, params, encoded, labels, dtype)
 
 
 def evenly_spaced(items: np.ndarray, count: int) -> np.ndarray:

@@ -264,22 +264,24 @@ def _comparison(
     if lpips is None:
         logger.info("LPIPS is left out; to get its weights: gigatok weights fetch lpips_vgg16")
 
-    @jax.jit
-    def compare(inputs, floats, lpips):
-        outputs = pictures.to_uint8(floats)
-        values = {
-            "psnr": image_metrics.psnr(inputs, outputs),
-            "ssim": image_metrics.ssim(inputs, outputs, ssim_range),
-        }
-        if lpips is not None:
-            clipped = jnp.clip(floats, -1, 1)
-            with jax.default_matmul_precision("highest"):
-                distance = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
-            values["lpips"] = distance
-        return values
-
     digest = None if lpips is None else bundles.fingerprint(lpips)
-    return functools.partial(compare, lpips=jax.device_put(lpips)), digest
+    options = {"lpips": jax.device_put(lpips), "ssim_range": ssim_range}
+    return functools.partial(_compare, **options), digest
+
+
+@functools.partial(jax.jit, static_argnames="ssim_range")
+def _compare(inputs, floats, lpips, ssim_range):
+    outputs = pictures.to_uint8(floats)
+    values = {
+        "psnr": image_metrics.psnr(inputs, outputs),
+        "ssim": image_metrics.ssim(inputs, outputs, ssim_range),
+    }
+    if lpips is not None:
+        clipped = jnp.clip(floats, -1, 1)
+        with jax.default_matmul_precision("highest"):
+            distance = LPIPS().apply({"params": lpips}, pictures.to_float(inputs), clipped)
+        values["lpips"] = distance
+    return values
 
 
 def _save_grid(path: Path, shown: list[tuple[np.ndarray, np.ndarray]]) -> None:

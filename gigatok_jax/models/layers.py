@@ -97,6 +97,11 @@ def param_shapes(module: nn.Module, *inputs: Any) -> dict:
 
     An input is a `jax.ShapeDtypeStruct` or the shape of a float32 array.
     """
+    return jax.tree.map(lambda leaf: leaf, _param_shapes(module, *inputs))  # the caller's own
+
+
+@functools.lru_cache(maxsize=64)  # each bundle that is read asks, and tracing takes a second
+def _param_shapes(module: nn.Module, *inputs: Any) -> dict:
     inputs = [jax.ShapeDtypeStruct(x, jnp.float32) if isinstance(x, tuple) else x for x in inputs]
     return nn.meta.unbox(jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"])
 
