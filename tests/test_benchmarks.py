@@ -157,11 +157,11 @@ def test_dilemma_scales_only_the_transformers():
 def test_dilemma_shows_means_and_seeds(tmp_path):
     results = {
         f"{size} {arm}": [
-            {"parameters": 1e5 * (1 + i)} | {name: seed + i for name in dilemma.METRICS}
+            {"parameters": 1e5 * (1 + i)} | {name: seed + i + 5 * j for name in dilemma.METRICS}
             for seed in dilemma.SEEDS
         ]
         for i, size in enumerate(dilemma.SIZES)
-        for arm in dilemma.ARMS
+        for j, arm in enumerate(dilemma.ARMS)
     }
     lines = dilemma.table(results)
     assert lines[2].startswith("| S vanilla | 0.10 | 1.000 (0.000, 1.000, 2.000) |")

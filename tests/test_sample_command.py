@@ -412,7 +412,7 @@ def completions(out: Path) -> dict[str, np.ndarray]:
     images = out / "images"
     return {
         str(path.relative_to(images)): np.asarray(Image.open(path))
-        for path in sorted(images.rglob("*.png"))
+        for path in sorted(images.rglob("[0-9].png"))
     }
 
 

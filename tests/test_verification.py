@@ -137,7 +137,7 @@ def test_what_cannot_be_verified_is_one_line(name, message):
 
 def test_a_generator_needs_the_reference_of_its_figure(refused, models, tmp_path):
     expected = verification.expectations("gigatok_gpt_b_b_l")
-    expected["protocol"]["features"] = {"distance": "fd_teacher"}
+    expected["protocol"] |= {"features": {"distance": "fd_teacher"}, "image_size": 16}
     path = tmp_path / "expected.json"
     path.write_text(json.dumps(expected))
     flags = [models["generator"], f"--tokenizer={models['tokenizer']}", f"--expected={path}"]
