@@ -206,6 +206,7 @@ def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
 
 def test_table_names_the_source_and_setting_of_the_papers_rows(whole):
     rows = table(whole)
+    assert rows[f"{whole.name} (gigatok)"]["parameters"].endswith(" M")
     settings = {name: (row["generator trained"], row["guidance"]) for name, row in rows.items()}
     assert settings.pop(f"{whole.name} (gigatok)") == (
         "6 steps",
