@@ -111,6 +111,8 @@ def test_probe_and_report_in_a_bucket(bucket, tmp_path, monkeypatch):
         json.loads((path / "results.json").read_text())
         for path in (files.as_path(f"{bucket}/probe"), tmp_path / "probe")
     )
+    for name in ("encode_ms", "decode_ms"):
+        assert inside.pop(name) > 0 and local.pop(name) > 0
     assert inside == local
     run("report", f"{bucket}/probe", f"--out={bucket}/report.html")
     assert "<html" in files.as_path(f"{bucket}/report.html").read_text()
