@@ -262,9 +262,10 @@ class OwnTokenizer:
                 f"{self.name}: decode: expected floats {list(shape)}, got {images.dtype} "
                 f"{list(images.shape)}"
             )
-        if not np.isfinite(images.astype(np.float32)).all():
+        images = images.astype(np.float32)
+        if not np.isfinite(images).all():
             raise UserError(f"{self.name}: decode: expected finite values, got NaN or inf")
-        return images.astype(np.float32)
+        return images
 
     def _call(self, method: str, batch: np.ndarray) -> np.ndarray:
         """The result of the user's method, which may be of another library and on any device."""

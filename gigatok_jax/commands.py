@@ -154,18 +154,6 @@ def _as_published(settings: Any, guided: bool, generator: Any) -> Any:
     return dataclasses.replace(settings, **published)
 
 
-def _tokenizer_of(generator: Any, given: str) -> Any:
-    """The tokenizer that `--tokenizer` names, or that of a published generator."""
-    from gigatok_jax.evaluation import generation
-
-    name = given or generator.made_by.get("published_tokenizer")
-    if not name:
-        raise UserError(
-            "--tokenizer: missing, expected that of the generator; only published ones name theirs"
-        )
-    return generation.load_matching_tokenizer(name, generator)
-
-
 def _data(config: Any) -> Any:
     """The `data` of a configuration."""
     if config is None:
@@ -421,7 +409,8 @@ def sample(
                 raise UserError(f"--classes: expected one class with --from, got {classes}")
         elif settings.guidance > 1:
             raise UserError("--guidance: expected 1 with --from and without --classes")
-        matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
+        matching = generation.load_matching_tokenizer(tokenizer, loaded)
+        folder = as_path(out)
         share = 0.5 if keep is None else keep
         options = {"label": label, "share": share, "count": count or 4}
         with locks.hold(folder):
@@ -443,7 +432,8 @@ def sample(
         order = np.random.default_rng(seed).choice(numbers, count)
     else:
         order = np.resize(numbers, count)
-    matching, folder = _tokenizer_of(loaded, tokenizer), as_path(out)
+    matching = generation.load_matching_tokenizer(tokenizer, loaded)
+    folder = as_path(out)
     with distributed.locked(folder):
         generation.sample(
             loaded,
@@ -612,7 +602,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], M
     from gigatok_jax.evaluation import features, fid, generation
 
     generator = api.load_generator(_name(args, "generator"), where="--generator")
-    tokenizer = _tokenizer_of(generator, args.tokenizer)
+    tokenizer = generation.load_matching_tokenizer(args.tokenizer, generator)
     sampling = _as_published(args.sampling, args.guided, generator)
     extractor = features.load(args.features)
     reference = fid.load_reference(
@@ -663,7 +653,7 @@ def _evaluate_loss(args: types.SimpleNamespace) -> tuple[dict[str, float], Model
     data, tokenizer = _data(args.config), None
     generator = api.load_generator(_name(args, "generator"), where="--generator")
     if args.tokenizer or data.source != "codes":
-        tokenizer = _tokenizer_of(generator, args.tokenizer)
+        tokenizer = generation.load_matching_tokenizer(args.tokenizer, generator)
     metrics = generation.evaluate_loss(generator, tokenizer, data, args.batch_size)
     return metrics, {"generator": generator}
 

@@ -54,14 +54,24 @@ RECORD = "sampling.json"  # in a folder of pictures: that, and how, this program
 PICTURE = re.compile(r"\d{6,}_class\d{4,}\.png")
 
 
-def load_matching_tokenizer(directory: str | Path, generator: PretrainedGenerator) -> AnyTokenizer:
+def load_matching_tokenizer(name: str | Path, generator: PretrainedGenerator) -> AnyTokenizer:
     """Loads the tokenizer whose codes the generator models.
 
+    Args:
+      name: see `api.load_tokenizer`; "": that of a published generator.
+      generator: the model of its codes.
+
     Raises:
-      UserError: `directory` holds no tokenizer, or not the one that the generator was trained on.
+      UserError: `name` is no tokenizer, or not the one that the generator was trained on; or it is
+        missing, and the generator does not name its own.
     """
-    tokenizer = load_tokenizer(directory, where="--tokenizer")
-    check_tokenizer(directory, tokenizer, generator.config, generator.made_by.get("tokenizer"))
+    name = name or generator.made_by.get("published_tokenizer")
+    if not name:
+        raise UserError(
+            "--tokenizer: missing, expected that of the generator; only published ones name theirs"
+        )
+    tokenizer = load_tokenizer(name, where="--tokenizer")
+    check_tokenizer(name, tokenizer, generator.config, generator.made_by.get("tokenizer"))
     return tokenizer
 
 

@@ -12,16 +12,13 @@ from typing import Any, NamedTuple
 from gigatok_jax import api, distributed, frozen_networks, locate
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
-from gigatok_jax.evaluation import fid, generation, protocol, reconstruction
+from gigatok_jax.evaluation import fid, generation, protocol, reconstruction, samples
 from gigatok_jax.evaluation.features import Extractor
 from gigatok_jax.files import Path, as_path, read_json
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.weights import fetch
 
 logger = logging.getLogger(__name__)
-
-PUBLISHED_IMAGES = 50_000  # of ImageNet's validation set, and samples
-ADM_MEMBERS = 10_000  # images in ADM's reference batch, beside the statistics of all
 
 # By how much a number may differ between machines, at least. Distances of samples also differ
 # between random seeds, and published ones are of an unknown seed.
@@ -102,10 +99,10 @@ def _published(name: str) -> dict[str, Any]:
         why = published.not_verifiable or "none is published"
         raise UserError(f"{name}: its figure cannot be verified: {why}")
     metric, value = published.figure.split()
-    expected = {"images": PUBLISHED_IMAGES, "features": {"distance": "fid"}}
+    expected = {"images": samples.PUBLISHED, "features": {"distance": "fid"}}
     if published.tokenizer:
         expected |= {"measure": "generation", "sampling": dict(published.sampling)}
-        expected |= {"searched": published.searched, "reference": {"members": ADM_MEMBERS}}
+        expected |= {"searched": published.searched, "reference": {"members": fid.MEMBERS}}
     else:
         expected |= {"measure": "reconstruction", "crop": published.crop}
     return {metric.lower(): float(value), "protocol": expected}
@@ -152,10 +149,7 @@ def verify(
         found = _reconstruct(name, wanted, data, extractor, out, batch_size)
     else:
         model = api.load_generator(name)
-        name = tokenizer or model.made_by.get("published_tokenizer", "")
-        if not name:
-            raise UserError("--tokenizer: missing, expected that of the generator")
-        models = model, generation.load_matching_tokenizer(name, model), extractor
+        models = model, generation.load_matching_tokenizer(tokenizer, model), extractor
         found = _generate(*models, wanted, data, reference, out, batch_size)
     metrics = {
         metric: value
