@@ -136,6 +136,16 @@ class PretrainedTokenizer(Pretrained):
         """Maps codes `[B, N]` to images, float32 `[B, H, W, 3]` in about [-1, 1], not clipped."""
         return self._run("decode", self._checked(codes))
 
+    def decode_first(self, codes, keep: int) -> jax.Array:
+        """What the first `keep` codes of each row say of an image; results as of `decode`.
+
+        The vectors of the other codes are replaced by the mean of the codebook's. Another `keep`, 0
+        to N, does not compile again.
+        """
+        _check_keep(keep, self.config.latents)
+        codes = self._checked(codes)
+        return self._run("decode_first", codes, np.full(len(codes), keep, np.int32))
+
     def decoder_features(self, codes, layer: int) -> jax.Array:
         """Output of decoder transformer layer `layer` (from 1), float32 `[B, grid*grid, W]`.
 
@@ -390,8 +400,7 @@ class PretrainedGenerator(Pretrained):
             if keep is not None:
                 raise ValueError(f"prefix: expected codes, because keep={keep}, got None")
             return sampling.sample(self.config, params, *batch, settings, dtype)
-        if not isinstance(keep, int | np.integer) or not 0 <= keep <= self.config.codes:
-            raise ValueError(f"keep: expected 0..{self.config.codes}, got {keep}")
+        _check_keep(keep, self.config.codes)
         prefix = _codes(prefix, self.config.codes, self.config.codebook_size)
         if len(prefix) != len(classes):
             raise ValueError(f"prefix: expected {len(classes)} rows of codes, got {len(prefix)}")
@@ -424,6 +433,12 @@ class PretrainedGenerator(Pretrained):
 
 
 AnyTokenizer = PretrainedTokenizer | OwnTokenizer
+
+
+def _check_keep(keep: int | None, codes: int) -> None:
+    """Raises ValueError unless `keep` is a number of codes of an image."""
+    if not isinstance(keep, int | np.integer) or not 0 <= keep <= codes:
+        raise ValueError(f"keep: expected 0..{codes}, got {keep}")
 
 
 def _codes(codes, length: int, codebook_size: int) -> jax.Array:

@@ -185,7 +185,7 @@ IGNORED = ("help", "helpfull", "helpshort", "helpxml", "flagfile", "undefok", "?
 
 # Flags, and fields of configurations, that hold a path.
 PATHS = {"workdir", "workdirs", "out", "images", "reference", "from", "path", "branch_from"}
-PATHS |= {"metrics", "samples"}
+PATHS |= {"metrics", "samples", "reports", "space"}
 # Those that name a model, see `locate.find`: a path, a name, or an address on the Hub.
 MODELS = {"tokenizer", "generator", "teacher", "features", "model", "init_from"}
 
@@ -193,15 +193,18 @@ MODELS = {"tokenizer", "generator", "teacher", "features", "model", "init_from"}
 def _local_paths(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """`values`, with "~" expanded in all paths; see `files.checked_path`."""
     result = dict(values)
+
+    def expand(name, value):
+        address = name in MODELS and value.startswith("hf://")
+        return value if address else checked_path(value, where + name)
+
     for name, value in values.items():
         if isinstance(value, dict):
             result[name] = _local_paths(value, f"{where}{name}.")
-        elif name in MODELS and isinstance(value, str) and value.startswith("hf://"):
-            continue
         elif name in PATHS | MODELS and isinstance(value, str):
-            result[name] = checked_path(value, where + name)
-        elif name in PATHS and isinstance(value, list):
-            result[name] = [checked_path(item, where + name) for item in value]
+            result[name] = expand(name, value)
+        elif name in PATHS | MODELS and isinstance(value, list):
+            result[name] = [expand(name, item) for item in value]
     return result
 
 

@@ -964,6 +964,37 @@ def weights(words: list[str]) -> None:
 
 
 @verb(
+    "reconstruct, sample and complete images in a browser",
+    flag("multi_string", "tokenizer", [], f"{TOKENIZER}; repeated, to compare several"),
+    flag("multi_string", "generator", [], f"{MODEL}; with its tokenizer, unless it is published"),
+    flag("string", "reports", "runs", "folder that is searched for reports"),
+    flag("string", "host", "127.0.0.1", "address to listen on; default: for this machine only"),
+    flag("integer", "port", 7860, "port to listen on", lower_bound=1, upper_bound=65535),
+    flag("boolean", "share", False, "make the page public, through Gradio's servers"),
+    flag("string", "space", "", "do not serve: write a Hugging Face Space to this folder"),
+)
+def app(tokenizer: list[str], generator: list[str], reports: str, space: str, **options) -> None:
+    """gigatok app [--tokenizer=NAME ...] [--generator=NAME ...] [--reports=DIR]
+
+    Serves a page that shows what tokenizers and generators do: reconstructions and their codes,
+    codes of one image in another, samples, completions, and the reports of probes. Without names,
+    it uses the included models of drawings. Needs the extra `app`. Ctrl-C ends it.
+
+    --space=DIR writes what a Hugging Face Space of this page needs: app.py, requirements.txt,
+    README.md, the models that are folders, and the reports. Models that are names are downloaded
+    when the Space starts.
+    """
+    if space:
+        from gigatok_jax.app import space as spaces
+
+        spaces.write(as_path(space), tokenizer, generator, as_path(reports))
+        return
+    from gigatok_jax.app import server
+
+    server.serve(tokenizer, generator, as_path(reports), **options)
+
+
+@verb(
     "upload a model to the Hugging Face Hub",
     flag("boolean", "private", False, "create a private repository"),
     flag("string", "license", "", "license of the weights for the model card, such as apache-2.0"),

@@ -215,7 +215,7 @@ def _reconstruct(
     the means of the metrics, what `protocol.stamp` says of these, and the count of each code, over
     all processes.
     """
-    compare, lpips = _comparison(ssim_range)
+    compare, lpips = comparison(ssim_range)
     # Process 0 saves the grid, so only images that it reads are shown: the first of each batch.
     index = np.arange(examples)
     own = index[index % batch_size < batch_size // distributed.place()[1]]
@@ -255,7 +255,7 @@ def _reconstruct(
     return {"images": int(images), **means, "codebook_usage": usage}, measured, code_counts
 
 
-def _comparison(
+def comparison(
     ssim_range: int,
 ) -> tuple[Callable[[np.ndarray, jax.Array], dict[str, jax.Array]], str | None]:
     """A function that maps uint8 inputs and float outputs to metrics, `[B]` each; LPIPS' digest."""

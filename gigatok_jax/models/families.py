@@ -3,7 +3,7 @@
 A family has a dataclass of its architectures and a Linen module. The dataclass has `image_size`,
 `latents` (codes per image, N) and `codebook_size` (K). The module maps images `[B, H, W, 3]` in
 [-1, 1] to latents `[B, N, D]` (`latents`) and codes `[B, N]` (`encode`), and codes to images
-(`decode`).
+(`decode`; `decode_first` keeps only the first of them).
 """
 
 from typing import Any

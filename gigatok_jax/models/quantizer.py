@@ -6,7 +6,7 @@ exact but computes only a chunk of rows at a time, in the forward and backward p
 
 import dataclasses
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from einops import rearrange
 import jax
@@ -153,6 +153,15 @@ def search(
         indices = lax.map(lambda chunk: _nearest(_distances(chunk, codebook)), chunks)
         loss = jnp.zeros(())
     return _unchunk(indices, z), loss
+
+
+def look_up_first(
+    quantizer: Any, codes: jax.Array, keep: jax.Array, codebook_size: int
+) -> jax.Array:
+    """Vectors of codes `[B, N]`; the mean of the codebook after the first `keep` `[B]`."""
+    mean = quantizer.look_up(jnp.arange(codebook_size)).mean(0)
+    kept = jnp.arange(codes.shape[1]) < keep[:, None]
+    return jnp.where(kept[..., None], quantizer.look_up(codes), mean)
 
 
 def chunk_count(rows: int, width: int, chunk_elements: int) -> int:

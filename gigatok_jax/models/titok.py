@@ -162,7 +162,16 @@ class Titok(nn.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Maps codes `[B, N]` to images, float32 in about [-1, 1], not clipped."""
-        x, side = self.decoder_features(codes), self.config.image_size // PATCH
+        return self._decode(self.decoder_features(codes))
+
+    def decode_first(self, codes: jax.Array, keep: jax.Array) -> jax.Array:
+        """`decode` of the first `keep` `[B]` codes; the codebook's mean replaces the others."""
+        size = self.config.codebook_size
+        vectors = quantizer.look_up_first(self.quantizer, codes, keep, size)
+        return self._decode(self._decoder_features(vectors))
+
+    def _decode(self, x):
+        side = self.config.image_size // PATCH
         if self.config.two_stage:
             weights = nn.softmax(self._proxy_logits(x))
             x = (weights @ self.proxy_codebook).astype(self.dtype)
@@ -175,7 +184,10 @@ class Titok(nn.Module):
 
     def decoder_features(self, codes: jax.Array) -> jax.Array:
         """Image tokens of the decoder's ViT, after its final LayerNorm, `[B, 256, W]`."""
-        x = self.embed(self.quantizer.look_up(codes).astype(self.dtype))
+        return self._decoder_features(self.quantizer.look_up(codes))
+
+    def _decoder_features(self, vectors):
+        x = self.embed(vectors.astype(self.dtype))
         mask = self.mask_token.astype(x.dtype)
         masks = repeat(mask, "1 w -> b p w", b=len(x), p=self.config.patches)
         return self.decoder(masks, x)[0]

@@ -310,6 +310,13 @@ class Tokenizer(nn.Module):
         """Maps codes `[B, N]` to images `[B, H, W, 3]` float32, not clipped."""
         return self.cnn_decoder(self.decoder_grid(codes)).astype(jnp.float32)
 
+    def decode_first(self, codes: jax.Array, keep: jax.Array) -> jax.Array:
+        """`decode` of the first `keep` `[B]` codes; the codebook's mean replaces the others."""
+        vectors = quantizer.look_up_first(self.quantizer, codes, keep, self.config.codebook_size)
+        return self.cnn_decoder(self._decode_grid(vectors)[0].astype(jnp.float32)).astype(
+            jnp.float32
+        )
+
     def decoder_features(self, codes: jax.Array, layer: int) -> jax.Array:
         """Output of decoder transformer layer `layer` (from 1), `[B, grid*grid, W]` float32."""
         _, (features,) = self._decode_grid(self.quantizer.look_up(codes), taps=(layer,))

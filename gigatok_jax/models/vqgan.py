@@ -171,9 +171,16 @@ class Vqgan(nn.Module):
 
     def decode(self, codes: jax.Array) -> jax.Array:
         """Maps codes `[B, N]` to images, float32 in about [-1, 1], not clipped."""
+        return self._decode(self.look_up(codes))
+
+    def decode_first(self, codes: jax.Array, keep: jax.Array) -> jax.Array:
+        """`decode` of the first `keep` `[B]` codes; the codebook's mean replaces the others."""
+        size = self.config.codebook_size
+        return self._decode(quantizer.look_up_first(self.quantizer, codes, keep, size))
+
+    def _decode(self, vectors):
         family = FAMILIES[self.config.family]
-        x = rearrange(self.look_up(codes), "b (h w) d -> b h w d", h=self.config.grid)
-        x = x.astype(self.dtype)
+        x = rearrange(vectors, "b (h w) d -> b h w d", h=self.config.grid).astype(self.dtype)
         x = self.post_quant_conv(x) if family.quant_convs else x
         images = self.cnn_decoder(x).astype(jnp.float32)
         return 2 * images - 1 if family.unit_range else images

@@ -1,0 +1,1 @@
+"""`gigatok app`: tokenizers and generators in a browser page, with Gradio (the extra `app`)."""

@@ -1,0 +1,356 @@
+"""The five tabs of the page: what they show, and what happens when a visitor moves something."""
+
+import functools
+import html
+import pathlib
+from typing import Any, get_args
+
+import numpy as np
+
+from gigatok_jax.app import explore
+from gigatok_jax.app.components import answer, choice, enlarge, examples, figures, gr, photo
+from gigatok_jax.errors import UserError
+from gigatok_jax.files import Path
+from gigatok_jax.sampling import SamplingConfig, Schedule
+
+MAX_SAMPLES = 16
+COMPLETIONS = 4
+NO_CLASS = -1
+NAMES = {"psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}"}
+NO_GENERATOR = "No generator was given: start `gigatok app` with `--generator=NAME`."
+
+
+class Session:
+    """The networks, and the crops and codes of uploads, remembered while a slider moves."""
+
+    def __init__(self, models: explore.Models, folder: pathlib.Path):
+        self.models, self.folder = models, folder
+        self.crop = functools.lru_cache(maxsize=64)(explore.read)
+        self.codes = functools.lru_cache(maxsize=64)(self._codes)
+
+    def _codes(self, name: str, path: str) -> np.ndarray:
+        return np.asarray(self.models.tokenizers[name].encode(self.image(name, path)[None]))[0]
+
+    def image(self, name: str, path: str) -> np.ndarray:
+        """The crop of an upload that a tokenizer takes."""
+        return self.crop(path, self.models.tokenizers[name].config.image_size)
+
+    def generator_of(self, name: str):
+        """A generator of a tokenizer's codes, or None."""
+        pairs = self.models.generators.values()
+        return next((generator for generator, own in pairs if own == name), None)
+
+
+def reconstruct(session: Session) -> None:
+    """A photo, what the tokenizers make of it, and what each code does."""
+    tokenizers = session.models.tokenizers
+    names = list(tokenizers)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            upload = photo("Photo")
+            chosen = gr.CheckboxGroup(
+                names, value=names, label="Tokenizers", visible=len(names) > 1
+            )
+            examples([upload], session.folder / "one")
+        with gr.Column(scale=5):
+            results = gr.HTML("Drop a photo on the left, or choose a drawing.")
+    gr.Markdown("### What does a code do?\nPoint at a code: what depends on it lights up.")
+    which = choice(names, "Tokenizer")
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            squares = gr.Image(label="Codes", interactive=False, buttons=[], height=400)
+        with gr.Column(scale=2, min_width=300):
+            changes = gr.Image(label="What changes", interactive=False, buttons=[], height=400)
+        with gr.Column(scale=1, min_width=200):
+            last = tokenizers[names[0]].config.latents - 1
+            position = gr.Slider(0, last, 0, step=1, label="Code", interactive=True)
+            facts = gr.Markdown()
+
+    def compare(path, chosen):
+        if not path:
+            return ""
+        if not chosen:
+            raise UserError("choose a tokenizer")
+        return "".join(map(functools.partial(row, path), chosen))
+
+    def row(path, name):
+        image = session.image(name, path)
+        result = explore.reconstruct(tokenizers[name], image)
+        numbers = ", ".join(NAMES[key].format(value) for key, value in result.metrics.items())
+        return figures(
+            f"{name}: {len(result.codes)} codes, {numbers}",
+            [
+                (image, "input"),
+                (result.image, "reconstruction"),
+                (result.difference, f"difference, {explore.BRIGHTER} times brighter"),
+            ],
+        )
+
+    def show_code(path, name, position):
+        if not path:
+            return None, None, ""
+        tokenizer, codes = tokenizers[name], session.codes(name, path)
+        position = min(int(position), len(codes) - 1)
+        effect = explore.effect(tokenizer, codes, position)
+        picture = explore.CodePicture(tokenizer).draw(codes, position)
+        text = (
+            f"Code {position} is {codes[position]}.\n\nAnother in its place changes values by "
+            f"{effect.change:.2f} of 255, on average; 90 % of the change is in "
+            f"{100 * effect.area:.0f} % of the image."
+        )
+        return picture, enlarge(effect.picture), text
+
+    def point(name, event: gr.SelectData):
+        position = explore.CodePicture(tokenizers[name]).at(*event.index)
+        return gr.skip() if position is None else position
+
+    def choose(name):
+        return gr.Slider(maximum=tokenizers[name].config.latents - 1, value=0)
+
+    answer([upload.change, chosen.change], compare, [upload, chosen], [results])
+    shown = [upload, which, position], [squares, changes, facts]
+    answer(upload.change, show_code, *shown, api_name="code")
+    answer(position.change, show_code, *shown, api_name=False, show_progress="hidden")
+    answer(which.change, choose, [which], [position], api_name=False).then(None)
+    answer(which.change, show_code, *shown, api_name=False)
+    squares.select(point, [which], [position], api_name=False, show_progress="hidden")
+
+
+def swap(session: Session) -> None:
+    """Codes of one image in another, and the first codes of an image alone."""
+    tokenizers = session.models.tokenizers
+    count = next(iter(tokenizers.values())).config.latents
+    with gr.Row():
+        with gr.Column(scale=3, min_width=300):
+            which = choice(tokenizers, "Tokenizer")
+            with gr.Row():
+                first_photo, second_photo = photo("A"), photo("B")
+            examples([first_photo, second_photo], session.folder / "two")
+        with gr.Column(scale=5):
+            gr.Markdown("### Codes of A in B")
+            with gr.Row():
+                first = gr.Slider(0, count - 1, 0, step=1, label="from code")
+                last = gr.Slider(0, count - 1, count // 2 - 1, step=1, label="to code")
+            swapped = gr.HTML("Give two images on the left.")
+            gr.Markdown("### The first codes of A")
+            keep = gr.Slider(0, count, count // 2, step=1, label="codes kept")
+            fills = {"the mean of the codebook": False, "codes that the generator draws": True}
+            fill = gr.Radio(list(fills), value=next(iter(fills)), label="in place of the others")
+            kept = gr.HTML("Give image A on the left.")
+
+    def exchange(name, one, two, first, last):
+        if not one or not two:
+            return gr.skip()
+        own, others = session.codes(name, two), session.codes(name, one)
+        mixed = explore.swap(own, others, int(first), int(last))
+        images = [explore.decode(tokenizers[name], each) for each in (others, own, mixed)]
+        caption = f"B with codes {first} to {last} of A"
+        return figures(name, list(zip(images, ("A", "B", caption), strict=True)))
+
+    def first_codes(name, path, keep, fill):
+        if not path:
+            return gr.skip()
+        generator = session.generator_of(name) if fills[fill] else None
+        if fills[fill] and generator is None:
+            raise UserError(f"no generator of the codes of {name}: start with --generator=NAME")
+        codes = session.codes(name, path)
+        image = explore.keep_first(tokenizers[name], codes, int(keep), generator)
+        whole = explore.decode(tokenizers[name], codes)
+        return figures(name, [(whole, f"A, all {len(codes)} codes"), (image, f"the first {keep}")])
+
+    def choose(name):
+        n = tokenizers[name].config.latents
+        return gr.Slider(maximum=n - 1), gr.Slider(maximum=n - 1), gr.Slider(maximum=n)
+
+    quiet = {"show_progress": "minimal"}
+    answer(which.change, choose, [which], [first, last, keep], api_name=False)
+    answer(
+        [which.change, first_photo.change, second_photo.change, first.change, last.change],
+        exchange,
+        [which, first_photo, second_photo, first, last],
+        [swapped],
+        api_name="swap",
+        **quiet,
+    )
+    answer(
+        [which.change, first_photo.change, keep.change, fill.change],
+        first_codes,
+        [which, first_photo, keep, fill],
+        [kept],
+        api_name="keep",
+        **quiet,
+    )
+
+
+def _sampling_controls(generator: Any) -> list[Any]:
+    """Controls of guidance, its schedule, the temperature, top-k and top-p."""
+    default = explore.published_settings(generator)
+    size = generator.config.codebook_size
+    guidance = gr.Slider(1, 10, default.guidance, step=0.25, label="guidance (1: none)")
+    temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="temperature")
+    with gr.Accordion("More settings", open=False):
+        names = list(get_args(Schedule))
+        schedule = gr.Dropdown(names, value=default.schedule, label="schedule of guidance")
+        top_k = gr.Slider(0, size, default.top_k, step=1, label="top-k (0: all codes)")
+        top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="top-p")
+    return [guidance, schedule, temperature, top_k, top_p]
+
+
+def _controls_of(session: Session, name: str) -> list[Any]:
+    """The classes and the settings of another generator, for their controls."""
+    generator, _ = session.models.generators[name]
+    default, names = explore.published_settings(generator), explore.class_names(generator)
+    return [
+        gr.Dropdown(names, value=names[0][1]),
+        gr.Slider(value=default.guidance),
+        gr.Dropdown(value=default.schedule),
+        gr.Slider(value=default.temperature),
+        gr.Slider(value=default.top_k, maximum=generator.config.codebook_size),
+        gr.Slider(value=default.top_p),
+    ]
+
+
+def sample(session: Session) -> None:
+    """Images of a class."""
+    generators = session.models.generators
+    if not generators:
+        gr.Markdown(NO_GENERATOR)
+        return
+    default, _ = next(iter(generators.values()))
+    names = explore.class_names(default)
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            which = choice(generators, "Generator")
+            label = gr.Dropdown(names, value=names[0][1], label="class")
+            count = gr.Slider(1, MAX_SAMPLES, 8, step=1, label="images")
+            controls = _sampling_controls(default)
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
+            with gr.Row():
+                start = gr.Button("Sample", variant="primary")
+                stop = gr.Button("Stop")
+        with gr.Column(scale=5):
+            state = gr.Markdown("Choose a class, then *Sample*.")
+            images = gr.Gallery(
+                label="Samples", columns=4, height=560, object_fit="contain", format="png"
+            )
+
+    def draw(which, label, count, seed, guidance, schedule, temperature, top_k, top_p):
+        generator, own = generators[which]
+        settings = SamplingConfig(
+            guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        settings.check_schedule()
+        drawn = explore.sample(
+            generator,
+            session.models.tokenizers[own],
+            int(label),
+            settings,
+            count=int(count),
+            seed=int(seed),
+        )
+        yield [], "drawing; the first call compiles"
+        for images in drawn:
+            yield list(map(enlarge, images)), f"{len(images)} of {int(count)} images"
+
+    event = answer(
+        start.click,
+        draw,
+        [which, label, count, seed, *controls],
+        [images, state],
+        api_name="sample",
+    )
+    stop.click(None, cancels=[event], api_name=False)
+    change = functools.partial(_controls_of, session)
+    answer(which.change, change, [which], [label, *controls], api_name=False)
+
+
+def complete(session: Session) -> None:
+    """The first codes of a photo, and what a generator draws after them."""
+    generators = session.models.generators
+    if not generators:
+        gr.Markdown(NO_GENERATOR)
+        return
+    default, _ = next(iter(generators.values()))
+    with gr.Row():
+        with gr.Column(scale=2, min_width=300):
+            upload = photo("Photo")
+            which = choice(generators, "Generator")
+            n = default.config.codes
+            keep = gr.Slider(0, n, n // 2, step=1, label="codes kept")
+            classes = [("(no class)", NO_CLASS), *explore.class_names(default)]
+            label = gr.Dropdown(classes, value=NO_CLASS, label="class")
+            guidance = gr.Slider(1, 10, 1, step=0.25, label="guidance, with a class (1: none)")
+            temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature")
+            seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
+            start = gr.Button("Complete", variant="primary")
+            examples([upload], session.folder / "complete")
+        with gr.Column(scale=5):
+            results = gr.HTML(
+                "Give a photo: the generator keeps the first of its codes and draws the others. In "
+                "a 2D tokenizer the first codes are the top of the image; in a 1D tokenizer they "
+                "belong to all of it."
+            )
+
+    def draw(which, path, keep, label, guidance, temperature, seed):
+        if not path:
+            raise UserError("expected a photo to complete")
+        generator, own = generators[which]
+        tokenizer, codes = session.models.tokenizers[own], session.codes(own, path)
+        known, keep = label != NO_CLASS, min(int(keep), len(codes))
+        first = [
+            (session.image(own, path), "input"),
+            (explore.decode(tokenizer, codes), f"all {len(codes)} codes"),
+        ]
+        drawn = explore.sample(
+            generator,
+            tokenizer,
+            int(label) if known else generator.config.null_class,
+            SamplingConfig(guidance=guidance if known else 1.0, temperature=temperature),
+            count=COMPLETIONS,
+            seed=int(seed),
+            codes=codes,
+            keep=keep,
+        )
+        yield figures("drawing; the first call compiles", first)
+        for images in drawn:
+            captions = [f"completion {i + 1}" for i in range(len(images))]
+            heading = f"{own}: the first {keep} of {len(codes)} codes kept"
+            yield figures(heading, [*first, *zip(images, captions, strict=True)])
+
+    def change(which):
+        generator, _ = generators[which]
+        n = generator.config.codes
+        classes = [("(no class)", NO_CLASS), *explore.class_names(generator)]
+        return gr.Slider(maximum=n, value=n // 2), gr.Dropdown(classes, value=NO_CLASS)
+
+    inputs = [which, upload, keep, label, guidance, temperature, seed]
+    answer(start.click, draw, inputs, [results], api_name="complete")
+    answer(which.change, change, [which], [keep, label], api_name=False)
+
+
+def probe(reports: Path) -> None:
+    """The reports below a folder."""
+
+    def names():
+        return explore.find_reports(reports) if reports.is_dir() else []
+
+    def find():
+        found = names()
+        note = "" if found else f"No reports below `{reports}`: `--reports=DIR` names the folder."
+        return gr.Dropdown(found, value=found[0] if found else None), note
+
+    def show(name):
+        if not name:
+            return ""
+        title, page = html.escape(name), html.escape(explore.read_report(reports, name))
+        # In a sandbox, because a report may come from elsewhere.
+        return f'<iframe class="report" title="{title}" sandbox srcdoc="{page}"></iframe>'
+
+    with gr.Row():
+        chosen = gr.Dropdown(names(), value=None, label="Report", scale=5)
+        again = gr.Button("Look again", scale=1)
+    note = gr.Markdown()
+    page = gr.HTML()
+    answer(chosen.change, show, [chosen], [page], api_name="report")
+    answer(again.click, find, [], [chosen, note], api_name=False)
+    gr.context.Context.root_block.load(find, None, [chosen, note], api_name=False)
