@@ -107,19 +107,22 @@ def photo(label: str) -> gr.Image:
     return place
 
 
-def examples(photos: Sequence[gr.Image], folder: pathlib.Path) -> None:
-    """Drawings to try the page with, which are written to `folder`."""
+def write_drawings(folder: pathlib.Path) -> list[str]:
+    """Drawings to try the page with; returns their paths."""
     drawings = open_source(
         DataConfig(source="embedded", length=1, eval_length=EXAMPLES),
         train=False,
         image_size=VISIBLE,
     )
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for i in range(len(drawings)):
-        paths.append(str(folder / f"{i}.png"))
-        Image.fromarray(drawings[i]["image"]).save(paths[-1])
-    rows = [list(row) for row in np.reshape(paths, (-1, len(photos)))]
+    paths = [str(folder / f"drawing-{i}.png") for i in range(len(drawings))]
+    for i, path in enumerate(paths):
+        Image.fromarray(drawings[i]["image"]).save(path)
+    return paths
+
+
+def examples(photos: Sequence[gr.Image], paths: Sequence[str]) -> None:
+    """Rows of images that fill `photos` when they are clicked."""
+    rows = np.reshape(paths, (-1, len(photos))).tolist()
     gr.Examples(rows, list(photos), label="Drawings to try", examples_per_page=6)
 
 

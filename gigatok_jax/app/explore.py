@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from gigatok_jax import api, pictures
+from gigatok_jax import api, imagenet, pictures
 from gigatok_jax.data import crops
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import reconstruction
@@ -254,12 +254,14 @@ def published_settings(generator: api.PretrainedGenerator) -> SamplingConfig:
     return SamplingConfig(**generator.made_by.get("sampling", {}))
 
 
-def class_names(generator: api.PretrainedGenerator) -> list[tuple[str, int]]:
-    """The trained classes: what to show for each, and its number."""
-    from gigatok_jax import imagenet
-
-    names = imagenet.words(generator.class_names)
-    return [(names[i] if names else f"class {i}", int(i)) for i in generator.trained]
+def class_names(generator: api.PretrainedGenerator) -> dict[str, int]:
+    """The trained classes, by a name that no two share."""
+    words = imagenet.words(generator.class_names)
+    names = {}
+    for number in map(int, generator.trained):
+        name = words[number] if words else f"class {number}"
+        names[f"{name} ({number})" if words.count(name) > 1 else name] = number
+    return names
 
 
 def find_reports(folder: Path) -> list[str]:

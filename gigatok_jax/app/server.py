@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 import os
 import pathlib
+import signal
 import tempfile
 
 from gigatok_jax.app import explore, tabs
-from gigatok_jax.app.components import CSS, gr
+from gigatok_jax.app.components import CSS, gr, write_drawings
 from gigatok_jax.errors import UserError, first_line
 from gigatok_jax.files import Path
 
@@ -38,6 +39,7 @@ def serve(
       UserError: a network cannot be loaded, or the port is taken.
     """
     models = explore.load(tokenizers, generators)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes uploads
     with tempfile.TemporaryDirectory(prefix="gigatok-app-") as folder:
         blocks = build(models, pathlib.Path(reports), pathlib.Path(folder))
         print(launch(blocks, folder, host=host, port=port, share=share), flush=True)
@@ -47,7 +49,7 @@ def serve(
 def build(models: explore.Models, reports: Path, folder: pathlib.Path) -> gr.Blocks:
     """The page; `folder` takes uploads and what is shown."""
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
-    session = tabs.Session(models, folder)
+    session = tabs.Session(models, write_drawings(folder))
     with gr.Blocks(title="GigaTok", delete_cache=(KEPT // 6, KEPT)) as blocks:
         gr.Markdown(
             "# GigaTok\nA *tokenizer* turns an image into a few codes and back. A *generator* "

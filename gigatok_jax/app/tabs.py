@@ -2,7 +2,6 @@
 
 import functools
 import html
-import pathlib
 from typing import Any, get_args
 
 import numpy as np
@@ -15,7 +14,7 @@ from gigatok_jax.sampling import SamplingConfig, Schedule
 
 MAX_SAMPLES = 16
 COMPLETIONS = 4
-NO_CLASS = -1
+NO_CLASS = "(no class)"
 NAMES = {"psnr": "PSNR {:.1f} dB", "ssim": "SSIM {:.3f}", "lpips": "LPIPS {:.3f}"}
 NO_GENERATOR = "No generator was given: start `gigatok app` with `--generator=NAME`."
 
@@ -23,8 +22,8 @@ NO_GENERATOR = "No generator was given: start `gigatok app` with `--generator=NA
 class Session:
     """The networks, and the crops and codes of uploads, remembered while a slider moves."""
 
-    def __init__(self, models: explore.Models, folder: pathlib.Path):
-        self.models, self.folder = models, folder
+    def __init__(self, models: explore.Models, drawings: list[str]):
+        self.models, self.drawings = models, drawings
         self.crop = functools.lru_cache(maxsize=64)(explore.read)
         self.codes = functools.lru_cache(maxsize=64)(self._codes)
 
@@ -51,7 +50,7 @@ def reconstruct(session: Session) -> None:
             chosen = gr.CheckboxGroup(
                 names, value=names, label="Tokenizers", visible=len(names) > 1
             )
-            examples([upload], session.folder / "one")
+            examples([upload], session.drawings)
         with gr.Column(scale=5):
             results = gr.HTML("Drop a photo on the left, or choose a drawing.")
     gr.Markdown("### What does a code do?\nPoint at a code: what depends on it lights up.")
@@ -107,11 +106,17 @@ def reconstruct(session: Session) -> None:
     def choose(name):
         return gr.Slider(maximum=tokenizers[name].config.latents - 1, value=0)
 
-    answer([upload.change, chosen.change], compare, [upload, chosen], [results])
+    answer(
+        [upload.change, chosen.change],
+        compare,
+        [upload, chosen],
+        [results],
+        api_name="reconstruct",
+    )
     shown = [upload, which, position], [squares, changes, facts]
     answer(upload.change, show_code, *shown, api_name="code")
     answer(position.change, show_code, *shown, api_name=False, show_progress="hidden")
-    answer(which.change, choose, [which], [position], api_name=False).then(None)
+    answer(which.change, choose, [which], [position], api_name=False)
     answer(which.change, show_code, *shown, api_name=False)
     squares.select(point, [which], [position], api_name=False, show_progress="hidden")
 
@@ -125,7 +130,7 @@ def swap(session: Session) -> None:
             which = choice(tokenizers, "Tokenizer")
             with gr.Row():
                 first_photo, second_photo = photo("A"), photo("B")
-            examples([first_photo, second_photo], session.folder / "two")
+            examples([first_photo, second_photo], session.drawings)
         with gr.Column(scale=5):
             gr.Markdown("### Codes of A in B")
             with gr.Row():
@@ -199,9 +204,9 @@ def _sampling_controls(generator: Any) -> list[Any]:
 def _controls_of(session: Session, name: str) -> list[Any]:
     """The classes and the settings of another generator, for their controls."""
     generator, _ = session.models.generators[name]
-    default, names = explore.published_settings(generator), explore.class_names(generator)
+    default, names = explore.published_settings(generator), list(explore.class_names(generator))
     return [
-        gr.Dropdown(names, value=names[0][1]),
+        gr.Dropdown(names, value=names[0]),
         gr.Slider(value=default.guidance),
         gr.Dropdown(value=default.schedule),
         gr.Slider(value=default.temperature),
@@ -217,11 +222,11 @@ def sample(session: Session) -> None:
         gr.Markdown(NO_GENERATOR)
         return
     default, _ = next(iter(generators.values()))
-    names = explore.class_names(default)
+    names = list(explore.class_names(default))
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
             which = choice(generators, "Generator")
-            label = gr.Dropdown(names, value=names[0][1], label="class")
+            label = gr.Dropdown(names, value=names[0], label="class")
             count = gr.Slider(1, MAX_SAMPLES, 8, step=1, label="images")
             controls = _sampling_controls(default)
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
@@ -243,7 +248,7 @@ def sample(session: Session) -> None:
         drawn = explore.sample(
             generator,
             session.models.tokenizers[own],
-            int(label),
+            explore.class_names(generator)[label],
             settings,
             count=int(count),
             seed=int(seed),
@@ -277,13 +282,13 @@ def complete(session: Session) -> None:
             which = choice(generators, "Generator")
             n = default.config.codes
             keep = gr.Slider(0, n, n // 2, step=1, label="codes kept")
-            classes = [("(no class)", NO_CLASS), *explore.class_names(default)]
+            classes = [NO_CLASS, *explore.class_names(default)]
             label = gr.Dropdown(classes, value=NO_CLASS, label="class")
             guidance = gr.Slider(1, 10, 1, step=0.25, label="guidance, with a class (1: none)")
             temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature")
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
             start = gr.Button("Complete", variant="primary")
-            examples([upload], session.folder / "complete")
+            examples([upload], session.drawings)
         with gr.Column(scale=5):
             results = gr.HTML(
                 "Give a photo: the generator keeps the first of its codes and draws the others. In "
@@ -296,7 +301,7 @@ def complete(session: Session) -> None:
             raise UserError("expected a photo to complete")
         generator, own = generators[which]
         tokenizer, codes = session.models.tokenizers[own], session.codes(own, path)
-        known, keep = label != NO_CLASS, min(int(keep), len(codes))
+        number, keep = explore.class_names(generator).get(label), min(int(keep), len(codes))
         first = [
             (session.image(own, path), "input"),
             (explore.decode(tokenizer, codes), f"all {len(codes)} codes"),
@@ -304,8 +309,8 @@ def complete(session: Session) -> None:
         drawn = explore.sample(
             generator,
             tokenizer,
-            int(label) if known else generator.config.null_class,
-            SamplingConfig(guidance=guidance if known else 1.0, temperature=temperature),
+            generator.config.null_class if number is None else number,
+            SamplingConfig(guidance=1.0 if number is None else guidance, temperature=temperature),
             count=COMPLETIONS,
             seed=int(seed),
             codes=codes,
@@ -320,7 +325,7 @@ def complete(session: Session) -> None:
     def change(which):
         generator, _ = generators[which]
         n = generator.config.codes
-        classes = [("(no class)", NO_CLASS), *explore.class_names(generator)]
+        classes = [NO_CLASS, *explore.class_names(generator)]
         return gr.Slider(maximum=n, value=n // 2), gr.Dropdown(classes, value=NO_CLASS)
 
     inputs = [which, upload, keep, label, guidance, temperature, seed]
