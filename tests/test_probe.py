@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import math
 import pathlib
 import re
 import shutil
@@ -204,7 +205,29 @@ def table(*workdirs: pathlib.Path) -> dict[str, dict[str, str]]:
     return {row[0]: dict(zip(headings, row, strict=True)) for row in rows}
 
 
-def test_table_names_the_source_and_setting_of_the_papers_rows(whole):
+def with_fid(probe: pathlib.Path, out: pathlib.Path) -> pathlib.Path:
+    """A copy of a probe, as if it had measured FID."""
+    text = (shutil.copytree(probe, out) / "results.json").read_text()
+    text = text.replace('"rfd_teacher"', '"rfid"').replace('"gfd_teacher"', '"gfid"')
+    (out / "results.json").write_text(text)
+    return out
+
+
+def test_first_screen_says_what_was_measured(whole):
+    report.write([whole], whole / "table.html")
+    found = re.sub(r"<[^>]*>", " ", text(whole).split("<body>")[1].split("All numbers")[0])
+    seen, numbers = re.sub(r"\s+", " ", found), results(whole)
+    assert f"Is the image kept? {numbers['psnr']:.1f} dB PSNR rFD teacher" in seen
+    bits = TOKENIZER.latents * math.log2(TOKENIZER.codebook_size)
+    loss = TOKENIZER.latents * numbers["loss"] / math.log(2)
+    assert f"{loss:,.0f} of {bits:,.0f} bits" in seen
+    assert f"{numbers['linear_accuracy']:.1%}" in seen and "A guess would find 10.0%" in seen
+    assert "Samples by class" in seen
+    assert "(Table" not in text(whole)  # the paper's numbers are FIDs
+
+
+def test_table_names_the_source_and_setting_of_the_papers_rows(whole, tmp_path):
+    whole = with_fid(whole, tmp_path / "probe")
     rows = table(whole)
     assert rows[f"{whole.name} (gigatok)"]["parameters"].endswith(" M")
     settings = {name: (row["generator trained"], row["guidance"]) for name, row in rows.items()}
@@ -216,12 +239,12 @@ def test_table_names_the_source_and_setting_of_the_papers_rows(whole):
     assert settings["B-L (Tables 3, 10)"] == ("300 epochs", "step")
     assert settings["LlamaGen-Tok. (Table 10)"] == ("-", "-")
     assert all("(Table" in name for name in settings)
-    html = re.sub(r"\s+", " ", (whole / "report.html").read_text())
-    assert "system-level comparison" in html and "set ssim_range to 2" in html
+    assert "system-level comparison" in text(whole) and "set ssim_range to 2" in text(whole)
 
 
 def test_ssim_of_each_range_has_its_own_column(whole, tmp_path):
     ssim = f"{results(whole)['ssim']:.3f}"
+    whole = with_fid(whole, tmp_path / "whole")
     other = shutil.copytree(whole, tmp_path / "probe")
     record = json.loads((other / "probe.json").read_text())
     (other / "probe.json").write_text(json.dumps(record | {"config.ssim_range": 2}))

@@ -190,6 +190,7 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
     if time := settings["Protocol"].get("time"):
         results["timed_on"] = f"{time['hardware']}, batch {time['batch_size']}"
     linear_bundle = workdir / "linear_probe" / "bundle" / "config.json"
+    generator_bundle = workdir / "generator" / "bundle" / "config.json"
     pictures = {
         "reconstructions": workdir / "reconstruction" / "grid.png",
         "samples": workdir / "samples" / "grid.png",
@@ -199,6 +200,7 @@ def _read_probe(workdir: Path) -> dict[str, Any]:
         "steps": own["generator.steps"],
         "epochs": own["generator.epochs"],
         "schedule": own["sampling.schedule"],
+        "classes": read_json(generator_bundle, "the generator")["config"]["classes"],
         "linear_features": read_json(linear_bundle, "the linear probe")["made_by"]["features"],
         "charts": _probe_charts(workdir, results),
         "pictures": {name: _picture(path) for name, path in pictures.items() if path.exists()},
@@ -278,6 +280,7 @@ def _compare_probes(probes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "by_protocol": groups,
         "scaling": scaling,
         "tradeoff": tradeoff,
+        "reconstruction_distances": RECONSTRUCTION_DISTANCES,
         "generation_distances": GENERATION_DISTANCES,
         "paper": read_json(PAPER, "the paper's results")["rows"],
     }
