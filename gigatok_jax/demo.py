@@ -25,8 +25,8 @@ TOKENIZER, GENERATOR = "drawings", "drawings_gpt"  # included, see `locate.INCLU
 FOLDERS = ("tokenizer", "drawings", "reconstructions", "probe", "samples")
 HELD_OUT = 96  # drawings to reconstruct
 COMPLETIONS = 4  # of each drawing
-PER_CLASS = 40  # samples per class
-REAL = 2_000  # drawings to train the classifier of samples on
+PER_CLASS, QUICK_PER_CLASS = 40, 10  # samples per class
+REAL = 1_000  # drawings to train the classifier of samples on
 BATCH_SIZE = 100  # in sampling
 
 
@@ -52,7 +52,7 @@ def demo(workdir: Path, run: TokenizerRun, config: probing.ProbeConfig) -> None:
 
     generator = api.load_generator(workdir / "probe" / "generator")
     settings = dataclasses.replace(config.sampling, guidance=results["guidance"])
-    _sample(generator, tokenizer, settings, workdir)
+    _sample(generator, tokenizer, settings, workdir, PER_CLASS)
     _complete(generator, tokenizer, settings, workdir)
     print(workdir / "probe" / "report.html")
 
@@ -67,7 +67,7 @@ def quick(workdir: Path) -> None:
     tokenizer = generation.load_matching_tokenizer("", generator)
     _reconstruct(tokenizer, workdir)
     settings = SamplingConfig(**generator.made_by["sampling"])
-    _sample(generator, tokenizer, settings, workdir)
+    _sample(generator, tokenizer, settings, workdir, QUICK_PER_CLASS)
     _complete(generator, tokenizer, settings, workdir)
 
 
@@ -84,9 +84,10 @@ def _sample(
     tokenizer: api.AnyTokenizer,
     settings: SamplingConfig,
     workdir: Path,
+    per_class: int,
 ) -> None:
     """Samples by class, and counts the samples that show their class."""
-    classes = np.tile(np.arange(generator.config.classes), PER_CLASS)
+    classes = np.tile(np.arange(generator.config.classes), per_class)
     real = _real_drawings(REAL, tokenizer.config.image_size)
     out = workdir / "samples"
     if (out / "images" / generation.RECORD).exists():  # of an earlier call
