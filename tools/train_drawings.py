@@ -22,7 +22,6 @@ from gigatok_jax.weights import convert
 
 LONGER = (
     "--tokenizer.steps=6000",
-    "--tokenizer.objective.disc_start=5600",
     "--tokenizer.average_decay=0.995",
     "--probe.data.length=20000",
     "--probe.generator.steps=4000",
