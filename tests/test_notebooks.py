@@ -21,8 +21,8 @@ SHORT = [
 ]
 # In place of cells of constants, by their first word: makes the long notebooks quick.
 QUICKER = {
-    "TOKENIZER": 'TOKENIZER, CONFIG = "drawings", "demo:tokenizer"\n'
-    'PHOTOS, STEPS, BATCH_SIZE = "", 12, 4',
+    "TOKENIZER": 'TOKENIZER, CONFIG, PHOTOS = "drawings", "demo:tokenizer", ""\n'
+    "STEPS, BATCH_SIZE, RATE, ADVERSARIAL = 12, 4, 1e-3, 0.0",
     "SHORT": f"SHORT = {SHORT}",
 }
 
