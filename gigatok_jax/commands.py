@@ -1001,9 +1001,9 @@ def push(places: list[str], private: bool, license: str, metrics: list[str]) -> 
 def demo(workdir: str, tokenizer, probe) -> None:
     """gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--probe.FIELD=VALUE ...]
 
-    Trains a tiny tokenizer on generated drawings, with every loss and the embedded teacher;
-    reconstructs held-out drawings; and runs AR probing, with a small generator and report.html.
-    Takes minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
+    Trains a tiny tokenizer on generated drawings of 64 pixels, with every loss and the embedded
+    teacher; reconstructs held-out drawings; and runs AR probing, with a small generator and
+    report.html. Takes about ten minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
     probe/ (see `gigatok probe`) and samples/ to DIR.
     """
     from gigatok_jax import demo as demonstration
