@@ -1003,8 +1003,8 @@ def demo(workdir: str, tokenizer, probe) -> None:
 
     Trains a tiny tokenizer on generated drawings of 64 pixels, with every loss and the embedded
     teacher; reconstructs held-out drawings; and runs AR probing, with a small generator and
-    report.html. Takes about ten minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
-    probe/ (see `gigatok probe`) and samples/ to DIR.
+    report.html. Takes about ten minutes on two cores. Writes tokenizer/ (the run), drawings/ (held
+    out), reconstructions/, probe/ (see `gigatok probe`) and samples/ to DIR.
     """
     from gigatok_jax import demo as demonstration
     from gigatok_jax import locks
