@@ -121,7 +121,13 @@ SAMPLING = (
         "float", "schedule_start", None, "start of step and rectangular, in [0, 1]; default: 0.18"
     ),
     flag("float", "schedule_end", None, "end of rectangular, in [0, 1]; default: 1"),
-    flag("float", "temperature", 1.0, "divides the logits; 0: always the likeliest code"),
+    flag(
+        "float",
+        "temperature",
+        None,
+        "divides the logits; 0: always the likeliest code; default: 1, or that of the generator "
+        "drawings_gpt",
+    ),
     flag("integer", "top_k", 0, "sample from the k likeliest codes; 0: all"),
     flag("float", "top_p", 1.0, "sample from the likeliest codes with probability p together"),
 )
@@ -130,8 +136,8 @@ SAMPLING = (
 GUIDANCE = ("guidance", "schedule", "schedule_start", "schedule_end")
 
 
-def _sampling(values: dict[str, Any]) -> tuple[Any, bool]:
-    """Moves the sampling flags from `values`: a `SamplingConfig`, and whether guidance is set."""
+def _sampling(values: dict[str, Any]) -> tuple[Any, set[str]]:
+    """Moves the sampling flags from `values`: a `SamplingConfig`, and which fields are set."""
     from gigatok_jax.sampling import SamplingConfig
 
     names = [field.name for field in dataclasses.fields(SamplingConfig)]
@@ -142,15 +148,19 @@ def _sampling(values: dict[str, Any]) -> tuple[Any, bool]:
         settings.check_schedule()
     except ValueError as error:
         raise UserError(f"--{error}") from error
-    return settings, bool(given.keys() & {*GUIDANCE})
+    return settings, {*given}
 
 
-def _as_published(settings: Any, guided: bool, generator: Any) -> Any:
-    """`settings` with the guidance of a published generator, unless flags have set it."""
-    published = generator.made_by.get("sampling", {})
-    if guided or not published:
+def _as_published(settings: Any, given: set[str], generator: Any) -> Any:
+    """`settings` with those of a published generator that no flag has set.
+
+    A flag of guidance sets all of it.
+    """
+    given = given | {*GUIDANCE} if given & {*GUIDANCE} else given
+    published = {k: v for k, v in generator.made_by.get("sampling", {}).items() if k not in given}
+    if not published:
         return settings
-    logger.info("guidance as published: %s", " ".join(f"--{k}={v}" for k, v in published.items()))
+    logger.info("as published: %s", " ".join(f"--{k}={v}" for k, v in published.items()))
     return dataclasses.replace(settings, **published)
 
 
@@ -396,14 +406,14 @@ def sample(
         raise UserError(f"--from: expected {what} when images are completed")
     if keep is not None and not source:
         raise UserError("--keep: expected --from, the images to complete")
-    settings, guided = _sampling(sampling)
+    settings, given = _sampling(sampling)
     _check_no_evaluation(as_path(out))
     loaded = api.load_generator(generator, where="--generator")
     if source:
         _check_apart("out", as_path(out), source, ("images", "grid.png"))
         label = loaded.config.null_class
         if classes != ["all"]:
-            settings = _as_published(settings, guided, loaded)
+            settings = _as_published(settings, given, loaded)
             label, *more = _class_numbers(classes, loaded.trained, loaded.class_names)
             if more:
                 raise UserError(f"--classes: expected one class with --from, got {classes}")
@@ -425,7 +435,7 @@ def sample(
                 **options,
             )
         return
-    settings = _as_published(settings, guided, loaded)
+    settings = _as_published(settings, given, loaded)
     numbers = _class_numbers(classes, loaded.trained, loaded.class_names)
     count = count or generation.COLUMNS * len(numbers)
     if random_classes:
@@ -551,8 +561,8 @@ def evaluate(measure: list[str], out: str, **values: Any) -> None:
     }
     if len(measure) != 1 or measure[0] not in measures:
         raise UserError(f"expected one of {', '.join(measures)}, got {measure}")
-    (sampling, guided), folder = _sampling(values), as_path(out)
-    args = types.SimpleNamespace(**values, sampling=sampling, guided=guided, out=folder)
+    (sampling, given), folder = _sampling(values), as_path(out)
+    args = types.SimpleNamespace(**values, sampling=sampling, given=given, out=folder)
     if args.config is not None:
         _check_data("out", folder, _data(args.config), "guidance_*")
     if (folder / "images").exists():
@@ -603,7 +613,7 @@ def _evaluate_generation(args: types.SimpleNamespace) -> tuple[dict[str, Any], M
 
     generator = api.load_generator(_name(args, "generator"), where="--generator")
     tokenizer = generation.load_matching_tokenizer(args.tokenizer, generator)
-    sampling = _as_published(args.sampling, args.guided, generator)
+    sampling = _as_published(args.sampling, args.given, generator)
     extractor = features.load(args.features)
     reference = fid.load_reference(
         args.reference,
@@ -939,11 +949,20 @@ def weights(words: list[str]) -> None:
     """gigatok weights list, or gigatok weights fetch NAME
 
     Lists published weights: kind, parameters, size as a bundle, the authors' rFID or gFID, and the
-    folder if they are in the cache (GIGATOK_CACHE). Or downloads them into the cache, checks and
-    converts them, and prints the folder of the bundle. Commands fetch what they name by themselves.
+    folder if they are in the cache (GIGATOK_CACHE); and the models that come with the program. Or
+    downloads published weights into the cache, checks and converts them, and prints the folder of
+    the bundle. Commands fetch what they name by themselves.
     """
+    import jax
+
+    from gigatok_jax import bundles, locate
     from gigatok_jax.weights import convert as converters
     from gigatok_jax.weights import fetch
+
+    def row(name, kind, count, figure, where):
+        params = f"{count / 1e6:>6,.{0 if count > 1e7 else 1}f}M"
+        size = f"{4 * count / 1e9:>5.2f} GB"  # float32
+        print(f"{name:<28} {kind:<10} {params} {size}  {figure:<12} {where}")
 
     match words:
         case ["list"]:
@@ -951,11 +970,14 @@ def weights(words: list[str]) -> None:
                 f"{'name':<28} {'kind':<10} {'params':>7} {'size':>8}  {'as published':<12} folder"
             )
             for name, published in fetch.PUBLISHED.items():
-                folder = fetch.bundle_path(name)
-                where = folder if fetch.is_there(name) else "not fetched"
                 count = converters.parameter_count(published.kind, published.model)
-                size = f"{count / 1e6:>6,.0f}M {4 * count / 1e9:>5.2f} GB"  # float32
-                print(f"{name:<28} {published.kind:<10} {size}  {published.figure:<12} {where}")
+                folder = fetch.bundle_path(name) if fetch.is_there(name) else "not fetched"
+                row(name, published.kind, count, published.figure, folder)
+            for name, (kind, folder) in locate.INCLUDED.items():
+                weights = bundles.load(folder, kind).weights["params"]
+                row(name, kind, sum(x.size for x in jax.tree.leaves(weights)), "", "included")
+        case ["fetch", name] if name in locate.INCLUDED:
+            print(locate.INCLUDED[name][1])
         case ["fetch", name]:
             print(converters.fetch_bundle(name))
         case _:
@@ -1027,20 +1049,34 @@ def push(places: list[str], private: bool, license: str, metrics: list[str]) -> 
 @verb(
     "train and probe a tiny tokenizer on generated drawings",
     flag("string", "workdir", "runs/demo", "folder for the results"),
+    flag("boolean", "quick", False, "use the included models, and train nothing"),
     configs={"tokenizer": "configs/demo.py:tokenizer", "probe": "configs/demo.py:probe"},
 )
-def demo(workdir: str, tokenizer, probe) -> None:
+def demo(workdir: str, quick: bool, tokenizer, probe) -> None:
     """gigatok demo [--workdir=DIR] [--tokenizer.FIELD=VALUE ...] [--probe.FIELD=VALUE ...]
 
-    Trains a tiny tokenizer on generated drawings, with every loss and the embedded teacher;
-    reconstructs held-out drawings; and runs AR probing, with a small generator and report.html.
-    Takes minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
-    probe/ (see `gigatok probe`) and samples/ to DIR.
+    Or gigatok demo --quick [--workdir=DIR].
+
+    Trains a tiny tokenizer on generated drawings of 64 pixels, with every loss and the embedded
+    teacher; reconstructs held-out drawings; runs AR probing, with a small generator and report.html;
+    samples by class; and completes drawings from half of their codes. Takes about ten minutes on two
+    cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/, probe/ (see `gigatok
+    probe`), samples/ and completions.png to DIR.
+
+    With --quick, reconstructs, samples and completes with the included models, drawings and
+    drawings_gpt, within a minute.
     """
+    from gigatok_jax import config, locks
     from gigatok_jax import demo as demonstration
-    from gigatok_jax import locks
 
     folder = as_path(workdir)
+    if quick:
+        for name, given in (("tokenizer", tokenizer), ("probe", probe)):
+            if given != config.load(VERBS["demo"].configs[name]):
+                raise UserError(f"--{name}: --quick trains nothing, so expected no settings")
+        with locks.hold(folder):
+            demonstration.quick(folder)
+        return
     for data in (tokenizer.data, probe.data):
         _check_data("workdir", folder, data, *demonstration.FOLDERS)
     with locks.hold(folder):

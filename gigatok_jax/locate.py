@@ -16,8 +16,14 @@ logger = logging.getLogger(__name__)
 
 OWN = "python:"  # begins names of tokenizers of the user's, see `api.OwnTokenizer`
 
-# Bundles that the package includes, by name and kind.
-INCLUDED = {"embedded": ("dinov2", pathlib.Path(__file__).parent / "assets" / "teacher")}
+# Bundles that the package includes: kind and folder by name. The teacher of drawings comes from
+# tools/train_embedded_teacher.py, their tokenizer and generator from tools/train_drawings.py.
+ASSETS = pathlib.Path(__file__).parent / "assets"
+INCLUDED = {
+    "embedded": ("dinov2", ASSETS / "teacher"),
+    "drawings": ("tokenizer", ASSETS / "drawings"),
+    "drawings_gpt": ("generator", ASSETS / "drawings_gpt"),
+}
 
 
 def find(
@@ -32,9 +38,9 @@ def find(
 
     Args:
       name: a folder; the name of published weights (`fetch.PUBLISHED`), which are downloaded and
-        converted unless they are in the cache; "embedded", the teacher in this package; or
+        converted unless they are in the cache; that of a model in this package (`INCLUDED`); or
         hf://OWNER/REPO[/FOLDER][@REVISION], downloaded to the Hub's cache. A folder with a model
-        precedes published weights of the same name.
+        precedes a model of the same name.
       kinds: acceptable kinds of networks, such as "tokenizer"; empty: any.
       where: flag or field that holds the name, for messages.
       others: what the flag or field takes besides models, for messages.
@@ -51,11 +57,12 @@ def find(
         hub.parse(name, where)
         return _together(hub.download(name, weights=weights))
     folder = as_path(name, where or "bundle")
-    if name in fetch.PUBLISHED or name in INCLUDED:
+    if name in _kinds():
         if not _holds_model(folder):
             _check_kind(name, kinds, where)
             return _together(_fetch(name))
-        logger.info("%s: taking the folder of this name, not the published weights", name)
+        kind = "published weights" if name in fetch.PUBLISHED else "included model"
+        logger.info("%s: taking the folder of this name, not the %s", name, kind)
     elif not folder.exists() and (where or not os.path.dirname(name)):
         fitting = [model for model, kind in _kinds().items() if not kinds or kind in kinds]
         known = ", ".join([*others, *fitting])
@@ -68,9 +75,8 @@ def find(
 
 
 def is_name(name: str) -> bool:
-    """Whether a name means published weights or a model on the Hub."""
-    published = name in fetch.PUBLISHED and not _holds_model(as_path(name))
-    return published or name.startswith(hub.SCHEME)
+    """Whether a name means published weights, an included model, or one on the Hub."""
+    return name.startswith(hub.SCHEME) or (name in _kinds() and not _holds_model(as_path(name)))
 
 
 def architecture(name: str, kinds: Sequence[str]) -> Any:

@@ -386,7 +386,7 @@ def test_other_architectures_are_refused_by_field_before_anything_is_written(
     "name, message",
     [
         ("generator", "generator: holds a generator, expected a token"),
-        ("no", r"^config\.init_from: '.*/no': no such folder; known: gigatok_s_s, "),
+        ("no", r"^config\.init_from: '.*/no': no such folder; known: drawings, gigatok_s_s, "),
     ],
 )
 def test_other_bundles_are_refused(folder, tmp_path, name, message):

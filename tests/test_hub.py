@@ -425,7 +425,7 @@ def test_names_are_checked_before_anything_is_downloaded(published, server, giga
     with pytest.raises(UserError, match=r"^it: holds a tokenizer, expected a generator"):
         bundles.load("it", "generator")
     message = refused(gigatok("reconstruct", "--tokenizer=gigatok_b", "--images=x", "--out=y"))
-    start = "--tokenizer: 'gigatok_b': no such folder; is it 'gigatok_s_b'; known: gigatok_s_s, "
+    start = "--tokenizer: 'gigatok_b': no such folder; is it 'gigatok_s_b'; known: drawings, "
     assert message.startswith(start)
     assert message.endswith("it; or give hf://OWNER/REPO[/FOLDER][@REVISION]")
     assert "gigatok_gpt" not in message and not server.requests
