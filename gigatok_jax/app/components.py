@@ -123,7 +123,8 @@ def write_drawings(folder: pathlib.Path) -> list[str]:
 def examples(photos: Sequence[gr.Image], paths: Sequence[str]) -> None:
     """Rows of images that fill `photos` when they are clicked."""
     rows = np.reshape(paths, (-1, len(photos))).tolist()
-    gr.Examples(rows, list(photos), label="Drawings to try", examples_per_page=6)
+    page = EXAMPLES // 2 // len(photos)
+    gr.Examples(rows, list(photos), label="Drawings to try", examples_per_page=page)
 
 
 def figures(heading: str, images: Sequence[tuple[np.ndarray, str]]) -> str:

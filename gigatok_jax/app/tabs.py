@@ -284,7 +284,7 @@ def complete(session: Session) -> None:
             keep = gr.Slider(0, n, n // 2, step=1, label="codes kept")
             classes = [NO_CLASS, *explore.class_names(default)]
             label = gr.Dropdown(classes, value=NO_CLASS, label="class")
-            guidance = gr.Slider(1, 10, 1, step=0.25, label="guidance, with a class (1: none)")
+            guidance = gr.Slider(1, 10, 1, step=0.25, label="guidance (needs a class)")
             temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature")
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
             start = gr.Button("Complete", variant="primary")
@@ -306,7 +306,7 @@ def complete(session: Session) -> None:
             (session.image(own, path), "input"),
             (explore.decode(tokenizer, codes), f"all {len(codes)} codes"),
         ]
-        drawn = explore.sample(
+        completions = explore.sample(
             generator,
             tokenizer,
             generator.config.null_class if number is None else number,
@@ -317,10 +317,11 @@ def complete(session: Session) -> None:
             keep=keep,
         )
         yield figures("drawing; the first call compiles", first)
-        for images in drawn:
+        for images in completions:
             captions = [f"completion {i + 1}" for i in range(len(images))]
-            heading = f"{own}: the first {keep} of {len(codes)} codes kept"
-            yield figures(heading, [*first, *zip(images, captions, strict=True)])
+            heading = f"The first {keep} of {len(codes)} codes kept"
+            drawn = figures(heading, list(zip(images, captions, strict=True)))
+            yield figures(own, first) + drawn
 
     def change(which):
         generator, _ = generators[which]
