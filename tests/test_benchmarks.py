@@ -133,8 +133,8 @@ def test_finished_probes_are_skipped_and_failed_ones_named(tmp_path, capsys):
 def test_leaderboard_trains_and_probes_each_quantizer(tmp_path, monkeypatch):
     def measure(workdir, runs):
         for name, train, probe in runs:
-            assert cli.main(["config", "show", "demo:tokenizer", *train]) == 0
-            assert cli.main(["config", "show", "demo:probe", *probe]) == 0
+            for file, *flags in (train, probe):
+                assert cli.main(["config", "show", file.removeprefix("--config="), *flags]) == 0
             assert f"--config.model.quantizer={name}" in train
         return [workdir / name for name, _, _ in runs]
 
@@ -143,6 +143,27 @@ def test_leaderboard_trains_and_probes_each_quantizer(tmp_path, monkeypatch):
     found = []
     leaderboard.main([f"--workdir={tmp_path}"])
     assert found == [tmp_path / name for name in leaderboard.QUANTIZERS]
+
+
+def test_leaderboard_keeps_the_settings_of_its_published_table():
+    run, probe = leaderboard.get_config("tokenizer"), leaderboard.get_config("probe")
+    model, generator = run.model, probe.generator
+    assert (model.image_size, model.latents, model.codebook_size) == (32, 64, 1024)
+    assert (model.channels, model.z_channels, model.decoder.width) == ((16, 16, 32), 32, 64)
+    assert (run.steps, run.batch_size, run.optimizer.rate, run.data.length) == (
+        800,
+        8,
+        2e-3,
+        20_000,
+    )
+    assert (generator.model.depth, generator.model.width, generator.model.adaln) == (
+        4,
+        128,
+        "block",
+    )
+    assert (generator.steps, generator.batch_size, generator.optimizer.rate) == (600, 16, 2e-3)
+    assert (probe.data.length, probe.linear_probe.steps, probe.samples) == (6_000, 200, 400)
+    assert (probe.sampling.guidance, probe.sampling.temperature) == (3.0, 0.8)
 
 
 def test_dilemma_scales_only_the_transformers():

@@ -43,6 +43,12 @@ def test_examples_are_identical_across_pickling_order_and_length():
         assert source[i]["key"] == longer[i]["key"]
 
 
+def test_what_training_crops_are_taken_from_is_drawn_once():
+    for size in (40, 80):  # of crops of 32 and 64 pixels
+        source = EmbeddedSource(1, size)
+        assert source[0]["image"] is source[0]["image"]
+
+
 def test_drawings_look_as_they_always_did():
     # The weights of the embedded teacher belong to these pictures. Means, because the last bit of
     # a pixel may depend on the processor.
