@@ -21,10 +21,12 @@ from gigatok_jax.training.loop import train
 from gigatok_jax.weights import convert
 
 LONGER = (
-    "--tokenizer.steps=6000",
+    "--tokenizer.steps=4000",
+    "--tokenizer.objective.disc_start=3000",
     "--tokenizer.average_decay=0.995",
-    "--probe.data.length=20000",
-    "--probe.generator.steps=4000",
+    "--tokenizer.data.length=16000",
+    "--probe.data.length=16000",
+    "--probe.generator.steps=3000",
 )
 
 
