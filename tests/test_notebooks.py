@@ -23,7 +23,7 @@ SHORT = [
 QUICKER = {
     "TOKENIZER": 'TOKENIZER, CONFIG, PHOTOS = "drawings", "demo:tokenizer", ""\n'
     "STEPS, BATCH_SIZE, RATE, ADVERSARIAL = 12, 4, 1e-3, 0.0",
-    "SHORT": f"SHORT = {SHORT}",
+    "TOKENIZERS": f"TOKENIZERS, SHORT = {{'squares': 'python:__main__:Squares'}}, {SHORT}",
 }
 
 
