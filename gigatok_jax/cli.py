@@ -133,7 +133,7 @@ def parse(name: str, verb: Any, arguments: list[str]) -> dict[str, Any] | None:
         define(flag_values)
     if set(arguments) & {*HELP}:
         print(inspect.getdoc(verb.run))
-        print(flag_values.module_help(commands.__name__))
+        print(flag_values.module_help(commands.verbs.__name__))
         return None
     if name == "config" and arguments[:1] == ["show"] and len(arguments) > 1:
         arguments = ["show", f"--config={arguments[1]}", *arguments[2:]]

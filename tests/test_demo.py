@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import gigatok_jax as gt
-from gigatok_jax import cli, commands, demo, image_metrics, locate, pictures
+from gigatok_jax import cli, demo, image_metrics, locate, pictures
+from gigatok_jax.commands.verbs import as_published
 from gigatok_jax.data.drawings import CLASS_NAMES
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import generation
@@ -52,7 +53,7 @@ def test_a_flag_precedes_the_setting_of_a_published_generator(generator):
     assert published.keys() == {"guidance", "temperature"}
 
     def settings(**given):
-        return commands._as_published(SamplingConfig(**given), {*given}, generator)
+        return as_published(SamplingConfig(**given), {*given}, generator)
 
     assert settings() == SamplingConfig(**published)
     assert settings(temperature=0.5) == SamplingConfig(**published | {"temperature": 0.5})

@@ -15,7 +15,8 @@ import pytest
 import test_commands
 import test_loop
 
-from gigatok_jax import api, bundles, commands
+from gigatok_jax import api, bundles
+from gigatok_jax.commands.images import class_numbers
 from gigatok_jax.data import crops
 from gigatok_jax.data.folders import image_paths, open_folder
 from gigatok_jax.data.pipeline import eval_batches
@@ -59,8 +60,8 @@ def test_only_trained_classes_are_drawn():
     with pytest.raises(ValueError, match=r"^classes: expected 0, 2, or 6 for none, got 1$"):
         generator.logits(codes, [1])
     with pytest.raises(UserError, match=r"^--classes: expected trained classes, 0, 2, got \[1\]$"):
-        commands._class_numbers(["0-2"], generator.trained, ())
-    assert commands._class_numbers(["all"], generator.trained, ()) == [0, 2]
+        class_numbers(["0-2"], generator.trained, ())
+    assert class_numbers(["all"], generator.trained, ()) == [0, 2]
 
 
 def test_a_run_on_changed_data_says_so(tmp_path, caplog, monkeypatch):

@@ -15,7 +15,8 @@ from PIL import Image
 import pytest
 import test_commands
 
-from gigatok_jax import api, bundles, commands, imagenet, pictures
+from gigatok_jax import api, bundles, imagenet, pictures
+from gigatok_jax.commands.images import class_numbers
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import generation
 from gigatok_jax.models.generator import GeneratorConfig, param_shapes
@@ -227,9 +228,7 @@ def test_folder_with_images_of_other_settings_is_rejected(
     [("all", [0, 1, 2, 3, 4]), ("3", [3]), ("0,4,1-3", [0, 4, 1, 2, 3]), ("2-2,2", [2, 2])],
 )
 def test_classes_are_numbers_and_ranges(text, expected):
-    np.testing.assert_array_equal(
-        commands._class_numbers(text.split(","), np.arange(5), ()), expected
-    )
+    np.testing.assert_array_equal(class_numbers(text.split(","), np.arange(5), ()), expected)
 
 
 def arguments(saved, out, *others) -> list[str]:
@@ -284,7 +283,7 @@ def test_classes_of_imagenet_have_an_id_and_a_word(whole, tmp_path):
     words = imagenet.words(imagenet.classes())
     assert {label: words[label] for label in pairs} == pairs
     names = ("n02099601", "my dog", "n02444819")
-    numbers = functools.partial(commands._class_numbers, trained=[0, 1, 2], names=names)
+    numbers = functools.partial(class_numbers, trained=[0, 1, 2], names=names)
     assert numbers(["Otter", "n02099601", "golden retriever", "my dog"]) == [2, 0, 0, 1]
     with pytest.raises(UserError, match="'goldn retriever'; is it 'golden retriever'\\?"):
         numbers(["goldn retriever"])
@@ -293,26 +292,26 @@ def test_classes_of_imagenet_have_an_id_and_a_word(whole, tmp_path):
         generation._write_class_grid(tmp_path / f"{some[0]}.png", paths, CLASSES, some)
     assert len({path.read_bytes() for path in tmp_path.glob("*.png")}) == 1
     published = fetch.PUBLISHED["gigatok_gpt_b_s_s"].class_names
-    assert commands._class_numbers(["golden retriever"], range(1000), published) == [207]
+    assert class_numbers(["golden retriever"], range(1000), published) == [207]
 
 
 def test_names_of_several_classes_are_refused():
     names = ("crane", "heron", "Crane", "crane")
     with pytest.raises(UserError, match=r"got 'crane', which is that of 0, 2, 3; give the number$"):
-        commands._class_numbers(["crane"], range(4), names)
-    assert commands._class_numbers(["heron", "2"], range(4), names) == [1, 2]
+        class_numbers(["crane"], range(4), names)
+    assert class_numbers(["heron", "2"], range(4), names) == [1, 2]
 
 
 def test_classes_may_be_named():
     names = ("tench", "golden retriever", "11")
-    numbers = functools.partial(commands._class_numbers, trained=[0, 1, 2], names=names)
+    numbers = functools.partial(class_numbers, trained=[0, 1, 2], names=names)
     assert numbers(["Golden Retriever", "0", "1-2"]) == [1, 0, 1, 2]
     with pytest.raises(UserError, match=r"trained classes, 0\.\.2, got \[11\]"):
         numbers(["11"])  # a number before a name
     with pytest.raises(UserError, match="got 'goldn retriever'; is it 'golden retriever'\\?"):
         numbers(["goldn retriever"])
     with pytest.raises(UserError, match=r"trained classes, 0, 2, got \[1\]"):
-        commands._class_numbers(["golden retriever"], [0, 2], names)
+        class_numbers(["golden retriever"], [0, 2], names)
 
 
 @pytest.mark.parametrize(
