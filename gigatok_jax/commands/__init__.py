@@ -5,9 +5,10 @@ they need when they run, so that `gigatok --help` answers at once.
 """
 
 # These register their verbs, in the order of the help text.
-from gigatok_jax.commands import images, training  # isort: split
+# isort: off
+from gigatok_jax.commands import training, images, evaluation, models, program
 
-from gigatok_jax.commands import evaluation, models, program
+# isort: on
 from gigatok_jax.commands.verbs import OPTIONAL, REQUIRED, VERBS
 
 __all__ = [
