@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shutil
 import socket
 import threading
 import types
@@ -176,6 +177,25 @@ def test_a_space_has_the_models_and_serves_them(names, tmp_path, monkeypatch, ca
 MODEL = ("config.json", "model.safetensors")
 
 
+def test_a_space_names_what_need_not_be_copied(tmp_path, monkeypatch):
+    monkeypatch.setattr(explore, "load", lambda *_: explore.Models({"drawings": None}, {}))
+    space.write(tmp_path / "space", ["drawings"], [], tmp_path / "no")
+    assert "tokenizers=['drawings']" in (tmp_path / "space" / "app.py").read_text()
+    assert "gigatok_jax[app]==" in (tmp_path / "space" / "requirements.txt").read_text()
+    published = explore.Models({"gigatok_s_s": None}, {})
+    monkeypatch.setattr(explore, "load", lambda *_: published)
+    space.write(tmp_path / "space", [], ["hf://owner/generator"], tmp_path / "no")
+    assert "gigatok_jax[app,torch]==" in (tmp_path / "space" / "requirements.txt").read_text()
+
+
+def test_a_folder_named_like_an_included_model_is_copied(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(names["tokenizer"], "drawings")
+    space.write(tmp_path / "space", ["drawings"], [], tmp_path / "no")
+    assert "tokenizers=['models/drawings']" in (tmp_path / "space" / "app.py").read_text()
+    assert (tmp_path / "space" / "models" / "drawings" / "config.json").exists()
+
+
 def test_a_space_cannot_copy_a_users_own_tokenizer(tmp_path):
     with pytest.raises(UserError, match="expected a tokenizer that can be copied"):
         space.write(tmp_path, ["python:mine:Mine"], [], tmp_path)
@@ -235,7 +255,7 @@ def test_the_page_reconstructs_shows_codes_swaps_samples_and_completes(page, nam
     )
     assert len(drawn) == 5 and state == "5 of 5 images"
     done = client.predict(names["generator"], image, 8, "(no class)", 1, 1, 0, api_name="/complete")
-    assert done.count("<img") == 6 and "the first 8 of 16 codes kept" in done
+    assert done.count("<img") == 6 and "The first 8 of 16 codes kept" in done
     assert "a probe" in client.predict("report.html", api_name="/report")
 
 

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 
 import numpy as np
 from PIL import Image
@@ -15,6 +16,7 @@ import test_pack
 import test_trackers
 
 from gigatok_jax import bundles, cli, commands, files, locks, packing
+from gigatok_jax.app import explore
 from gigatok_jax.data.sources import DataConfig, open_source
 from gigatok_jax.errors import UserError
 from gigatok_jax.training.telemetry import read_metrics
@@ -255,3 +257,13 @@ def test_lock_that_another_process_took_stops_its_owner(bucket, monkeypatch):
     with pytest.raises(ValueError, match="of the block"), locks.hold(folder / "below"):
         (folder / "below" / locks.NAME).unlink()
         raise ValueError("of the block")
+
+
+def test_app_finds_reports_newest_first(bucket):
+    folder = files.as_path(f"{bucket}/reports")
+    for name in ("one/report.html", ".hidden/report.html", "two/probe/report.html"):
+        (folder / name).write_text(f"<p>{name}</p>")
+        time.sleep(1)  # the resolution of times
+    names = explore.find_reports(folder)
+    assert names == ["two/probe/report.html", "one/report.html"]
+    assert explore.read_report(folder, names[0]) == "<p>two/probe/report.html</p>"

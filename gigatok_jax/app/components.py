@@ -48,6 +48,15 @@ def answer(
     """Calls `function` when something happens; what goes wrong is one line in the page.
 
     The networks serve one call at a time.
+
+    Args:
+      triggers: an event, such as `slider.change`, or a list of them; the event `then` of an earlier
+        answer sees what that answer has set.
+      function: receives the values of `inputs`, and returns or yields those of `outputs`.
+      **options: of Gradio's events.
+
+    Returns:
+      Gradio's event, which others can follow or cancel.
     """
 
     def shown(error: Exception) -> gr.Error:
@@ -78,8 +87,8 @@ def answer(
             except Exception as error:
                 raise shown(error) from error
 
-    triggers = triggers if isinstance(triggers, list) else [triggers]
-    return gr.on(triggers, call, inputs, outputs, concurrency_id="networks", **options)
+    listen = functools.partial(gr.on, triggers) if isinstance(triggers, list) else triggers
+    return listen(call, inputs, outputs, concurrency_id="networks", **options)
 
 
 def photo(label: str) -> gr.Image:

@@ -16,7 +16,7 @@ from gigatok_jax import api, imagenet, pictures
 from gigatok_jax.data import crops
 from gigatok_jax.errors import UserError
 from gigatok_jax.evaluation import reconstruction
-from gigatok_jax.files import Path
+from gigatok_jax.files import Path, in_bucket, real_path, scan
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer
 
@@ -267,21 +267,28 @@ def class_names(generator: api.PretrainedGenerator) -> dict[str, int]:
 def find_reports(folder: Path) -> list[str]:
     """Reports below a folder, newest first, as paths relative to it.
 
-    Links that lead out of the folder, and hidden folders, are passed over.
+    Links to folders or to files outside, and what is hidden, are passed over.
     """
     found, folders = [], [(folder, 0)]
-    root = folder.resolve()
+    root = real_path(folder)
     while folders and len(found) < MAX_REPORTS:
         current, depth = folders.pop(0)
-        for path in sorted(current.iterdir()):
-            if path.name.startswith(".") or not path.resolve().is_relative_to(root):
+        for name, is_folder in sorted(scan(current)):
+            path = current / name
+            if name.startswith("."):
                 continue
-            if path.is_dir() and depth < MAX_DEPTH and not path.is_symlink():
-                folders.append((path, depth + 1))
-            elif path.name.endswith(".html") and "report" in path.name:
-                found.append(path)
-    found.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+            if is_folder:
+                if depth < MAX_DEPTH and (in_bucket(path) or not path.is_symlink()):
+                    folders.append((path, depth + 1))
+            elif name.endswith(".html") and "report" in name:
+                found += [path] if real_path(path).is_relative_to(root) else []
+    found.sort(key=_changed, reverse=True)
     return [path.relative_to(folder).as_posix() for path in found]
+
+
+def _changed(path: Path) -> float:
+    """When a file was last written to."""
+    return path.stat().mtime if in_bucket(path) else path.stat().st_mtime
 
 
 def read_report(folder: Path, name: str) -> str:

@@ -9,7 +9,7 @@ import tempfile
 from gigatok_jax.app import explore, tabs
 from gigatok_jax.app.components import CSS, gr, write_drawings
 from gigatok_jax.errors import UserError, first_line
-from gigatok_jax.files import Path
+from gigatok_jax.files import Path, as_path
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a file
 MAX_UPLOADS = 512 * 2**20  # bytes of all files that are kept at a time
@@ -41,7 +41,7 @@ def serve(
     models = explore.load(tokenizers, generators)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes uploads
     with tempfile.TemporaryDirectory(prefix="gigatok-app-") as folder:
-        blocks = build(models, pathlib.Path(reports), pathlib.Path(folder))
+        blocks = build(models, as_path(reports), pathlib.Path(folder))
         print(launch(blocks, folder, host=host, port=port, share=share), flush=True)
         blocks.block_thread()
 

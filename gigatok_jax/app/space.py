@@ -8,7 +8,7 @@ from gigatok_jax import bundles, locate
 from gigatok_jax.app import explore
 from gigatok_jax.errors import UserError
 from gigatok_jax.files import Path, as_path, replacing
-from gigatok_jax.weights import hub
+from gigatok_jax.weights import fetch
 
 OWN = '"""The page of gigatok_jax, as `gigatok app --space` writes it."""'
 GRADIO = "6.0.0"  # if none is installed here
@@ -53,7 +53,7 @@ def write(
     Args:
       folder: is created; other files in it stay.
       tokenizers, generators: names, see `explore.load`. Folders are copied; what has another name
-        is downloaded when the Space starts.
+        is found when the Space starts, and downloaded unless the package includes it.
       reports: folder whose reports are copied.
 
     Raises:
@@ -64,15 +64,15 @@ def write(
         raise UserError(f"--space: {script} is not of this program: expected another folder")
     if own := [name for name in tokenizers if name.startswith(locate.OWN)]:
         raise UserError(f"--tokenizer: {own[0]}: expected a tokenizer that can be copied")
-    explore.load(tokenizers, generators)  # to find what is wrong here, not in the Space
+    models = explore.load(tokenizers, generators)  # to find what is wrong here, not in the Space
     taken: set[str] = set()
     copied = [[_copy(name, folder, taken) for name in names] for names in (tokenizers, generators)]
     if reports.is_dir():
         for name in explore.find_reports(reports):
             _write(folder / "reports" / name, explore.read_report(reports, name))
-    names = filter(locate.is_name, [*tokenizers, *generators])
+    names = filter(locate.is_name, [*models.tokenizers, *models.generators])
     # The authors' files are PyTorch's.
-    extras = "app" if all(name.startswith(hub.SCHEME) for name in names) else "app,torch"
+    extras = "app,torch" if fetch.PUBLISHED.keys() & {*names} else "app"
     version = importlib.metadata.version("gigatok_jax")
     _write(folder / "requirements.txt", f"gigatok_jax[{extras}]=={version}\n")
     _write(folder / "README.md", README.format(gradio=_gradio()))
@@ -82,7 +82,7 @@ def write(
 
 def _copy(name: str, folder: Path, taken: set[str]) -> str:
     """Copies a model that is a folder; returns the name that it has in the Space."""
-    if locate.is_name(name) or name in locate.INCLUDED:
+    if locate.is_name(name):
         return name
     source, _ = bundles.read_record(name)
     path = as_path(name)

@@ -1,5 +1,6 @@
 """The five tabs of the page: what they show, and what happens when a visitor moves something."""
 
+import dataclasses
 import functools
 import html
 from typing import Any, get_args
@@ -88,8 +89,7 @@ def reconstruct(session: Session) -> None:
     def show_code(path, name, position):
         if not path:
             return None, None, ""
-        tokenizer, codes = tokenizers[name], session.codes(name, path)
-        position = min(int(position), len(codes) - 1)
+        tokenizer, codes, position = tokenizers[name], session.codes(name, path), int(position)
         effect = explore.effect(tokenizer, codes, position)
         picture = explore.CodePicture(tokenizer).draw(codes, position)
         text = (
@@ -116,8 +116,8 @@ def reconstruct(session: Session) -> None:
     shown = [upload, which, position], [squares, changes, facts]
     answer(upload.change, show_code, *shown, api_name="code")
     answer(position.change, show_code, *shown, api_name=False, show_progress="hidden")
-    answer(which.change, choose, [which], [position], api_name=False)
-    answer(which.change, show_code, *shown, api_name=False)
+    chose = answer(which.change, choose, [which], [position], api_name=False)
+    answer(chose.then, show_code, *shown, api_name=False)
     squares.select(point, [which], [position], api_name=False, show_progress="hidden")
 
 
@@ -165,26 +165,22 @@ def swap(session: Session) -> None:
 
     def choose(name):
         n = tokenizers[name].config.latents
-        return gr.Slider(maximum=n - 1), gr.Slider(maximum=n - 1), gr.Slider(maximum=n)
+        return (
+            gr.Slider(maximum=n - 1, value=0),
+            gr.Slider(maximum=n - 1, value=n // 2 - 1),
+            gr.Slider(maximum=n, value=n // 2),
+        )
 
     quiet = {"show_progress": "minimal"}
-    answer(which.change, choose, [which], [first, last, keep], api_name=False)
-    answer(
-        [which.change, first_photo.change, second_photo.change, first.change, last.change],
-        exchange,
-        [which, first_photo, second_photo, first, last],
-        [swapped],
-        api_name="swap",
-        **quiet,
-    )
-    answer(
-        [which.change, first_photo.change, keep.change, fill.change],
-        first_codes,
-        [which, first_photo, keep, fill],
-        [kept],
-        api_name="keep",
-        **quiet,
-    )
+    exchanged = exchange, [which, first_photo, second_photo, first, last], [swapped]
+    cut = first_codes, [which, first_photo, keep, fill], [kept]
+    photos = [first_photo.change, second_photo.change]
+    answer([*photos, first.change, last.change], *exchanged, api_name="swap", **quiet)
+    answer([first_photo.change, keep.change, fill.change], *cut, api_name="keep", **quiet)
+    # Only then, because the sliders of the tokenizer before may be beyond this one's codes.
+    chose = answer(which.change, choose, [which], [first, last, keep], api_name=False)
+    answer(chose.then, *exchanged, api_name=False, **quiet)
+    answer(chose.then, *cut, api_name=False, **quiet)
 
 
 def _sampling_controls(generator: Any) -> list[Any]:
@@ -199,20 +195,6 @@ def _sampling_controls(generator: Any) -> list[Any]:
         top_k = gr.Slider(0, size, default.top_k, step=1, label="top-k (0: all codes)")
         top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="top-p")
     return [guidance, schedule, temperature, top_k, top_p]
-
-
-def _controls_of(session: Session, name: str) -> list[Any]:
-    """The classes and the settings of another generator, for their controls."""
-    generator, _ = session.models.generators[name]
-    default, names = explore.published_settings(generator), list(explore.class_names(generator))
-    return [
-        gr.Dropdown(names, value=names[0]),
-        gr.Slider(value=default.guidance),
-        gr.Dropdown(value=default.schedule),
-        gr.Slider(value=default.temperature),
-        gr.Slider(value=default.top_k, maximum=generator.config.codebook_size),
-        gr.Slider(value=default.top_p),
-    ]
 
 
 def sample(session: Session) -> None:
@@ -241,8 +223,13 @@ def sample(session: Session) -> None:
 
     def draw(which, label, count, seed, guidance, schedule, temperature, top_k, top_p):
         generator, own = generators[which]
-        settings = SamplingConfig(
-            guidance=guidance, schedule=schedule, temperature=temperature, top_k=top_k, top_p=top_p
+        settings = dataclasses.replace(
+            explore.published_settings(generator),  # when the schedule starts and ends
+            guidance=guidance,
+            schedule=schedule,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
         )
         settings.check_schedule()
         drawn = explore.sample(
@@ -251,11 +238,23 @@ def sample(session: Session) -> None:
             explore.class_names(generator)[label],
             settings,
             count=int(count),
-            seed=int(seed),
+            seed=int(seed or 0),
         )
         yield [], "drawing; the first call compiles"
         for images in drawn:
             yield list(map(enlarge, images)), f"{len(images)} of {int(count)} images"
+
+    def change(which):
+        generator, _ = generators[which]
+        default, names = explore.published_settings(generator), list(explore.class_names(generator))
+        return [
+            gr.Dropdown(names, value=names[0]),
+            gr.Slider(value=default.guidance),
+            gr.Dropdown(value=default.schedule),
+            gr.Slider(value=default.temperature),
+            gr.Slider(value=default.top_k, maximum=generator.config.codebook_size),
+            gr.Slider(value=default.top_p),
+        ]
 
     event = answer(
         start.click,
@@ -265,7 +264,6 @@ def sample(session: Session) -> None:
         api_name="sample",
     )
     stop.click(None, cancels=[event], api_name=False)
-    change = functools.partial(_controls_of, session)
     answer(which.change, change, [which], [label, *controls], api_name=False)
 
 
@@ -312,7 +310,7 @@ def complete(session: Session) -> None:
             generator.config.null_class if number is None else number,
             SamplingConfig(guidance=1.0 if number is None else guidance, temperature=temperature),
             count=COMPLETIONS,
-            seed=int(seed),
+            seed=int(seed or 0),
             codes=codes,
             keep=keep,
         )
