@@ -283,7 +283,8 @@ def complete(session: Session) -> None:
             classes = [NO_CLASS, *explore.class_names(default)]
             label = gr.Dropdown(classes, value=NO_CLASS, label="class")
             guidance = gr.Slider(1, 10, 1, step=0.25, label="guidance (needs a class)")
-            temperature = gr.Slider(0, 2, 1, step=0.05, label="temperature")
+            usual = explore.published_settings(default).temperature
+            temperature = gr.Slider(0, 2, usual, step=0.05, label="temperature")
             seed = gr.Number(0, label="seed", precision=0, minimum=0, maximum=2**32 - 1)
             start = gr.Button("Complete", variant="primary")
             examples([upload], session.drawings)
@@ -325,11 +326,16 @@ def complete(session: Session) -> None:
         generator, _ = generators[which]
         n = generator.config.codes
         classes = [NO_CLASS, *explore.class_names(generator)]
-        return gr.Slider(maximum=n, value=n // 2), gr.Dropdown(classes, value=NO_CLASS)
+        usual = explore.published_settings(generator).temperature
+        return [
+            gr.Slider(maximum=n, value=n // 2),
+            gr.Dropdown(classes, value=NO_CLASS),
+            gr.Slider(value=usual),
+        ]
 
     inputs = [which, upload, keep, label, guidance, temperature, seed]
     answer(start.click, draw, inputs, [results], api_name="complete")
-    answer(which.change, change, [which], [keep, label], api_name=False)
+    answer(which.change, change, [which], [keep, label, temperature], api_name=False)
 
 
 def probe(reports: Path) -> None:

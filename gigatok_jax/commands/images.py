@@ -131,6 +131,8 @@ def sample(
                 raise UserError(f"--classes: expected one class with --from, got {classes}")
         elif settings.guidance > 1:
             raise UserError("--guidance: expected 1 with --from and without --classes")
+        else:
+            settings = as_published(settings, given | {"guidance"}, loaded)
         matching = generation.load_matching_tokenizer(tokenizer, loaded)
         options |= {"label": label, "share": 0.5 if keep is None else keep, "count": count or 4}
         with locks.hold(folder):
