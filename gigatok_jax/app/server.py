@@ -6,6 +6,8 @@ import pathlib
 import signal
 import tempfile
 
+from PIL import Image
+
 from gigatok_jax.app import explore, tabs
 from gigatok_jax.app.components import CSS, gr, write_drawings
 from gigatok_jax.errors import UserError, first_line
@@ -13,6 +15,7 @@ from gigatok_jax.files import Path, as_path
 
 MAX_UPLOAD = 10 * 2**20  # bytes of a file
 MAX_UPLOADS = 512 * 2**20  # bytes of all files that are kept at a time
+MAX_PIXELS = 64_000_000  # of an image: a small file may decode to gigabytes
 KEPT = 3600  # seconds for which an upload is kept
 MAX_WAITING = 32  # calls in the queue
 
@@ -39,6 +42,7 @@ def serve(
       UserError: a network cannot be loaded, or the port is taken.
     """
     models = explore.load(tokenizers, generators)
+    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns above it, and refuses twice as many
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which removes uploads
     with tempfile.TemporaryDirectory(prefix="gigatok-app-") as folder:
         blocks = build(models, as_path(reports), pathlib.Path(folder))
