@@ -37,8 +37,10 @@ class Session:
 
     def generator_of(self, name: str):
         """A generator of a tokenizer's codes, or None."""
-        pairs = self.models.generators.values()
-        return next((generator for generator, own in pairs if own == name), None)
+        tokenizers, generators = self.models
+        codes = tokenizers[name].codes_of
+        pairs = generators.values()
+        return next((one for one, own in pairs if tokenizers[own].codes_of == codes), None)
 
 
 def reconstruct(session: Session) -> None:
