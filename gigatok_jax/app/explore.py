@@ -72,21 +72,21 @@ def read(path: str, size: int) -> np.ndarray:
 class Reconstruction(NamedTuple):
     """A reconstruction, how it differs from the image, and the metrics by name."""
 
-    codes: np.ndarray
     image: np.ndarray
     difference: np.ndarray  # absolute, `BRIGHTER` times
     metrics: dict[str, float]
 
 
-def reconstruct(tokenizer: api.AnyTokenizer, image: np.ndarray) -> Reconstruction:
-    """Encodes and decodes an image."""
-    codes = np.asarray(tokenizer.encode(image[None]))
-    floats = tokenizer.decode(codes)
+def reconstruct(
+    tokenizer: api.AnyTokenizer, image: np.ndarray, codes: np.ndarray
+) -> Reconstruction:
+    """Decodes the codes of an image, and compares the two."""
+    floats = tokenizer.decode(codes[None])
     values = _metrics()(image[None], floats)
     output = pictures.finite_uint8(floats, "the reconstruction")[0]
-    difference = BRIGHTER * np.abs(output.astype(int) - image)
+    difference = np.minimum(BRIGHTER * np.abs(output.astype(int) - image), 255)
     metrics = {name: float(value[0]) for name, value in values.items()}
-    return Reconstruction(codes[0], output, np.minimum(difference, 255).astype(np.uint8), metrics)
+    return Reconstruction(output, difference.astype(np.uint8), metrics)
 
 
 @functools.cache

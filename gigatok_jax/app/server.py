@@ -63,7 +63,7 @@ def build(models: explore.Models, reports: Path, folder: pathlib.Path) -> gr.Blo
             with gr.Tab(title):
                 getattr(tabs, title.lower())(session)
         with gr.Tab("Probe"):
-            tabs.probe(reports)
+            tabs.probe(blocks, reports)
     return blocks.queue(max_size=MAX_WAITING, default_concurrency_limit=1)
 
 

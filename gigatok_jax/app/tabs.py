@@ -76,11 +76,11 @@ def reconstruct(session: Session) -> None:
         return "".join(map(functools.partial(row, path), chosen))
 
     def row(path, name):
-        image = session.image(name, path)
-        result = explore.reconstruct(tokenizers[name], image)
+        image, codes = session.image(name, path), session.codes(name, path)
+        result = explore.reconstruct(tokenizers[name], image, codes)
         numbers = ", ".join(NAMES[key].format(value) for key, value in result.metrics.items())
         return figures(
-            f"{name}: {len(result.codes)} codes, {numbers}",
+            f"{name}: {len(codes)} codes, {numbers}",
             [
                 (image, "input"),
                 (result.image, "reconstruction"),
@@ -147,7 +147,7 @@ def swap(session: Session) -> None:
 
     def exchange(name, one, two, first, last):
         if not one or not two:
-            return gr.skip()
+            return ""
         own, others = session.codes(name, two), session.codes(name, one)
         mixed = explore.swap(own, others, int(first), int(last))
         images = [explore.decode(tokenizers[name], each) for each in (others, own, mixed)]
@@ -156,7 +156,7 @@ def swap(session: Session) -> None:
 
     def first_codes(name, path, keep, fill):
         if not path:
-            return gr.skip()
+            return ""
         generator = session.generator_of(name) if fills[fill] else None
         if fills[fill] and generator is None:
             raise UserError(f"no generator of the codes of {name}: start with --generator=NAME")
@@ -265,7 +265,7 @@ def sample(session: Session) -> None:
         [images, state],
         api_name="sample",
     )
-    stop.click(None, cancels=[event], api_name=False)
+    stop.click(lambda: "stopped", None, [state], cancels=[event], api_name=False)
     answer(which.change, change, [which], [label, *controls], api_name=False)
 
 
@@ -340,7 +340,7 @@ def complete(session: Session) -> None:
     answer(which.change, change, [which], [keep, label, temperature], api_name=False)
 
 
-def probe(reports: Path) -> None:
+def probe(blocks: gr.Blocks, reports: Path) -> None:
     """The reports below a folder."""
 
     def names():
@@ -364,5 +364,4 @@ def probe(reports: Path) -> None:
     note = gr.Markdown()
     page = gr.HTML()
     answer(chosen.change, show, [chosen], [page], api_name="report")
-    answer(again.click, find, [], [chosen, note], api_name=False)
-    gr.context.Context.root_block.load(find, None, [chosen, note], api_name=False)
+    answer([blocks.load, again.click], find, [], [chosen, note], api_name=False)

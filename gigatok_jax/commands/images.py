@@ -231,7 +231,7 @@ def app(tokenizer: list[str], generator: list[str], reports: str, space: str, **
 
 @verb(
     "train and probe a tiny tokenizer on generated drawings",
-    flag("string", "workdir", "runs/demo", "folder for the results"),
+    flag("string", "workdir", "", "folder for the results; default: runs/demo, or runs/quick"),
     flag("boolean", "quick", False, "use the included models, and train nothing"),
     configs={"tokenizer": "configs/demo.py:tokenizer", "probe": "configs/demo.py:probe"},
 )
@@ -252,7 +252,7 @@ def demo(workdir: str, quick: bool, tokenizer, probe) -> None:
     from gigatok_jax import config, locks
     from gigatok_jax import demo as demonstration
 
-    folder = as_path(workdir)
+    folder = as_path(workdir or ("runs/quick" if quick else "runs/demo"))
     if quick:
         for name, given in (("tokenizer", tokenizer), ("probe", probe)):
             if given != config.load(VERBS["demo"].configs[name]):
