@@ -1,4 +1,4 @@
-"""Trains the included models of drawings: `python -m tools.train_drawings --workdir=DIR`.
+"""Trains the included models of drawings: `python -m tools.train_drawings`.
 
 This is `gigatok demo` with the flags of `LONGER`; more flags of the demo may follow. The tokenizer
 is rounded to 16 bits and written to the package before its generator is trained, because a
@@ -32,7 +32,7 @@ LONGER = (
 
 def main(arguments: Sequence[str]) -> None:
     flags = cli.parse("demo", commands.VERBS["demo"], [*LONGER, *arguments])
-    workdir = as_path(flags["workdir"])
+    workdir = as_path(flags["workdir"] or "runs/drawings")
     train(flags["tokenizer"], workdir / "tokenizer")
     include(demo.TOKENIZER, workdir / "tokenizer")
     results = probing.probe(demo.TOKENIZER, flags["probe"], workdir / "probe")
