@@ -21,12 +21,11 @@ from gigatok_jax.training.loop import train
 from gigatok_jax.weights import convert
 
 LONGER = (
-    "--tokenizer.steps=4000",
-    "--tokenizer.objective.disc_start=3000",
-    "--tokenizer.average_decay=0.995",
+    "--tokenizer.steps=2000",
+    "--tokenizer.average_decay=0.99",
     "--tokenizer.data.length=16000",
     "--probe.data.length=16000",
-    "--probe.generator.steps=3000",
+    "--probe.generator.steps=2000",
 )
 
 
