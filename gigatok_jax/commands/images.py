@@ -240,11 +240,11 @@ def demo(workdir: str, quick: bool, tokenizer, probe) -> None:
 
     Or gigatok demo --quick [--workdir=DIR].
 
-    Trains a tiny tokenizer on generated drawings of 64 pixels, with every loss and the embedded
-    teacher; reconstructs held-out drawings; runs AR probing, with a small generator and
-    report.html; samples by class; and completes drawings from half of their codes. Takes about ten
-    minutes on two cores. Writes tokenizer/ (the run), drawings/ (held out), reconstructions/,
-    probe/ (see `gigatok probe`), samples/ and completions.png to DIR.
+    Trains a tiny tokenizer on generated drawings of 64 pixels, with the embedded teacher;
+    reconstructs held-out drawings; runs AR probing, with a small generator and report.html; samples
+    by class; and completes drawings from half of their codes. Takes about ten minutes on two cores.
+    Writes tokenizer/ (the run), drawings/ (held out), reconstructions/, probe/ (see `gigatok
+    probe`), samples/ and completions.png to DIR.
 
     With --quick, reconstructs, samples and completes with the included models, drawings and
     drawings_gpt, within a minute.
