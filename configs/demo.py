@@ -52,7 +52,7 @@ def tokenizer() -> TokenizerRun:
         data=DataConfig(source="embedded", length=8_000, eval_length=256),
         optimizer=OptimizerConfig(rate=1e-3, final_rate=1e-4, warmup_steps=50, clip=1.0),
         loop=LoopConfig(log_every=100, evaluate_every=400, checkpoint_every=400),
-        steps=1_000,
+        steps=850,
         batch_size=8,
         average_decay=0.98,
         remat="none",  # so small a model has no need to save memory
@@ -105,7 +105,7 @@ def generator() -> GeneratorRun:
         ),
         loop=LoopConfig(log_every=100, evaluate_every=300, checkpoint_every=300),
         sampling=SamplingConfig(guidance=3.0, temperature=0.6),
-        steps=900,
+        steps=800,
         batch_size=16,
         evaluation_images=256,
     )
