@@ -68,7 +68,7 @@ def visit(page: Page, out: pathlib.Path) -> None:
     kept.press("Enter")
     page.get_by_text("the first 40").wait_for(timeout=TIMEOUT)
     page.get_by_label("codes that the generator draws").check()
-    time.sleep(10)
+    time.sleep(25)  # until the generator has drawn
     save("swap")
 
     tab("Sample")

@@ -34,7 +34,7 @@ EXAMPLES = 12
 
 CSS = """
 .figures { display: flex; flex-wrap: wrap; gap: 14px; margin: 2px 0 18px; }
-.figures figure { margin: 0; width: 200px; }
+.figures figure { margin: 0; width: min(200px, 23%); }
 .figures img { width: 100%; image-rendering: pixelated; border-radius: 4px; }
 .figures figcaption { font-size: 0.85em; opacity: 0.8; margin-top: 2px; }
 .figures h4 { flex-basis: 100%; margin: 0; }

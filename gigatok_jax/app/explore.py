@@ -173,7 +173,7 @@ def effect(tokenizer: api.AnyTokenizer, codes: np.ndarray, position: int) -> Eff
     needed = 1 + np.searchsorted(np.cumsum(ordered), 0.9 * total) if total else 0
     strength = (moved / max(moved.max(), 1e-6))[..., None]
     orange = np.array([255, 120, 0])
-    shown = 0.25 * images[0] * (1 - strength) + strength * (0.5 * images[0] + 0.5 * orange)
+    shown = 0.4 * images[0] * (1 - strength) + strength * (0.5 * images[0] + 0.5 * orange)
     return Effect(shown.astype(np.uint8), float(moved.mean()), float(needed / moved.size))
 
 
