@@ -89,7 +89,10 @@ def test_probes_of_another_protocol_stand_apart(probes, tmp_path):
     results["protocol"]["generation"]["seed"] = 1  # keeps no numbers apart
     (other / "results.json").write_text(json.dumps(results))
     report.write([probes["llamagen"], probes["own"], other], tmp_path / "report.html")
-    table, _, rest = (tmp_path / "report.html").read_text().partition("</table>")
+    html = (tmp_path / "report.html").read_text()
+    glance, _, all_numbers = html.partition("<h2>All numbers</h2>")
+    assert glance.count("of 96 bits") == 2  # those of one protocol
+    table, _, rest = all_numbers.partition("</table>")
     above, _, below = table.partition("Not comparable with the first rows.")
     assert "(llamagen)" in above and above.count("(own)") == 1 and below.count("(own)") == 1
     assert "The protocol differs: generation.images 400, not 16</td>" in below

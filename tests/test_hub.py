@@ -454,7 +454,7 @@ def test_unknown_model_is_one_line_that_names_the_flag_or_field(gigatok, where):
 
 def test_all_names_are_known_where_any_model_may_be_named(gigatok):
     message = refused(gigatok("push", "typo", f"hf://{REPO}"))
-    assert message.startswith("'typo': no such folder; known: embedded, dinov2_vits14, ")
+    assert message.startswith("'typo': no such folder; known: embedded, drawings, drawings_gpt, ")
     assert "gigatok_s_s" in message and "gigatok_gpt_b_s_s" in message
 
 
