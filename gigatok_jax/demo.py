@@ -90,6 +90,7 @@ def _sample(
     classes = np.tile(np.arange(generator.config.classes), per_class)
     real = _real_drawings(REAL, tokenizer.config.image_size)
     out = workdir / "samples"
+    print(f"{len(classes)} samples ...", flush=True)
     if (out / "images" / generation.RECORD).exists():  # of an earlier call
         remove_folder(out / "images")
     generation.sample(

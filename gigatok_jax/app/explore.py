@@ -6,6 +6,7 @@ Images are uint8 `[S, S, 3]`, codes int32 `[N]`.
 from collections.abc import Iterator, Sequence
 import dataclasses
 import functools
+import logging
 import math
 from typing import NamedTuple
 
@@ -19,6 +20,8 @@ from gigatok_jax.evaluation import reconstruction
 from gigatok_jax.files import Path, in_bucket, real_path, scan
 from gigatok_jax.sampling import SamplingConfig
 from gigatok_jax.training.generator import check_tokenizer
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = ("drawings", "drawings_gpt")  # included models
 BRIGHTER = 4  # differences are shown so many times brighter
@@ -44,6 +47,7 @@ def load(tokenizers: Sequence[str], generators: Sequence[str]) -> Models:
     """
     if not tokenizers and not generators:
         tokenizers, generators = DEFAULT[:1], DEFAULT[1:]
+    logger.info("loading %s", ", ".join([*tokenizers, *generators]))
     loaded = {name: api.load_tokenizer(name, where="--tokenizer") for name in tokenizers}
     pairs = {}
     for name in generators:
