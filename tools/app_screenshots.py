@@ -83,6 +83,7 @@ def visit(page: Page, out: pathlib.Path) -> None:
     save("complete")
 
     tab("Probe")
+    page.frame_locator("iframe.report").locator("h1").wait_for(timeout=TIMEOUT)
     save("probe")
 
 
